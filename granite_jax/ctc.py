@@ -1,0 +1,63 @@
+"""Greedy CTC: labels, characters, entropy.
+
+The label set of Granite Speech: 0 is the blank, labels 32-255 are Latin-1 characters, 256-347 Katakana from U+30A1 on.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from granite_jax.array_types import CTCLogits, Lengths
+
+BLANK = 0
+_KATAKANA_LABEL, _KATAKANA_START, _NUM_LABELS = 256, 0x30A1, 348
+
+
+def best_labels(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b t"]:
+    """The best label of every frame, int32; BLANK past each row's `lengths` valid frames."""
+    valid = jnp.arange(logits.shape[1]) < lengths[:, None]
+    return jnp.where(valid, jnp.argmax(logits, axis=-1), BLANK).astype(jnp.int32)
+
+
+def frame_entropy(logits: CTCLogits, lengths: Lengths) -> Float[Array, "b t"]:
+    """Entropy of every frame's label distribution in nats, float32; 0 past each row's valid frames."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
+    entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+    return jnp.where(jnp.arange(logits.shape[1]) < lengths[:, None], entropy, 0.0)
+
+
+def collapse(labels: Sequence[int] | np.ndarray) -> list[int]:
+    """One utterance's frame labels without repetitions and blanks."""
+    labels = np.asarray(labels)
+    starts = np.ones(len(labels), bool)
+    starts[1:] = labels[1:] != labels[:-1]
+    return labels[starts & (labels != BLANK)].tolist()
+
+
+def label_character(label: int) -> str:
+    """The character of a label. Labels 1-31 and those past the table name no printable character: empty."""
+    if 32 <= label < _KATAKANA_LABEL:
+        return chr(label)
+    if _KATAKANA_LABEL <= label < _NUM_LABELS:
+        return chr(_KATAKANA_START + label - _KATAKANA_LABEL)
+    return ""
+
+
+def to_text(labels: Sequence[int] | np.ndarray) -> str:
+    """The text of one utterance's frame labels."""
+    return "".join(map(label_character, collapse(labels)))
+
+
+def to_labels(text: str) -> list[int]:
+    """Labels of a text. Raises ValueError naming a character that has none."""
+    labels = []
+    for character in text:
+        code = ord(character)
+        label = code - _KATAKANA_START + _KATAKANA_LABEL if code >= _KATAKANA_START else code
+        if label_character(label) != character:
+            raise ValueError(f"no CTC label for {character!r}")
+        labels.append(label)
+    return labels

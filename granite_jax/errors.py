@@ -1,0 +1,21 @@
+"""The errors that granite_jax raises for bad input, each a one-line message that names the input and the reason."""
+
+
+class GraniteError(ValueError):
+    """Base of every error about something the caller passed in."""
+
+
+class AudioError(GraniteError):
+    """An audio file, buffer or array cannot be read, or is not usable speech input."""
+
+
+class PromptError(GraniteError):
+    """A task, language, prompt, keyword or chat template is not usable."""
+
+
+class CheckpointError(GraniteError):
+    """A checkpoint or one of its files is missing, damaged or of the wrong kind."""
+
+
+class ContextError(GraniteError):
+    """Audio, prompt and new tokens together need more positions than the model has."""

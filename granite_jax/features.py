@@ -1,0 +1,95 @@
+"""Log-mel features on the device: waveform -> pairs of stacked log-mel frames.
+
+The same numbers as the reference's feature extractor (torchaudio's MelSpectrogram and the normalisation of
+`GraniteSpeechFeatureExtractor`), computed for every row as if it were alone: reflection and the
+utterance's maximum are taken at the row's true end.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granite_jax.array_types import Features, Lengths, Samples
+
+SAMPLING_RATE = 16_000  # Hz
+HOP = 160  # samples: 10 ms
+WINDOW = 400  # samples: 25 ms, centred in the FFT
+FFT = 512
+NUM_MELS = 80
+MIN_SAMPLES = FFT // 2 + 1  # fewer cannot be reflected at the FFT's margin
+
+_MARGIN = WINDOW // 2  # the window is zero beyond it, so no more is read of the reflected signal
+
+
+def num_frames(num_samples):
+    """Encoder frames (20 ms) of `num_samples` samples: works on ints and on integer arrays."""
+    return (num_samples // HOP + 1) // 2
+
+
+def _mel_filters() -> np.ndarray:
+    """Triangular HTK mel filters from 0 to 8 kHz, not area-normalised: [FFT // 2 + 1, NUM_MELS]."""
+
+    def to_mel(hertz):
+        return 2595.0 * np.log10(1.0 + hertz / 700.0)
+
+    frequencies = np.linspace(0.0, SAMPLING_RATE / 2, FFT // 2 + 1)
+    mels = np.linspace(0.0, to_mel(SAMPLING_RATE / 2), NUM_MELS + 2)
+    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    rising = (frequencies[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - frequencies[:, None]) / (edges[2:] - edges[1:-1])
+    return np.maximum(0.0, np.minimum(rising, falling))
+
+
+def _fourier_basis() -> np.ndarray:
+    """Cosine and sine columns under a periodic Hann window: [WINDOW, 2 * (FFT // 2 + 1)].
+
+    A matrix product computes only the 400 samples under the window, and runs on a TPU's matrix unit.
+    """
+    time = np.arange(WINDOW)[:, None]
+    hann = 0.5 - 0.5 * np.cos(2.0 * np.pi * time / WINDOW)
+    angle = 2.0 * np.pi * time * np.arange(FFT // 2 + 1) / FFT
+    return hann * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+
+
+def log_mel(samples: Samples, lengths: Lengths) -> Features:
+    """Stacked, normalised log-mel features.
+
+    Args:
+      samples: float32 waveforms in [-1, 1] at 16 kHz, padded on the right with anything finite.
+      lengths: valid samples of each row, at least MIN_SAMPLES.
+
+    Returns:
+      float32 features `[b, n // 320 or so, 160]`, one row per encoder frame; row `i` holds `num_frames(lengths[i])`
+      frames, zeros after them.
+    """
+    with jax.default_matmul_precision("highest"):
+        frames = _frames(samples, lengths)
+        spectrum = frames @ jnp.asarray(_fourier_basis(), jnp.float32)
+        real, imaginary = jnp.split(spectrum, 2, axis=-1)
+        mel = (real**2 + imaginary**2) @ jnp.asarray(_mel_filters(), jnp.float32)
+    log = jnp.log10(jnp.maximum(mel, 1e-10))
+    valid = jnp.arange(log.shape[1]) < (lengths // HOP + 1)[:, None]
+    # The maximum includes an odd last frame, which stacking then drops.
+    peak = jnp.max(jnp.where(valid[..., None], log, -jnp.inf), axis=(1, 2), keepdims=True)
+    log = jnp.maximum(log, peak - 8.0) / 4.0 + 1.0
+    batch, mel_frames, _ = log.shape
+    stacked = log[:, : mel_frames // 2 * 2].reshape(batch, mel_frames // 2, 2 * NUM_MELS)
+    return jnp.where((jnp.arange(mel_frames // 2) < num_frames(lengths)[:, None])[..., None], stacked, 0.0)
+
+
+def _frames(samples: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Overlapping windows of the reflected signal, one every HOP samples: [b, n // HOP + 1, WINDOW]."""
+    count = samples.shape[1] // HOP + 1
+    signal = jax.vmap(_reflect)(samples, lengths)
+    # 2.5 hops make a window: three shifted views of the hops, no gather.
+    hops = jnp.pad(signal, ((0, 0), (0, (count + 2) * HOP - signal.shape[1]))).reshape(len(signal), count + 2, HOP)
+    return jnp.concatenate([hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : WINDOW - 2 * HOP]], axis=-1)
+
+
+def _reflect(row: jax.Array, length: jax.Array) -> jax.Array:
+    """Reflects one waveform at its start and at its true end, `_MARGIN` samples each; zeros follow."""
+    row = jnp.pad(row, (0, _MARGIN))
+    tail = jax.lax.dynamic_slice(row, (length - 1 - _MARGIN,), (_MARGIN,))[::-1]
+    row = jnp.where(jnp.arange(len(row)) < length, row, 0.0)
+    row = jax.lax.dynamic_update_slice(row, tail, (length,))
+    return jnp.concatenate([row[1 : _MARGIN + 1][::-1], row])
