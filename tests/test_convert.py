@@ -1,0 +1,355 @@
+"""Conversion is a bijection on every tensor that carries information, and names what it cannot place."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import hf_fixture
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from granite_jax._tree import expected_shapes, flatten
+from granite_jax.checkpoint import open_checkpoint
+from granite_jax.config import Config
+from granite_jax.convert import convert, mapping, writer
+from granite_jax.convert.reader import read_params
+from granite_jax.errors import CheckpointError
+
+FULL_SIZE = {
+    "model_type": "granite_speech",
+    "audio_token_index": 100352,
+    "downsample_rate": 5,
+    "window_size": 15,
+    "tie_word_embeddings": False,
+    "encoder_config": {
+        "input_dim": 160,
+        "num_layers": 16,
+        "hidden_dim": 1024,
+        "feedforward_mult": 4,
+        "num_heads": 8,
+        "dim_head": 128,
+        "output_dim": 348,
+        "context_size": 200,
+        "max_pos_emb": 512,
+        "conv_kernel_size": 15,
+        "conv_expansion_factor": 2,
+    },
+    "projector_config": {
+        "model_type": "blip_2_qformer",
+        "hidden_size": 1024,
+        "encoder_hidden_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "cross_attention_frequency": 1,
+    },
+    "text_config": {
+        "model_type": "granite",
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "intermediate_size": 4096,
+        "vocab_size": 100353,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "pad_token_id": 100256,
+    },
+}
+# The smallest that has every kind of tensor: most tests need no more.
+TINY: dict[str, Any] = {
+    "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
+    "projector_config": {"encoder_hidden_size": 8, "num_hidden_layers": 1},
+    "text_config": {"num_hidden_layers": 2},
+}
+Q0 = "encoder.layers.0.attn.to_q.weight"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    hf_fixture.write_random_checkpoint(tmp_path / "hf", **TINY)
+    return tmp_path / "hf"
+
+
+def read(directory: Path) -> dict:
+    return read_params(directory, Config.from_file(directory / "config.json"))
+
+
+def all_tensors(directory: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()}
+
+
+def rewrite(directory: Path, change) -> None:
+    """Applies `change` to the dictionary of tensors of a one-file checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "names", "tied", "shards"),
+    [
+        ("float32", "released", False, 1),
+        ("bfloat16", "released", True, 1),
+        ("bfloat16", "new", False, 3),
+        ("float32", "new", True, 2),
+    ],
+)
+def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, names, tied: bool, shards: int) -> None:
+    # Given a checkpoint, with values whose bits arithmetic would not keep
+    config = hf_fixture.write_random_checkpoint(tmp_path / "hf", tied=tied, dtype=dtype, **TINY)
+    tensors = hf_fixture.random_tensors(config, seed=3)
+    odd = np.array([0x7FC10000, 0xFF800000, 0x80000000, 0x00010000], np.uint32).view(np.float32)
+    tensors["encoder.layers.1.ff1.up_proj.bias"][:4] = odd  # NaN with payload, -inf, -0, subnormal
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    hf_fixture.write_tensors(tmp_path / "hf", tensors, names, shards, dtype)
+
+    # When it is converted there and back
+    convert(tmp_path / "hf", tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "back", names=names)
+
+    # Then names, shapes, dtypes and bits are the same, and so are the other files
+    before, after = all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "back")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name
+        assert tensor.tobytes() == after[name].tobytes() or "num_batches_tracked" in name, name
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
+
+
+def test_tensors_take_the_axes_the_modules_expect(source: Path) -> None:
+    # Given a checkpoint, when its parameters are read
+    tensors, leaves = all_tensors(source), flatten(read(source))
+    layer, inner = "encoder.layers.1", 16
+
+    def ours(path: str) -> np.ndarray:
+        return leaves[f"encoder.layers.{path}"][1]
+
+    # Then products run over the same axes as in the reference, key before value and value before gate
+    np.testing.assert_array_equal(ours("attention.q.kernel"), tensors[f"{layer}.attn.to_q.weight"].T)
+    key, value = np.split(tensors[f"{layer}.attn.to_kv.weight"], 2)
+    np.testing.assert_array_equal(ours("attention.kv.kernel")[:, 0], key.T)
+    np.testing.assert_array_equal(ours("attention.kv.kernel")[:, 1], value.T)
+    up = tensors[f"{layer}.conv.up_conv.weight"][:, :, 0]
+    np.testing.assert_array_equal(ours("convolution.up.kernel")[:, 1], up[inner:].T)
+    np.testing.assert_array_equal(ours("convolution.up.bias")[0], tensors[f"{layer}.conv.up_conv.bias"][:inner])
+    depthwise = tensors[f"{layer}.conv.depth_conv.conv.weight"]
+    np.testing.assert_array_equal(ours("convolution.depthwise")[2], depthwise[:, 0, 2])
+    np.testing.assert_array_equal(ours("convolution.batch_norm.var"), tensors[f"{layer}.conv.batch_norm.running_var"])
+
+
+def test_full_size_accounts_for_every_tensor_of_the_release() -> None:
+    # Given the configuration of granite-4.0-1b-speech and the tensors transformers has for it
+    shapes = expected_shapes(Config.from_dict(FULL_SIZE))
+    tensors = dict(hf_fixture.hf_shapes(FULL_SIZE))
+    counters = [name for name in tensors if name.endswith("num_batches_tracked")]
+
+    # When they are matched
+    leaves, tied_head = mapping.match(tensors, shapes)
+
+    # Then every tensor but the counters has a place of its shape, and the sums are those of the released files
+    placed = [name for leaf in leaves for name in leaf.names]
+    assert sorted(placed + counters) == sorted(tensors)
+    assert tied_head is None
+    assert all(tensors[name] == leaf.tensor_shape for leaf in leaves for name in leaf.names)
+    count = {part: sum(name.startswith(part) for name in tensors) for part in ("encoder", "projector", "language")}
+    assert count == {"encoder": 534, "projector": 57, "language": 363}
+    size = {
+        part: sum(int(np.prod(s)) for p, s in shapes.items() if p.startswith(part)) for part in ("enc", "pro", "dec")
+    }
+    assert size == {"enc": 440_234_332, "pro": 35_697_664, "dec": 1_837_275_136}
+    assert 2 * sum(size.values()) + 8 * len(counters) == 4_626_414_392
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_covers_the_parameter_tree(tied: bool) -> None:
+    # Given the parameter tree, when it is compared with the table, then each leaf has exactly one rule
+    config = hf_fixture.make_config(hf_fixture.make_tokenizer(), tied, "float32")
+    paths = [rule.path for rule in mapping.RULES]
+    assert len(set(paths)) == len(paths) == len({rule.hf for rule in mapping.RULES})
+    head = {"decoder.head.kernel"} if tied else set()
+    assert set(paths) - head == set(expected_shapes(Config.from_dict(config)))
+
+
+def test_names_translate_both_ways() -> None:
+    # Given every released name, when it is respelt, then it is what newer transformers has, and it comes back
+    for name, _ in hf_fixture.hf_shapes(FULL_SIZE):
+        assert mapping.new_name(name) == hf_fixture.spell(name)
+        assert mapping.released_name(hf_fixture.spell(name)) == name
+        assert mapping.released_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(extra=t[Q0]), "no place in the model for extra"),
+        (lambda t: t.update({Q0.replace(".0.", ".2."): t[Q0]}), "no place in the model for encoder.layers.2.attn"),
+        (lambda t: t.update({Q0.replace(".0.", ".01."): t[Q0]}), "no place in the model for encoder.layers.01.attn"),
+        (
+            lambda t: t.update({Q0.replace("0", "{layer}"): t.pop(Q0)}),
+            "no place in the model for encoder.layers.{layer}",
+        ),
+        (lambda t: t.update({f"{Q0}.lora_A": t[Q0]}), "no place in the model for .*lora_A"),
+        (lambda t: t.update({f"model.{Q0}": t[Q0]}), f"more than one tensor for the same place: .*{Q0}"),
+        (lambda t: t.pop(Q0), f"missing: {Q0}"),
+        (lambda t: t.update({Q0: t[Q0][:, :-1].copy()}), rf"wrong shape: {Q0} \[8, 7\], not \[8, 8\]"),
+        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), f"{Q0} is I8; supported are F32, F16, BF16"),
+        (
+            lambda t: t.update({Q0: t[Q0].astype(np.float16)}),
+            f"{Q0.replace('0', '1')} is float32, {Q0} float16: pass dtype",
+        ),
+        (lambda t: [t.pop(k) for k in list(t) if "conv" in k], "missing: .* and 18 more"),
+    ],
+)
+def test_what_does_not_fit_is_named(source: Path, change, message: str) -> None:
+    # Given a checkpoint with one thing wrong, when it is read, then the error names it
+    rewrite(source, change)
+    with pytest.raises(CheckpointError, match=message):
+        read(source)
+
+
+def test_what_carries_no_information_is_ignored(source: Path) -> None:
+    # Given counters removed and a buffer added, when the checkpoint is read, then nothing is missed
+    before = flatten(read(source))
+    counters = "encoder.layers.{}.conv.batch_norm.num_batches_tracked"
+    rewrite(source, lambda t: [t.pop(counters.format(i)) for i in range(2)])
+    rewrite(source, lambda t: t.update({"model.encoder.attention_dists": np.zeros((40, 40), np.int64)}))
+    assert all(np.array_equal(x, before[path]) for path, x in flatten(read(source)).items())
+
+
+def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path: Path) -> None:
+    # Given a tied checkpoint that still carries a head equal to the embedding
+    hf_fixture.write_random_checkpoint(tmp_path, tied=True, **TINY)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[mapping.EMBEDDING].copy()}))
+    assert "head" not in read(tmp_path)["decoder"]
+
+    # When one bit of it differs, then the checkpoint is refused
+    rewrite(tmp_path, lambda t: t["lm_head.weight"].view(np.uint32).__ixor__(1))
+    with pytest.raises(CheckpointError, match=f"lm_head.weight differs from {mapping.EMBEDDING}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_truncated_file_is_named(source: Path, size: int) -> None:
+    # Given a file cut short, when it is read, then the error names it
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a readable safetensors file"):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(x="../model-00001-of-00002.safetensors"), "is not a file of this directory"),
+        (lambda m: m.update(x="/etc/passwd"), "'/etc/passwd' is not a file of this directory"),
+        (lambda m: m.update(x=".."), r"'\.\.' is not a file of this directory"),
+        (lambda m: m.update(x=r"..\x"), "is not a file of this directory"),
+        (lambda m: m.update(x=3), "weight_map is no map from tensors to files"),
+        (lambda m: m.update(x="absent.safetensors"), r"absent\.safetensors: no such file"),
+        (lambda m: m.update(x="model-00001-of-00002.safetensors"), "in the index but in no file: x"),
+        (lambda m: m.pop(Q0), f"in a file but not in the index: {Q0}"),
+        (lambda m: m.update(x="model.safetensors"), "is in more than one file"),
+    ],
+)
+def test_a_wrong_index_is_named(tmp_path: Path, change, message: str) -> None:
+    # Given shards with an index that is wrong in one place, when they are read, then the error names it
+    config = hf_fixture.write_random_checkpoint(tmp_path, shards=2, **TINY)
+    hf_fixture.write_tensors(tmp_path, hf_fixture.random_tensors(config, 0))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    change(index["weight_map"])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path)
+
+
+def test_adapters_are_refused_rather_than_ignored(source: Path) -> None:
+    # Given a LoRA adapter beside the weights, when they are read, then the error says so
+    (source / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="LoRA adapters are not supported yet"):
+        read(source)
+
+
+def test_casting_casts_the_declared_dtype_too(source: Path, tmp_path: Path) -> None:
+    # Given a float32 checkpoint, when it is converted to bfloat16 and exported to float32
+    report = convert(source, tmp_path / "own", dtype="bfloat16")
+    convert(tmp_path / "own", tmp_path / "back", dtype="float32")
+
+    # Then values are rounded once, and config.json declares what is stored
+    assert report.dtype == "bfloat16"
+    before, after = all_tensors(source), all_tensors(tmp_path / "back")
+    np.testing.assert_array_equal(after[Q0], before[Q0].astype(ml_dtypes.bfloat16).astype(np.float32))
+    declared = {name: json.loads((tmp_path / name / "config.json").read_text())["dtype"] for name in ("own", "back")}
+    assert declared == {"own": "bfloat16", "back": "float32"}
+
+
+def test_large_checkpoints_are_sharded(source: Path, tmp_path: Path) -> None:
+    # Given a limit on the size of a file, when a checkpoint is exported
+    opened, limit = open_checkpoint(source), 40_000
+    writer.export(opened, opened.read(), tmp_path, max_shard_bytes=limit)
+
+    # Then no file of several tensors exceeds it, tensors are aligned, and reading gives the same
+    files = sorted(tmp_path.glob("model-*-of-*.safetensors"))
+    assert len(files) > 2
+    for file in files:
+        length = struct.unpack("<Q", file.read_bytes()[:8])[0]
+        assert length % 8 == 0
+        assert file.stat().st_size - length - 8 <= limit or len(load_file(file)) == 1
+    before = all_tensors(source)
+    assert all(np.array_equal(x, before[name]) or not x.ndim for name, x in all_tensors(tmp_path).items())
+    assert flatten(read(tmp_path)).keys() == flatten(opened.read()).keys()
+
+
+def test_the_report_and_progress_count_tensors(source: Path, tmp_path: Path) -> None:
+    # Given a checkpoint, when it is converted both ways
+    seen: list[tuple[int, int]] = []
+    there = convert(source, tmp_path / "own", progress=lambda *x: seen.append(x))
+    back = convert(tmp_path / "own", tmp_path / "back")
+
+    # Then the report counts tensors and parameters, and progress ends with all tensors
+    tensors = {name: x for name, x in all_tensors(source).items() if x.ndim}
+    assert (there.kind, back.kind) == ("orbax", "hf")
+    assert there.tensors == back.tensors == len(tensors) == seen[-1][0] == seen[-1][1]
+    assert sum(there.parameters.values()) == sum(x.size for x in tensors.values())
+    assert back.bytes == sum(file.stat().st_size for file in (tmp_path / "back").iterdir())
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_an_interrupted_conversion_leaves_nothing(source: Path, tmp_path: Path, direction: str, monkeypatch) -> None:
+    # Given a conversion that is interrupted while it writes
+    if direction == "export":
+        convert(source, tmp_path / "own")
+    before = sorted(tmp_path.rglob("*"))
+
+    def interrupt(*_):
+        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+        raise KeyboardInterrupt
+
+    # When it is
+    with pytest.raises(KeyboardInterrupt):
+        if direction == "export":
+            convert(tmp_path / "own", tmp_path / "out", progress=interrupt)
+        else:
+            monkeypatch.setattr("granite_jax._orbax.ocp.save", interrupt)
+            convert(source, tmp_path / "out")
+
+    # Then nothing is left of it
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_destination_in_use_is_refused(source: Path, tmp_path: Path) -> None:
+    # Given a directory that holds something, when it is the destination, then it is left alone
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and is not an empty directory"):
+        convert(source, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(CheckpointError, match='neither "released" nor "new"'):
+        convert(source, tmp_path / "other", names="old")  # type: ignore[arg-type]
