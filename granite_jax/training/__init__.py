@@ -1,0 +1,1 @@
+"""Training of a small Granite Speech: the text grammar, the synthetic speech and the training loop."""

@@ -1,0 +1,79 @@
+"""Shuffled, length-bucketed training batches of a synthesised corpus."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from granite_jax.features import HOP
+from granite_jax.training.synthesis import Corpus
+
+BUCKET_FRAMES = (130, 170, 220, 300, 500, 800, 1410)  # 20 ms encoder frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Utterances of similar length, trained on together.
+
+    Fields:
+      frames: encoder frames that every batch is padded to.
+      indices: utterances of the corpus.
+      batch_size: rows of a batch; all buckets hold about the same number of frames a batch.
+    """
+
+    frames: int
+    indices: np.ndarray
+    batch_size: int
+
+    @property
+    def samples(self) -> int:
+        """Samples at 16 kHz that every row is padded to."""
+        return self.frames * 2 * HOP
+
+
+def make_buckets(samples: np.ndarray, frames_per_batch: int) -> list[Bucket]:
+    """Buckets of utterances with the given lengths in samples; those longer than the last bucket are left out."""
+    bounds = np.array(BUCKET_FRAMES) * 2 * HOP
+    place = np.searchsorted(bounds, samples)
+    return [
+        Bucket(frames, np.flatnonzero(place == i), max(1, frames_per_batch // frames))
+        for i, frames in enumerate(BUCKET_FRAMES)
+        if np.any(place == i)
+    ]
+
+
+def epoch(buckets: Sequence[Bucket], rng: np.random.Generator) -> Iterator[tuple[Bucket, np.ndarray]]:
+    """Every full batch once, in random order: the bucket and its utterances' indices, `[batch_size]`."""
+    groups: list[tuple[Bucket, np.ndarray]] = []
+    for bucket in buckets:
+        count = len(bucket.indices) // bucket.batch_size
+        shuffled = rng.permutation(bucket.indices)[: count * bucket.batch_size]
+        groups += [(bucket, rows) for rows in shuffled.reshape(count, bucket.batch_size)]
+    for i in rng.permutation(len(groups)):
+        yield groups[i]
+
+
+def forever(buckets: Sequence[Bucket], seed: int) -> Iterator[tuple[Bucket, np.ndarray]]:
+    """Epoch after epoch, each shuffled anew."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from epoch(buckets, rng)
+
+
+def waveforms(corpus: Corpus, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Padded float32 waveforms `[b, width]` in [-1, 1] and their lengths int32 `[b]` in samples."""
+    padded = np.zeros((len(rows), width), np.float32)
+    lengths = np.zeros(len(rows), np.int32)
+    for i, row in enumerate(rows):
+        samples = corpus[int(row)].samples
+        padded[i, : len(samples)] = samples / 32768.0
+        lengths[i] = len(samples)
+    return padded, lengths
+
+
+def pad_ids(sequences: Sequence[Sequence[int]], width: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Token or label ids padded to int32 `[b, width]`, and their lengths int32 `[b]`."""
+    padded = np.full((len(sequences), width), fill, np.int32)
+    for i, ids in enumerate(sequences):
+        padded[i, : len(ids)] = ids
+    return padded, np.array([len(ids) for ids in sequences], np.int32)

@@ -1,0 +1,142 @@
+"""Losses and optimizer steps of the two training stages (arXiv 2505.08699, section 2; arXiv 2603.11243).
+
+1. The encoder by CTC: 0.2 times the loss of the middle head plus 0.8 times that of the final one.
+2. Projector and decoder by next-token cross-entropy on the frozen encoder.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from granite_jax import model
+from granite_jax.array_types import Features, Lengths, Samples, Tokens
+from granite_jax.config import Config
+from granite_jax.encoder import BatchStatistics
+from granite_jax.features import log_mel, num_frames
+
+MIDDLE_WEIGHT = 0.2
+_STATISTICS_MOMENTUM = 0.99
+_MASKED_MELS, _MASKED_FRAMES, _MASKS = 16, 8, 2
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Trained parameters (float32) and the optimizer's state."""
+
+    params: Any
+    optimizer: Any
+
+
+def make_optimizer(peak: float, steps: int, warmup: int) -> optax.GradientTransformation:
+    """AdamW with clipped gradients; the learning rate warms up linearly to `peak` and falls to zero by a cosine."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=1e-2))
+
+
+def spec_augment(key: jax.Array, features: Features) -> Features:
+    """Masks two bands of mels and two spans of frames (at most 160 ms each) a row with zeros (Park et al. 2019)."""
+    batch, frames, width = features.shape
+    keys = jax.random.split(key, 4)
+
+    def spans(start_key, size_key, length, most):  # [b, length], True where masked
+        size = jax.random.randint(size_key, (batch, _MASKS, 1), 0, most + 1)
+        start = jax.random.randint(start_key, (batch, _MASKS, 1), 0, length)
+        index = jnp.arange(length)
+        return jnp.any((index >= start) & (index < start + size), axis=1)
+
+    mels = spans(keys[0], keys[1], width // 2, _MASKED_MELS)
+    masked = jnp.tile(mels, (1, 2))[:, None] | spans(keys[2], keys[3], frames, _MASKED_FRAMES)[..., None]
+    return jnp.where(masked, 0.0, features)
+
+
+def ctc_loss(
+    config: Config,
+    params: Any,
+    features: Features,
+    lengths: Lengths,
+    labels: Tokens,
+    label_lengths: Lengths,
+) -> tuple[Float[Array, ""], BatchStatistics]:
+    """Middle and final CTC loss in nats a label, and the batch's BatchNorm statistics."""
+    encoded = model.encode(config, params, features, lengths, capture_layers=True, train=True)
+    frame_padding = (jnp.arange(features.shape[1]) >= lengths[:, None]).astype(jnp.float32)
+    label_padding = (jnp.arange(labels.shape[1]) >= label_lengths[:, None]).astype(jnp.float32)
+
+    def loss(hidden):
+        logits = model.ctc_logits(config, params, hidden)
+        return optax.ctc_loss(logits, frame_padding, labels, label_padding).sum() / label_lengths.sum()
+
+    middle = encoded.layers[config.encoder.self_condition_layer]
+    total = MIDDLE_WEIGHT * loss(middle) + (1.0 - MIDDLE_WEIGHT) * loss(encoded.hidden)
+    return total, encoded.batch_statistics
+
+
+def ctc_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:
+    """The jitted step of stage 1: (state, key, samples, lengths, labels, label lengths) -> (state, loss).
+
+    `state.params` is `{"encoder": ...}`. BatchNorm's running statistics follow the batches' and receive no gradient.
+    """
+
+    @jax.jit
+    def step(state: TrainState, key, samples: Samples, lengths: Lengths, labels: Tokens, label_lengths: Lengths):
+        features = spec_augment(key, log_mel(samples, lengths))
+        inputs = (features, num_frames(lengths), labels, label_lengths)
+        loss_of = lambda params: ctc_loss(config, params, *inputs)  # noqa: E731
+        (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(_follow_statistics(state.params, params, statistics), moments), loss
+
+    return step
+
+
+def _follow_statistics(old: Any, new: Any, statistics: BatchStatistics) -> Any:
+    """`new` with the running statistics of `old` moved towards those of the batch."""
+    running = old["encoder"]["layers"]["convolution"]["batch_norm"]
+    follow = lambda past, now: _STATISTICS_MOMENTUM * past + (1 - _STATISTICS_MOMENTUM) * now  # noqa: E731
+    moved = {"mean": follow(running["mean"], statistics.mean), "var": follow(running["var"], statistics.var)}
+    norm = new["encoder"]["layers"]["convolution"]["batch_norm"]
+    norm.update(moved)
+    return new
+
+
+def lm_loss(
+    config: Config,
+    params: Any,
+    hidden: Float[Array, "b t d"],
+    frames: Lengths,
+    tokens: Tokens,
+    prompt_lengths: Lengths,
+    lengths: Lengths,
+) -> Float[Array, ""]:
+    """Cross-entropy in nats a token of what follows the prompt, end-of-text included.
+
+    Args:
+      hidden: activations of the frozen encoder with `frames` valid frames a row.
+      tokens: prompt and answer, `[b, p]`; the prompt holds `prompt_lengths` tokens, both `lengths`.
+    """
+    audio = model.project(config, params, hidden, frames)
+    width = tokens.shape[1] - 1
+    positions = jnp.broadcast_to(jnp.arange(width), (len(tokens), width))
+    logits, _ = model.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    target = (positions + 1 >= prompt_lengths[:, None]) & (positions + 1 < lengths[:, None])
+    return jnp.sum(losses * target) / jnp.sum(target)
+
+
+def lm_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:
+    """The jitted step of stage 2: (state, encoder activations, frames, tokens, ...) -> (state, loss)."""
+
+    @jax.jit
+    def step(state: TrainState, *inputs):
+        loss, gradients = jax.value_and_grad(lambda params: lm_loss(config, params, *inputs))(state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), moments), loss
+
+    return step
