@@ -1,0 +1,121 @@
+"""Losses, optimizer steps, batches and evaluation of the embedded checkpoint's recipe."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from granite_jax import model
+from granite_jax.config import Config
+from granite_jax.features import num_frames
+from granite_jax.training import batches, demo, steps
+from granite_jax.training.evaluate import evaluate
+
+TINY = demo.CONFIG | {
+    "encoder_config": demo.CONFIG["encoder_config"]
+    | {"num_layers": 2, "hidden_dim": 32, "num_heads": 2, "dim_head": 16, "conv_kernel_size": 5},
+    "projector_config": demo.CONFIG["projector_config"]
+    | {"hidden_size": 32, "encoder_hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64},
+    "text_config": demo.CONFIG["text_config"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config.from_dict(TINY)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return model.init(config, jax.random.key(0))
+
+
+def test_ctc_steps_learn_one_batch_and_keep_real_running_statistics(config, params):
+    # Given one batch of noise with labels, and a fresh encoder
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(2, 16_000)).astype(np.float32)
+    lengths, labels = np.array([16_000, 12_000]), rng.integers(97, 123, (2, 8))
+    label_lengths = np.array([8, 5])
+    optimizer = steps.make_optimizer(3e-3, 40, 2)
+    state = steps.TrainState({"encoder": params["encoder"]}, None)
+    state = steps.TrainState(state.params, optimizer.init(state.params))
+    before = params["encoder"]["layers"]["convolution"]["batch_norm"]
+    step = steps.ctc_step(config, optimizer)
+    # When trained on it
+    losses = []
+    for i in range(25):
+        state, loss = step(state, jax.random.key(i), samples, lengths, labels, label_lengths)
+        losses.append(float(loss))
+    # Then the loss falls, and the statistics have left their initial values without becoming negative
+    after = state.params["encoder"]["layers"]["convolution"]["batch_norm"]
+    assert losses[-1] < 0.8 * losses[0]
+    assert not np.allclose(after["mean"], before["mean"]) and not np.allclose(after["var"], before["var"])
+    assert np.all(np.asarray(after["var"]) > 0)
+
+
+def test_batch_statistics_ignore_padding(config, params):
+    # Given the same utterance alone, and padded with garbage
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(1, 30, 160)), jnp.float32)
+    padded = jnp.concatenate([features, jnp.full((1, 20, 160), 50.0)], axis=1)
+    # When encoded in training mode
+    alone = model.encode(config, params, features, jnp.array([30]), train=True)
+    other = model.encode(config, params, padded, jnp.array([30]), train=True)
+    # Then statistics and activations agree
+    np.testing.assert_allclose(alone.batch_statistics.mean, other.batch_statistics.mean, atol=1e-5)
+    np.testing.assert_allclose(alone.batch_statistics.var, other.batch_statistics.var, rtol=1e-4)
+    np.testing.assert_allclose(alone.hidden, other.hidden[:, :30], atol=1e-4)
+
+
+def test_lm_loss_is_the_mean_over_the_answer_alone(config, params):
+    # Given a prompt of three tokens and answers of two and one tokens
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(2, 15, 32)), jnp.float32)
+    audio = config.audio_token_id
+    tokens = jnp.array([[audio, audio, audio, 9, 7, 8], [audio, audio, audio, 9, 7, 0]])
+    lengths, prompt_lengths = jnp.array([6, 5]), jnp.array([4, 4])
+    # When the loss is computed
+    loss = steps.lm_loss(config, params, hidden, jnp.array([15, 15]), tokens, prompt_lengths, lengths)
+    # Then it is the mean negative log-likelihood of exactly those three tokens
+    embeddings = model.project(config, params, hidden, jnp.array([15, 15]))
+    positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
+    logits, _ = model.prefill(config, params, tokens[:, :-1], lengths - 1, embeddings, logit_positions=positions)
+    likelihood = jax.nn.log_softmax(logits)
+    wanted = [likelihood[0, 3, 7], likelihood[0, 4, 8], likelihood[1, 3, 7]]
+    np.testing.assert_allclose(loss, -np.mean(wanted), rtol=1e-5)
+
+
+def test_every_utterance_is_in_a_bucket_that_holds_it_and_seen_at_most_once_an_epoch():
+    # Given utterances of random lengths, one too long for any bucket
+    samples = np.append(np.random.default_rng(3).integers(20_000, 400_000, 500), 10_000_000)
+    buckets = batches.make_buckets(samples, 3_000)
+    # When an epoch is drawn
+    drawn = list(batches.epoch(buckets, np.random.default_rng(0)))
+    # Then batches are full, rows fit, and none repeats
+    rows = np.concatenate([rows for _, rows in drawn])
+    assert len(set(rows.tolist())) == len(rows) >= 450 and 500 not in rows
+    assert all(len(rows) == bucket.batch_size and samples[rows].max() <= bucket.samples for bucket, rows in drawn)
+    assert all(num_frames(bucket.samples) == bucket.frames for bucket, _ in drawn)
+
+
+def test_spec_augment_masks_some_of_every_row_and_no_more_than_its_spans():
+    # Given features of ones
+    features = jnp.ones((8, 200, 160))
+    # When augmented
+    masked = np.asarray(steps.spec_augment(jax.random.key(0), features)) == 0
+    # Then mels are masked in both stacked frames alike, and at most two spans each way
+    mels, frames = masked.all(axis=1), masked.all(axis=2)
+    assert np.array_equal(mels[:, :80], mels[:, 80:])
+    assert mels[:, :80].sum(1).max() <= 32 and frames.sum(1).max() <= 16
+    assert 0 < masked.mean() < 0.5
+
+
+def test_errors_on_names_are_counted_apart():
+    # Given one misspelt name, one wrong other word and one insertion
+    references = ["call dakfiki now", "turn on the lamp"]
+    hypotheses = ["call dagfigi now", "turn off the big lamp"]
+    # When evaluated
+    result = evaluate(references, hypotheses, [["dakfiki"], []])
+    # Then the name counts as a name, the rest as other words
+    assert result.names.rate == 100.0
+    assert result.other_words.rate == pytest.approx(100 * 2 / 6)
+    assert result.all_words.rate == pytest.approx(100 * 3 / 7)
+    assert result.all_words.low <= result.all_words.rate <= result.all_words.high
