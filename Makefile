@@ -1,0 +1,67 @@
+# Everything is installed into $(VENV) on first use, from Python >= 3.11 and pip's index; later runs find it there.
+VENV ?= .venv
+# Where `make demo-checkpoint` keeps its corpus and training state.
+WORK ?= work
+# Options for pytest, as in ARGS="-k ctc".
+ARGS ?=
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python,$(shell \
+	$(name) -c 'import sys, venv, ensurepip; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+LIBTPU := libtpu==0.0.52
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test lint types parity demo-checkpoint clean
+
+demo: $(VENV)/.package
+	$(PY) samples/demo.py
+
+test: $(VENV)/.test $(VENV)/.libtpu
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/.dev
+	$(PY) -m pyright --pythonpath $(PY)
+
+parity: $(VENV)/.parity
+	$(PY) -m pytest tests/parity $(ARGS)
+
+# Needs espeak-ng, and hours.
+demo-checkpoint: $(VENV)/.train
+	$(PY) -m granite_jax.training.demo all $(WORK)
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.package: pyproject.toml | $(VENV)/.created
+	$(PIP) --editable .
+	@touch $@
+
+# The package with an extra.
+$(VENV)/.test $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml | $(VENV)/.created
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+# The oracle's feature extractor is torchaudio's, whose builds are for other releases of torch: its Python part alone is used.
+$(VENV)/.parity: pyproject.toml | $(VENV)/.created
+	$(PIP) --editable '.[parity]'
+	$(PIP) --no-deps torchaudio==2.11.0
+	rm -f $(VENV)/lib/python3*/site-packages/torchaudio/lib/*.so
+	@touch $@
+
+# The TPU compiler, for tests/test_compiled.py. Beside the packages, not among them, where every `import jax` would look for a
+# TPU; --no-deps and --target leave the rest alone.
+$(VENV)/.libtpu: | $(VENV)/.created
+ifeq ($(shell uname -sm),Linux x86_64)
+	$(PIP) --no-deps --target $(VENV)/libtpu $(LIBTPU)
+endif
+	@touch $@
