@@ -40,8 +40,8 @@ VOCABULARY = 768
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
 TRAIN_UTTERANCES, HELDOUT_UTTERANCES = 40_000, 1_200
 FRAMES_PER_BATCH = {"encoder": 3_000, "decoder": 4_000}
-STEPS = {"encoder": 3_200, "decoder": 3_500}
-PEAK = {"encoder": 2e-3, "decoder": 2e-3}
+STEPS = {"encoder": 3_200, "decoder": 2_800}
+PEAK = {"encoder": 2e-3, "decoder": 1e-3}
 WARMUP = 300
 SAVE_EVERY = 500
 
@@ -127,7 +127,7 @@ def encoder(work: Work, steps: int = STEPS["encoder"]) -> None:
         state, loss = step(state, jax.random.key(SEED + index), samples, lengths, padded, label_lengths)
         log(index, loss)
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
-            ocp.save((work / "encoder").resolve(), state.params, overwrite=True)
+            ocp.save(str((work / "encoder").resolve()), state.params, overwrite=True)
 
 
 def encode_corpus(config: Config, params: Any, corpus: synthesis.Corpus, path: Path) -> np.ndarray:
@@ -160,11 +160,12 @@ def decoder(work: Work, steps: int = STEPS["decoder"]) -> None:
     """Stage 2: projector and decoder on the frozen encoder."""
     config, corpus = Config.from_dict(CONFIG), synthesis.Corpus.open(work / "train")
     tokenizer = Tokenizer.from_file(work / "tokenizer.json")
-    frozen = {"encoder": ocp.load((work / "encoder").resolve())["encoder"]}
+    frozen = {"encoder": ocp.load(str((work / "encoder").resolve()))["encoder"]}
     hidden, starts = encode_corpus(config, frozen, corpus, work / "hidden.f16"), frame_starts(corpus)
     buckets = batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["decoder"])
     optimizer = make_optimizer(PEAK["decoder"], steps, WARMUP)
     params = {name: part for name, part in model.init(config, jax.random.key(SEED)).items() if name != "encoder"}
+    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
     step, state = lm_step(config, optimizer), TrainState(params, optimizer.init(params))
     prompt = ChatTemplate(None).tokens(tokenizer, instruction("transcribe"))
     log = Log(work / "decoder.log", steps)
@@ -185,13 +186,14 @@ def decoder(work: Work, steps: int = STEPS["decoder"]) -> None:
         state, loss = step(state, activations, frames, tokens, prompt_lengths, lengths)
         log(index, loss)
         if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
-            ocp.save((work / "decoder").resolve(), state.params, overwrite=True)
+            ocp.save(str((work / "decoder").resolve()), state.params, overwrite=True)
 
 
 @app.command()
 def export(work: Work) -> None:
     """Write the checkpoint: bfloat16 parameters, config, tokenizer and chat template."""
-    params = ocp.load((work / "encoder").resolve()) | ocp.load((work / "decoder").resolve())
+    params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str((work / "decoder").resolve()))
+    params.pop("alignment")
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
     checkpoint.save(work / "demo", CONFIG, params, tokenizer_file=work / "tokenizer.json", chat_template=CHAT_TEMPLATE)
 

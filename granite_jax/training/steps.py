@@ -1,7 +1,9 @@
 """Losses and optimizer steps of the two training stages (arXiv 2505.08699, section 2; arXiv 2603.11243).
 
 1. The encoder by CTC: 0.2 times the loss of the middle head plus 0.8 times that of the final one.
-2. Projector and decoder by next-token cross-entropy on the frozen encoder.
+2. Projector and decoder by next-token cross-entropy on the frozen encoder, plus 0.3 times a CTC loss that reads the
+   answer's tokens off the audio embeddings by a linear head of its own. Without it a decoder this small takes very
+   long to discover that the audio says what to write.
 """
 
 import dataclasses
@@ -14,12 +16,13 @@ import optax
 from jaxtyping import Array, Float
 
 from granite_jax import model
-from granite_jax.array_types import Features, Lengths, Samples, Tokens
+from granite_jax.array_types import Features, Lengths, Logits, Samples, Tokens
 from granite_jax.config import Config
 from granite_jax.encoder import BatchStatistics
 from granite_jax.features import log_mel, num_frames
 
 MIDDLE_WEIGHT = 0.2
+ALIGNMENT_WEIGHT = 0.3
 _STATISTICS_MOMENTUM = 0.99
 _MASKED_MELS, _MASKED_FRAMES, _MASKS = 16, 8, 2
 
@@ -72,6 +75,7 @@ def ctc_loss(
         logits = model.ctc_logits(config, params, hidden)
         return optax.ctc_loss(logits, frame_padding, labels, label_padding).sum() / label_lengths.sum()
 
+    assert encoded.layers is not None
     middle = encoded.layers[config.encoder.self_condition_layer]
     total = MIDDLE_WEIGHT * loss(middle) + (1.0 - MIDDLE_WEIGHT) * loss(encoded.hidden)
     return total, encoded.batch_statistics
@@ -115,9 +119,10 @@ def lm_loss(
     prompt_lengths: Lengths,
     lengths: Lengths,
 ) -> Float[Array, ""]:
-    """Cross-entropy in nats a token of what follows the prompt, end-of-text included.
+    """Cross-entropy in nats a token of what follows the prompt, end-of-text included, plus the weighted alignment loss.
 
     Args:
+      params: of projector and decoder, and optionally `alignment`: the kernel `[d, v]` of the alignment head.
       hidden: activations of the frozen encoder with `frames` valid frames a row.
       tokens: prompt and answer, `[b, p]`; the prompt holds `prompt_lengths` tokens, both `lengths`.
     """
@@ -127,7 +132,23 @@ def lm_loss(
     logits, _ = model.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     target = (positions + 1 >= prompt_lengths[:, None]) & (positions + 1 < lengths[:, None])
-    return jnp.sum(losses * target) / jnp.sum(target)
+    loss = jnp.sum(losses * target) / jnp.sum(target)
+    if "alignment" in params:
+        answer = jnp.take_along_axis(tokens, jnp.minimum(positions + prompt_lengths[:, None], width), axis=1)
+        loss += ALIGNMENT_WEIGHT * _alignment_loss(
+            audio @ params["alignment"], config.num_audio_tokens(frames), answer, lengths - 1 - prompt_lengths
+        )
+    return loss
+
+
+def _alignment_loss(logits: Logits, audio_lengths: Lengths, answer: Tokens, answer_lengths: Lengths) -> jax.Array:
+    """CTC loss in nats a token of the answer read off the audio embeddings; token 0 (padding) is the blank."""
+    audio_padding = (jnp.arange(logits.shape[1]) >= audio_lengths[:, None]).astype(jnp.float32)
+    answer_padding = (jnp.arange(answer.shape[1]) >= answer_lengths[:, None]).astype(jnp.float32)
+    losses = optax.ctc_loss(logits, audio_padding, answer, answer_padding)
+    # An answer of more tokens than audio embeddings has no alignment; optax gives it a huge loss.
+    aligned = losses < 1e4
+    return jnp.sum(losses * aligned) / jnp.sum(answer_lengths)
 
 
 def lm_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:

@@ -1,0 +1,73 @@
+"""The embedded checkpoint on real audio: the committed held-out clips and the samples."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import granite_jax as gj
+from granite_jax.training.evaluate import evaluate
+
+ROOT = Path(__file__).parents[1]
+HELDOUT = ROOT / "tests" / "data" / "heldout"
+
+
+def _manifest(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def asr() -> gj.Transcriber:
+    return gj.Transcriber.from_pretrained("demo", dtype="float32", compilation_cache=False)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[dict]:
+    return _manifest(HELDOUT / "heldout.jsonl")
+
+
+@pytest.fixture(scope="module")
+def transcripts(asr, clips) -> list[gj.Transcript]:
+    return asr.transcribe([HELDOUT / clip["audio"] for clip in clips])
+
+
+# Words in a hundred that may be wrong. The decoder's training was cut short: see checkpoints/demo/README.md.
+@pytest.mark.parametrize(("kind", "limit"), [("ctc_text", 5.0), ("text", 35.0)])
+def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind, limit):
+    # Given 300 clips of new sentences with unseen names, some noisy
+    references, names = [clip["text"] for clip in clips], [clip["names"] for clip in clips]
+    # When transcribed, by the encoder alone or by the language model
+    hypotheses = [getattr(transcript, kind) for transcript in transcripts]
+    # Then
+    assert len(clips) >= 300
+    assert evaluate(references, hypotheses, names).all_words.rate <= limit
+
+
+def test_every_clip_ends_by_itself(transcripts):
+    # Then no transcript ran into its limit of new tokens
+    assert [t.audio for t in transcripts if t.stats["finish"] != "end"] == []
+
+
+def test_samples_are_heard(asr):
+    # Given the samples of `make demo`, a 24 s one and a stereo one at 44.1 kHz among them
+    samples = _manifest(ROOT / "samples" / "samples.jsonl")
+    # When transcribed
+    heard = [t.ctc_text for t in asr.transcribe([ROOT / "samples" / sample["audio"] for sample in samples])]
+    # Then hardly a word is wrong
+    said = [sample["text"] for sample in samples]
+    assert max(len(text) for text in said) > 200
+    assert evaluate(said, heard, [[] for _ in said]).all_words.rate <= 6.0
+
+
+@pytest.mark.parametrize("options", [{"task": "punctuate"}, {"task": "translate", "to": "fr"}])
+def test_what_it_was_not_trained_for_is_a_clear_error(asr, options):
+    with pytest.raises(gj.PromptError, match="not trained for"):
+        asr.transcribe(ROOT / "samples" / "request.wav", **options)
+
+
+def test_it_is_small():
+    # Given all files of the checkpoint
+    files = [path for path in (ROOT / "checkpoints" / "demo").rglob("*") if path.is_file()]
+    # Then parameters are fewer than 8 million and the files less than 20 MB
+    tensors = json.loads((ROOT / "checkpoints" / "demo" / "tensors.json").read_text())
+    assert tensors and sum(path.stat().st_size for path in files) < 20e6
