@@ -2,8 +2,8 @@
 
     TPU_LIBRARY_PATH=.../libtpu.so python benchmarks/compiled.py [--topology v5e:2x4] [--batch 64]
 
-Compiles encode, prefill and decode of granite-4.0-1b-speech in bfloat16 ahead of time, data-parallel over the topology with
-replicated weights, and prints one JSON object a program. `batch` counts rows a chip; memory is bytes a chip.
+Compiles encode, prefill and decode of granite-4.0-1b-speech in bfloat16 ahead of time, data-parallel over the topology
+with replicated weights, and prints one JSON object a program. `batch` counts rows a chip; memory is bytes a chip.
 This shows that the programs compile and fit, and which layouts and collectives the compiler chose; it runs nothing.
 """
 
@@ -96,7 +96,9 @@ def report(name: str, compiled, cache_bytes: int) -> dict:
         "cache_bytes": cache_bytes,
         # Of keys or of values alone: half of the cache.
         "cache_sized_copies": sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
-        "collectives": len(re.findall(r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text)),
+        "collectives": len(
+            re.findall(r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", text)
+        ),
     }
 
 

@@ -1,5 +1,7 @@
 """Granite Speech in JAX: encoder, projector and decoder as pure functions, and the pipeline around them.
 
+In short:
+
     import granite_jax as gj
 
     asr = gj.Transcriber.from_pretrained("demo")

@@ -19,6 +19,10 @@ MAX_AMPLITUDE = 100.0
 """Float audio is nominally in [-1, 1]; far beyond that it is integer PCM that was cast without being scaled."""
 
 
+class TooLongError(AudioError):
+    """The audio is longer than the caller's limit."""
+
+
 def check_rate(rate: Any) -> float:
     """The rate in Hz as a float; AudioError unless it is a number within `RATE_LIMITS`."""
     low, high = RATE_LIMITS
@@ -74,7 +78,7 @@ def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> np.ndar
 
 def raise_too_long(limit: float) -> NoReturn:
     """Ends reading at `limit` seconds."""
-    raise AudioError(f"is longer than {limit:g} seconds")
+    raise TooLongError(f"is longer than {limit:g} seconds")
 
 
 def one_line(value: object) -> str:

@@ -7,8 +7,9 @@ Axis names, the same everywhere:
     f  log-mel features (160)        a  audio embeddings (audio tokens)
     t  encoder frames (20 ms)        p  positions of a prompt or of one decode step
     c  CTC labels                    s  positions of the KV cache
-    d  model dimension of a part     v  vocabulary
+    d  encoder dimension             e  language model dimension
     k  key/value heads               h  dimension of one head
+    v  vocabulary                    m  positions whose logits are wanted
 
 The tests check these annotations at run time; the library itself does not.
 """
@@ -24,9 +25,9 @@ Samples = Float[Array, "b n"]
 Features = Float[Array, "b t f"]
 Activations = Float[Array, "b t d"]
 CTCLogits = Float[Array, "b t c"]
-AudioEmbeddings = Float[Array, "b a d"]
+AudioEmbeddings = Float[Array, "b a e"]
 Tokens = Int[Array, "b p"]
-Hidden = Float[Array, "b p d"]
+Hidden = Float[Array, "b p e"]
 Logits = Float[Array, "b p v"]
 Lengths = Int[Array, "b"]
 Mask = Bool[Array, "b t"]

@@ -76,7 +76,7 @@ def load_audio(
             samples = _from_array(*_split_pair(source, sampling_rate), limit)
         _check_samples(samples)
     except AudioError as error:
-        raise AudioError(f"{_printable(name)}: {error}") from error.__cause__
+        raise type(error)(f"{printable(name)}: {error}") from error.__cause__
     return Audio(name, samples)
 
 
@@ -85,8 +85,8 @@ def _default_name(source: Any) -> str:
     return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "audio"
 
 
-def _printable(name: str) -> str:
-    """Keeps the message one line whatever a file is called."""
+def printable(name: str) -> str:
+    """The name as messages have it: on one line, whatever a file is called."""
     return name if name and name.isprintable() else ascii(name)
 
 

@@ -100,7 +100,9 @@ class Config:
         window_size = _get(raw, "", "window_size", int, 15)
         downsample_rate = _get(raw, "", "downsample_rate", int, 5)
         if window_size < 1 or downsample_rate < 1 or window_size % downsample_rate:
-            raise CheckpointError(f"config: window_size {window_size} is no multiple of downsample_rate {downsample_rate}")
+            raise CheckpointError(
+                f"config: window_size {window_size} is no multiple of downsample_rate {downsample_rate}"
+            )
         config = cls(
             encoder=_encoder(_section(raw, "encoder_config")),
             projector=_projector(_section(raw, "projector_config"), window_size, window_size // downsample_rate),
@@ -119,9 +121,18 @@ class Config:
         encoder, projector, decoder = self.encoder, self.projector, self.decoder
         problems = [
             (not 0 < encoder.context_size <= encoder.max_pos_emb, "encoder_config.context_size exceeds max_pos_emb"),
-            (encoder.hidden_dim != projector.encoder_hidden_size, "projector_config.encoder_hidden_size differs from encoder_config.hidden_dim"),
-            (projector.hidden_size % projector.num_attention_heads != 0, "projector_config.hidden_size is no multiple of num_attention_heads"),
-            (decoder.num_attention_heads % decoder.num_key_value_heads != 0, "text_config.num_attention_heads is no multiple of num_key_value_heads"),
+            (
+                encoder.hidden_dim != projector.encoder_hidden_size,
+                "projector_config.encoder_hidden_size differs from encoder_config.hidden_dim",
+            ),
+            (
+                projector.hidden_size % projector.num_attention_heads != 0,
+                "projector_config.hidden_size is no multiple of num_attention_heads",
+            ),
+            (
+                decoder.num_attention_heads % decoder.num_key_value_heads != 0,
+                "text_config.num_attention_heads is no multiple of num_key_value_heads",
+            ),
             (decoder.head_dim % 2 != 0, "text_config.head_dim is odd"),
             (not 0 <= self.audio_token_id < decoder.vocab_size, "audio_token_index is outside the vocabulary"),
             (not 0 <= decoder.eos_token_id < decoder.vocab_size, "text_config.eos_token_id is outside the vocabulary"),
@@ -188,7 +199,9 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
     # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(f"config: text_config rope scaling {rope!r} is not supported, only the default rotary embedding")
+        raise CheckpointError(
+            f"config: text_config rope scaling {rope!r} is not supported, only the default rotary embedding"
+        )
 
     def get(key: str, default: int) -> int:
         return _positive(raw, where, key, default)
@@ -196,6 +209,7 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
     hidden_size, num_heads = get("hidden_size", 4096), get("num_attention_heads", 32)
     tied = raw.get("tie_word_embeddings", top.get("tie_word_embeddings", False))
     eos = raw.get("eos_token_id", 2)
+    first_eos = {"eos_token_id": eos[0]} if isinstance(eos, list) and eos else raw
     return DecoderConfig(
         vocab_size=get("vocab_size", 32000),
         hidden_size=hidden_size,
@@ -214,7 +228,7 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
         logits_scaling=_get(raw, where, "logits_scaling", float, 1.0),
         tie_word_embeddings=bool(tied),
         bos_token_id=_token(raw, "bos_token_id", 1),
-        eos_token_id=eos[0] if isinstance(eos, list) and eos and isinstance(eos[0], int) else _get(raw, where, "eos_token_id", int, 2),
+        eos_token_id=_get(first_eos, where, "eos_token_id", int, 2),
         pad_token_id=_token(raw, "pad_token_id", None),
     )
 
@@ -260,4 +274,6 @@ def _token(raw: Mapping[str, Any], key: str, default: int | None) -> int | None:
 def _require(raw: Mapping[str, Any], where: str, key: str, supported: tuple, default: Any = None) -> None:
     value = raw.get(key, default)
     if value not in supported:
-        raise CheckpointError(f"config: {where}{key} {value!r} is not supported, only {' or '.join(map(repr, supported))}")
+        raise CheckpointError(
+            f"config: {where}{key} {value!r} is not supported, only {' or '.join(map(repr, supported))}"
+        )

@@ -1,7 +1,7 @@
 """Granite language model and its KV cache.
 
-Reference: `GraniteForCausalLM` of transformers. One module computes prefill and decode steps alike: positions are per row,
-several tokens a step are allowed, and the cache is only read inside the layers.
+Reference: `GraniteForCausalLM` of transformers. One module computes prefill and decode steps alike: positions are per
+row, several tokens a step are allowed, and the cache is only read inside the layers.
 
 The cache at a step of two tokens (row 0 holds 4 positions, row 1 holds 2; `.` unwritten or rolled back):
 
@@ -109,7 +109,9 @@ class Attention(nnx.Module):
         k, v = _rotate(split(self.k(h)), cos, sin), split(self.v(h))
         # Long prompts: a chunk of queries at a time, so that scores never take [p, p].
         chunks = [
-            self._attend(q[:, :, :, i : i + _QUERY_CHUNK], i, k[:, :, : i + _QUERY_CHUNK], v[:, :, : i + _QUERY_CHUNK], cached)
+            self._attend(
+                q[:, :, :, i : i + _QUERY_CHUNK], i, k[:, :, : i + _QUERY_CHUNK], v[:, :, : i + _QUERY_CHUNK], cached
+            )
             for i in range(0, steps, _QUERY_CHUNK)
         ]
         mixed = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)  # [b, k, g, p, h]
@@ -185,7 +187,7 @@ class Decoder(nnx.Module):
           cache: what precedes the step, or None if nothing does.
 
         Returns:
-          Normed activations `[b, p, d]`, and the step's keys and values `[l, b, k, p, h]` for `KVCache.append`.
+          Normed activations `[b, p, e]`, and the step's keys and values `[l, b, k, p, h]` for `KVCache.append`.
         """
         config = self.config
         h = embeddings * config.embedding_multiplier

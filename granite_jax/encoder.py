@@ -118,7 +118,8 @@ class ConvolutionModule(nnx.Module):
         kernel = self.depthwise[...].astype(jnp.float32)
         size, frames = len(kernel), x.shape[1]
         padded = jnp.pad(x, ((0, 0), (size // 2, size // 2 - (size + 1) % 2), (0, 0))).astype(jnp.float32)
-        return sum(padded[:, i : i + frames] * kernel[i] for i in range(size)).astype(x.dtype)
+        shifted = (padded[:, i : i + frames] * kernel[i] for i in range(size))
+        return jnp.asarray(sum(shifted), x.dtype)
 
 
 class ConformerBlock(nnx.Module):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Float, Int
 
 from granite_jax.array_types import (
     Activations,
@@ -111,7 +111,7 @@ def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DT
 def project(
     config: Config, params: Params, hidden: Activations, lengths: Lengths, *, dtype: DTypeLike | None = None
 ) -> AudioEmbeddings:
-    """Audio embeddings `[b, a, d]` of encoder activations with `lengths` valid frames.
+    """Audio embeddings `[b, a, e]` of encoder activations with `lengths` valid frames.
 
     Row `i` holds `config.num_audio_tokens(lengths[i])` of them.
     """
@@ -128,20 +128,20 @@ def prefill(
     audio: AudioEmbeddings | None = None,
     *,
     capacity: int | None = None,
-    logit_positions: Tokens | None = None,
+    logit_positions: Int[Array, "b m"] | None = None,
     dtype: DTypeLike | None = None,
-) -> tuple[Logits, KVCache]:
+) -> tuple[Float[Array, "b m v"], KVCache]:
     """Runs the language model over prompts.
 
     Args:
       tokens: int32 prompts `[b, p]`, padded on the right; the i-th audio token of a row takes its i-th audio embedding.
       lengths: tokens of each prompt.
-      audio: audio embeddings `[b, a, d]`, or None for text alone.
+      audio: audio embeddings `[b, a, e]`, or None for text alone.
       capacity: positions of the cache, at least `p`; default `p`.
-      logit_positions: positions `[b, n]` whose logits are wanted; default each row's last. Only these are computed.
+      logit_positions: positions `[b, m]` whose logits are wanted; default each row's last. Only these are computed.
 
     Returns:
-      float32 logits `[b, n, v]` and the cache, `lengths` positions a row.
+      float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
     """
     decoder: Decoder = _part(config, params, "decoder")
     is_audio = tokens == config.audio_token_id

@@ -47,7 +47,7 @@ class Bucket:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Fields: audio embeddings `[b, a, d]`; best CTC label of every frame, int32 `[b, t]`, blank past the row's end."""
+    """Fields: audio embeddings `[b, a, e]`; best CTC label of every frame, int32 `[b, t]`, blank past the row's end."""
 
     audio: AudioEmbeddings
     labels: Int[Array, "b t"]
@@ -92,9 +92,7 @@ class Programs:
         if decoder.pad_token_id is not None and decoder.pad_token_id != decoder.eos_token_id:
             never.append(decoder.pad_token_id)
         step = functools.partial(model.decode_step, self.config, params, dtype=self.dtype)
-        return greedy_decode(
-            step, logits, cache, limits, room=room, end_of_text=decoder.eos_token_id, never=never
-        )
+        return greedy_decode(step, logits, cache, limits, room=room, end_of_text=decoder.eos_token_id, never=never)
 
 
 def new_token_budget(seconds: float) -> int:
@@ -115,13 +113,13 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
     """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit."""
     limit = max_seconds(config)
-    short = [seconds for seconds in (5, 10, 20, 40) if seconds < limit]
+    short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
     full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
     # The last one takes whatever fits the positions at all: long prompts with short audio too.
     longest = dataclasses.replace(longest, prompt=longest.capacity)
-    middle = [(40 * limit) ** 0.5] if limit > 80 else []
-    singles = [make_bucket(config, 1, seconds) for seconds in (10, 40, *middle) if seconds < limit]
+    middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
+    singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
     return (*full, *singles, longest)
 
 

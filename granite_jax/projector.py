@@ -25,7 +25,7 @@ class MultiHeadAttention(nnx.Module):
         self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """x `[..., queries, d]`, context `[..., keys, e]` -> `[..., queries, d]`."""
+        """x `[..., queries, width]`, context `[..., keys, context_dim]` -> `[..., queries, width]`."""
 
         def split(y):
             return y.reshape(*y.shape[:-1], self.num_heads, -1)

@@ -1,9 +1,10 @@
 """The host pipeline: audio in any form -> buckets -> batches -> device -> text, in input order."""
 
 import collections
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from granite_jax import ctc
-from granite_jax.audio import Audio, load_audio
+from granite_jax._pcm import TooLongError
+from granite_jax.audio import Audio, load_audio, printable
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
 from granite_jax.decoding import DecodeState
-from granite_jax.errors import AudioError, ContextError, GraniteError
+from granite_jax.errors import ContextError, GraniteError
 from granite_jax.features import SAMPLING_RATE, num_frames
 from granite_jax.programs import (
     Bucket,
@@ -43,8 +45,8 @@ class Transcript:
       tokens: generated ids, without end-of-text and padding.
       duration: seconds of audio.
       ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
-      stats: `route` ("greedy"), `llm_passes` (the prefill included), `draft_tokens`, `accepted_tokens` and `finish`: "end"
-        if the model ended the text, "length" if it ran into `max_new_tokens`.
+      stats: `route` ("greedy"), `llm_passes` (the prefill included), `draft_tokens`, `accepted_tokens` and `finish`:
+        "end" if the model ended the text, "length" if it ran into `max_new_tokens`.
       error: why there is no result, or None.
     """
 
@@ -68,7 +70,9 @@ class _Request:
 
 
 class Transcriber:
-    """Speech to text with one checkpoint.
+    """Speech to text with one checkpoint, whose weights it holds and whose programs it compiles when first needed.
+
+    In short:
 
         asr = Transcriber.from_pretrained("demo")
         asr.transcribe(["a.wav", waveform_16k])[0].text
@@ -105,11 +109,18 @@ class Transcriber:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, dtype: Any = None, compilation_cache: bool = True, **options: Any
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        dtype: Any = None,
+        compilation_cache: bool = True,
+        **options: Any,
     ) -> "Transcriber":
-        """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, or a Hugging Face directory.
+        """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, a Hugging Face directory or a hub id.
 
         Args:
+          revision: branch, tag or commit of a hub id.
           dtype: "bfloat16" or "float32"; default bfloat16 on accelerators that have it, else float32.
           compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
           options: as of the constructor.
@@ -119,7 +130,7 @@ class Transcriber:
         """
         if compilation_cache:
             enable_compilation_cache()
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, revision)
         return cls(
             checkpoint.config,
             checkpoint.load_params(parse_dtype(dtype)),
@@ -207,18 +218,24 @@ class Transcriber:
     def _request(
         self, index: int, source: Any, rate: int | None, name: str, prompt: PromptTokens, max_new_tokens: int | None
     ) -> _Request:
-        limit = max_seconds(self.config)
+        positions = self.config.decoder.max_position_embeddings
         if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
             rate = None  # a file knows its own
-        audio = load_audio(source, sampling_rate=rate, name=name, max_seconds=limit)
+        try:
+            audio = load_audio(source, sampling_rate=rate, name=name, max_seconds=max_seconds(self.config))
+        except TooLongError as error:
+            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
         length = self._prompt_length(prompt, audio)
         budget = new_token_budget(audio.duration) if max_new_tokens is None else max_new_tokens
         request = _Request(index, audio, budget, length)
         if all(self._bucket(request, batch) is None for batch in {1, self.batch_size}):
-            positions = self.config.decoder.max_position_embeddings
+            if length + budget > positions:
+                beyond = f"the model's context of {positions} positions"
+            else:
+                beyond = f"every bucket of this Transcriber (the model has {positions} positions)"
             raise ContextError(
-                f"{name}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
-                f"which with {budget} new tokens exceeds the model's {positions}"
+                f"{printable(name)}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
+                f"which with {budget} new tokens exceeds {beyond}"
             )
         return request
 
@@ -270,14 +287,12 @@ class Transcriber:
         state = dataclasses.replace(state, cache=None)  # frees the cache as soon as the device is done with it
 
         def collect() -> list[tuple[int, Transcript]]:
-            labels, host = jax.device_get((encoded.labels, state))
+            labels, host = jax.device_get((encoded.labels, vars(state)))
             return [(r.index, self._transcript(r, labels[row], host, row)) for row, r in enumerate(batch)]
 
         return collect
 
-    def _dispatch(
-        self, bucket: Bucket, batch: list[_Request], prompt: PromptTokens
-    ) -> tuple[Encoded, DecodeState]:
+    def _dispatch(self, bucket: Bucket, batch: list[_Request], prompt: PromptTokens) -> tuple[Encoded, DecodeState]:
         """Runs the three programs on a padded batch, without waiting for them."""
         # Rows that only fill up the batch repeat its first one and generate nothing.
         rows = [*batch, *[dataclasses.replace(batch[0], limit=0)] * (bucket.batch - len(batch))]
@@ -295,14 +310,17 @@ class Transcriber:
         )
         return encoded, self._programs.decode(self._params, logits, cache, jnp.asarray(limits), room=bucket.room)
 
-    def _transcript(self, request: _Request, labels: np.ndarray, state: DecodeState, row: int) -> Transcript:
-        tokens = tuple(np.asarray(state.tokens)[row, : int(state.counts[row])].tolist())
+    def _transcript(
+        self, request: _Request, labels: np.ndarray, state: Mapping[str, np.ndarray], row: int
+    ) -> Transcript:
+        """The result of one row, from the fields of a `DecodeState` on the host."""
+        tokens = tuple(state["tokens"][row, : state["counts"][row]].tolist())
         stats = {
             "route": "greedy",
-            "llm_passes": int(state.passes[row]),
+            "llm_passes": int(state["passes"][row]),
             "draft_tokens": 0,
             "accepted_tokens": 0,
-            "finish": "end" if state.ended[row] else "length",
+            "finish": "end" if state["ended"][row] else "length",
         }
         return Transcript(
             audio=request.audio.name,
@@ -328,9 +346,10 @@ class Transcriber:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already."""
-    if jax.config.jax_compilation_cache_dir is None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        with contextlib.suppress(RuntimeError):  # a user without a home
+            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
 
 
 def _name(source: Any, index: int) -> str:

@@ -1,0 +1,66 @@
+"""The full-size model as the TPU compiler has it: it fits a v5e chip and decodes in place, without communication."""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compiled.py"
+V5E_BYTES = 15.75 * 2**30  # of a chip's memory that programs can have
+
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="libtpu is made for Linux on x86-64 alone"
+)
+
+
+def libtpu() -> Path:
+    """The TPU compiler: beside the environment's packages, where `make test` puts it, or among them."""
+    places = [Path(sys.prefix) / "libtpu" / "libtpu"]
+    spec = importlib.util.find_spec("libtpu")
+    if spec is not None and spec.origin is not None:
+        places.append(Path(spec.origin).parent)
+    for place in places:
+        if (place / "libtpu.so").is_file():
+            return place / "libtpu.so"
+    pytest.fail(f"no libtpu.so in {' or '.join(map(str, places))}: `make test` installs it")
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, dict]:
+    """Given encode, prefill and decode, 64 rows a chip, compiled for eight v5e chips; bytes are a chip's."""
+    environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu()), "JAX_PLATFORMS": "cpu"}
+    arguments = ["--topology", "v5e:2x4", "--batch", "64", "--capacity", "544"]
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    return {line["program"]: line for line in lines}
+
+
+def test_every_program_fits_a_chip(reports: dict[str, dict]) -> None:
+    # When the compiler states their peak memory, weights included, then it is less than a chip has
+    assert set(reports) == {"encode", "prefill", "decode"}
+    for name, report in reports.items():
+        assert 2e9 < report["peak_bytes"] < V5E_BYTES, name
+
+
+def test_no_chip_waits_for_another(reports: dict[str, dict]) -> None:
+    # When the optimised programs are searched for collectives, then there are none
+    assert {name: report["collectives"] for name, report in reports.items()} == dict.fromkeys(reports, 0)
+
+
+def test_decoding_updates_the_cache_in_place(reports: dict[str, dict]) -> None:
+    # When the decode loop is looked at: a cache of 40 layers, 64 rows, 544 positions, 4 heads of 128, in bfloat16
+    decode = reports["decode"]
+    assert decode["cache_bytes"] == 2 * 2 * 40 * 64 * 544 * 4 * 128
+
+    # Then its result takes the argument's memory, and nothing of the cache's size is copied or held besides
+    assert decode["alias_bytes"] >= decode["cache_bytes"]
+    assert decode["temporary_bytes"] < 0.5 * decode["cache_bytes"]
+    assert decode["cache_sized_copies"] == 0
