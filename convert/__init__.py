@@ -3,7 +3,9 @@
 `mapping` is the table of tensors, `reader` and `writer` the two sides of it.
 """
 
+import collections
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from os import PathLike
@@ -13,8 +15,10 @@ from typing import Any, Literal
 import numpy as np
 
 from granite_jax import checkpoint as checkpoints
-from granite_jax._tree import flatten
-from granite_jax.convert import mapping, reader, writer
+from granite_jax._orbax import record
+from granite_jax._save import copy_files, new_directory, write_weights
+from granite_jax._tree import Shape, raise_named
+from granite_jax.convert import reader, writer
 from granite_jax.errors import CheckpointError
 
 __all__ = ["Report", "convert"]
@@ -27,7 +31,7 @@ class Report:
     Fields:
       kind: of the destination: "orbax" (this program's own) or "hf".
       tensors: tensors of the Hugging Face side that carry information.
-      parameters: their elements by part: encoder, projector, decoder.
+      parameters: their elements by part: encoder, projector, decoder, and lora if there is an adapter.
       dtype: of the weights written; several are joined by "+".
       bytes: size of the destination's files.
       seconds: wall time.
@@ -47,17 +51,22 @@ def convert(
     dtype: Any = None,
     *,
     names: writer.Names = "released",
+    revision: str | None = None,
+    verify: bool = False,
     progress: reader.Progress | None = None,
 ) -> Report:
-    """Converts a Hugging Face directory to a checkpoint of this program, or back, by what `source` is.
+    """Converts a Hugging Face checkpoint to one of this program, or back, by what `source` is.
 
-    The destination appears only once it is complete. Without `dtype`, converting there and back is bit-exact.
+    The destination appears only once it is complete. Without `dtype`, converting there and back is bit-exact. Weights
+    are read and written leaf by leaf. Hashes of the source are checked where it has any.
 
     Args:
-      source: a directory of either kind, or "demo".
+      source: a directory of either kind, a hub id, or "demo".
       destination: a directory that does not exist or is empty.
       dtype: "float32" or "bfloat16"; default that of the source.
       names: spelling of tensor names in a Hugging Face destination: "released", or "new" as newer transformers save.
+      revision: of a hub id.
+      verify: read everything back before the destination appears, and compare it with what was read from the source.
       progress: called with (tensors done, tensors in all).
 
     Raises:
@@ -67,28 +76,47 @@ def convert(
     if names not in ("released", "new"):
         raise CheckpointError(f'names {names!r} is neither "released" nor "new"')
     chosen = None if dtype is None else checkpoints.parse_dtype(dtype)
-    opened = checkpoints.open_checkpoint(source)
-    if opened.kind == "hf":
-        params = reader.read_params(opened.directory, opened.config, chosen, progress)
-        config, files = writer.configuration(opened, chosen), writer.companions(opened)
-        checkpoints.save(destination, config, params, extra_files=files)
-    else:
-        params = opened.read()
-        with checkpoints.new_directory(destination) as partial:
-            writer.export(opened, params, partial, names, chosen, progress=progress)
-    seconds = time.monotonic() - started
-    return _report("orbax" if opened.kind == "hf" else "hf", params, chosen, Path(destination), seconds)
+    opened = checkpoints.open_checkpoint(source, revision, converted=False)
+    to_orbax = opened.kind == "hf"
+    with new_directory(destination) as partial:
+        if to_orbax:
+            has_adapter = opened.adapter is not None  # raises if one is announced, but missing
+            leaves = reader.read_leaves(opened.directory, opened.config, chosen, progress, with_adapter=has_adapter)
+            copy_files(writer.companions(opened), partial)
+            write_weights(partial, writer.configuration(opened, chosen), leaves)
+        else:
+            home = Path(destination).absolute()
+            writer.export(opened, partial, names, chosen, home=home, progress=progress)
+        written = checkpoints.open_checkpoint(partial)
+        if verify:
+            _compare(opened, written, chosen)
+        stored = written.stored()
+        tensors = writer.count_tensors(written)
+    return _report("orbax" if to_orbax else "hf", tensors, stored, Path(destination), time.monotonic() - started)
+
+
+def _compare(source: checkpoints.Checkpoint, written: checkpoints.Checkpoint, dtype: np.dtype | None) -> None:
+    """Raises CheckpointError naming leaves of `written` that differ from those of `source`, both read once more."""
+    by_path = {path: record(leaf.astype(dtype or leaf.dtype, copy=False)) for path, leaf in source.leaves()}
+    differ = [path for path, leaf in written.leaves() if record(leaf) != by_path[path]]
+    raise_named("written, but not read back as it was:", differ)
 
 
 def _report(
-    kind: Literal["orbax", "hf"], params: Mapping[str, Any], dtype: np.dtype | None, directory: Path, seconds: float
+    kind: Literal["orbax", "hf"],
+    tensors: int,
+    stored: Mapping[str, tuple[Shape, str]],
+    directory: Path,
+    seconds: float,
 ) -> Report:
-    leaves = flatten(params)
+    parameters = collections.Counter[str]()
+    for path, (shape, _) in stored.items():
+        parameters[path.split(".")[0]] += math.prod(shape)
     return Report(
         kind=kind,
-        tensors=sum(1 for _ in mapping.hf_tensors(leaves)),
-        parameters={part: sum(x.size for x in flatten(tree).values()) for part, tree in sorted(params.items())},
-        dtype=dtype.name if dtype else "+".join(sorted({x.dtype.name for x in leaves.values()})),
+        tensors=tensors,
+        parameters=dict(sorted(parameters.items())),
+        dtype="+".join(sorted({dtype for _, dtype in stored.values()})),
         bytes=sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()),
         seconds=seconds,
     )

@@ -1,15 +1,15 @@
 """The table between the tensors of a Hugging Face checkpoint and the leaves of the parameter tree.
 
-One `Rule` is one kind of tensor, read in both directions. Leaves are named by dotted paths (`encoder.out.kernel`); equal
-layers are stacked on a leading axis, `{layer}` in the Hugging Face name. Two spellings of names exist: as released
-(`encoder.*`, `language_model.model.*`), which the table uses, and that of newer transformers (`model.encoder.*`).
+One `Rule` is one kind of tensor, read in both directions. Leaves are named by dotted paths (`encoder.out.kernel`);
+equal layers are stacked on a leading axis, `{layer}` in the Hugging Face name. Two spellings of names exist: as
+released (`encoder.*`, `language_model.model.*`), which the table uses, and that of newer transformers
+(`model.encoder.*`).
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -157,6 +157,7 @@ _SPELLINGS = (
     ("projector.", "model.projector."),
 )
 _LAYER = re.compile(r"\.(layers?)\.(0|[1-9][0-9]{0,5})\.")
+_TILE = 16
 _BY_HF = {rule.hf: rule for rule in RULES}
 
 
@@ -237,15 +238,28 @@ def match(names: Iterable[str], shapes: Mapping[str, Shape]) -> tuple[list[Leaf]
     return leaves, tied_head
 
 
-def hf_tensors(leaves: Mapping[str, Any]) -> Iterator[tuple[str, Shape, np.dtype, Callable[[], np.ndarray]]]:
-    """Name as released, shape, dtype and a function that returns it, for every tensor of the dotted `leaves`."""
+def hf_tensors(
+    shapes: Mapping[str, Shape],
+) -> Iterator[tuple[str, Shape, str, Callable[[np.ndarray], np.ndarray]]]:
+    """For every tensor of leaves of these `shapes`: its released name, shape, leaf, and how to get it from the leaf."""
     for rule in RULES:
-        if rule.path in leaves:
-            leaf = leaves[rule.path]
-            shape = rule.transform.hf_shape(leaf.shape[1:] if rule.stacked else leaf.shape)
-            for layer in _layers(rule, {rule.path: leaf.shape}):
-                ours = leaf[layer] if rule.stacked else leaf
-                yield rule.hf.format(layer=layer), shape, leaf.dtype, functools.partial(rule.transform.to_hf, ours)
+        if rule.path in shapes:
+            shape = rule.transform.hf_shape(shapes[rule.path][1:] if rule.stacked else shapes[rule.path])
+            for layer in _layers(rule, shapes):
+                yield rule.hf.format(layer=layer), shape, rule.path, functools.partial(_tensor_of, rule, layer)
+
+
+def _tensor_of(rule: Rule, layer: int, leaf: np.ndarray) -> np.ndarray:
+    return rule.transform.to_hf(leaf[layer] if rule.stacked else leaf)
+
+
+def copy(into: np.ndarray, array: np.ndarray) -> None:
+    """`into[...] = array`, fast where `array` is a transposed view: rows of both then stay in the processor's cache."""
+    if array.ndim < 2 or array.flags.c_contiguous:
+        into[...] = array
+        return
+    for start in range(0, array.shape[-1], _TILE):
+        into[..., start : start + _TILE] = array[..., start : start + _TILE]
 
 
 def _template(name: str) -> tuple[str, int]:

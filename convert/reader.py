@@ -1,153 +1,176 @@
-"""Reads the weights of a Hugging Face checkpoint directory, tensor by tensor, without torch."""
+"""Reads the weights of a Hugging Face checkpoint directory, leaf by leaf, and with safetensors files without torch."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors
 
-from granite_jax._tree import expected_shapes, raise_named, unflatten
+from granite_jax import _files
+from granite_jax._tree import Shape, expected_shapes, raise_named
 from granite_jax.config import Config, read_json
-from granite_jax.convert import mapping
+from granite_jax.convert import adapter, mapping, safetensors_file, torch_file
+from granite_jax.convert.safetensors_file import Tensor
 from granite_jax.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 Progress = Callable[[int, int], None]  # (tensors done, tensors in all)
 
 
-def read_params(
-    hf_dir: str | Path, config: Config, dtype: Any = None, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Reads the parameter tree from `model.safetensors`, or from the shards its index names.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One leaf of the tree to be: its dtype and how it is put together from tensors."""
+
+    path: str
+    shape: Shape
+    dtype: np.dtype
+    tensors: tuple[Tensor, ...]
+    fill: Callable[[np.ndarray, int, np.ndarray], None]  # (leaf, number of the tensor, tensor)
+
+
+@contextlib.contextmanager
+def open_plans(
+    directory: Path, config: Config, dtype: Any = None, *, with_adapter: bool = True
+) -> Iterator[list[Plan]]:
+    """Opens a checkpoint directory and finds the place of every tensor; nothing but headers is read.
 
     Args:
-      hf_dir: a Hugging Face checkpoint directory.
-      config: its configuration; every tensor is checked against it before anything is read.
-      dtype: of the result; default that of the checkpoint.
-      progress: called after every tensor.
-
-    Returns:
-      Nested dictionaries of numpy arrays, layers stacked.
+      config: its configuration; every tensor is checked against it.
+      dtype: of the leaves; default that of the tensors.
+      with_adapter: the LoRA adapter's leaves, too, if there is one.
 
     Raises:
       CheckpointError: naming the file or tensors that are damaged, unmatched, duplicate, missing or misshapen.
     """
-    directory = Path(hf_dir)
-    _refuse_adapter(directory)
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
+        lora = adapter.read_config(directory) if with_adapter else None
         try:
             leaves, tied_head = mapping.match(tensors, expected_shapes(config))
-            dtypes = _checked(leaves, tensors, dtype)
+            plans = [_plan(leaf, tensors, dtype) for leaf in leaves]
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
-        done, total = 0, sum(len(leaf.names) for leaf in leaves)
-        flat: dict[str, np.ndarray] = {}
-        for leaf in leaves:
-            array = np.empty(leaf.shape, dtypes[leaf.rule.path])
-            for layer, name in enumerate(leaf.names):
-                place = array[layer : layer + 1] if leaf.rule.stacked else array[None]
-                place[0] = leaf.rule.transform.from_hf(tensors[name].read())
+        if tied_head is not None:
+            _check_tied(tensors[tied_head], leaves, tensors)
+        yield ([] if lora is None else _adapter_plans(directory, config, lora, dtype, stack)) + plans
+
+
+def read_leaves(
+    directory: Path,
+    config: Config,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    *,
+    with_adapter: bool = True,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads leaf by leaf: dotted path and numpy array, equal layers stacked; an adapter's leaves (`lora.*`) come first.
+
+    Args and errors as of `open_plans`; `progress` is called after every tensor.
+    """
+    with open_plans(directory, config, dtype, with_adapter=with_adapter) as plans:
+        done, total = 0, sum(len(plan.tensors) for plan in plans)
+        for plan in plans:
+            # Zeros, because adapters of unequal rank leave part of it unfilled.
+            leaf = np.zeros(plan.shape, plan.dtype)
+            for number, tensor in enumerate(plan.tensors):
+                plan.fill(leaf, number, tensor.read())
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            flat[leaf.rule.path] = array
-        if tied_head is not None:
-            _check_tied(tensors[tied_head], leaves, tensors)
-    return unflatten(flat)
+            yield plan.path, leaf
+            del leaf  # before the next one is allocated
 
 
-class _Tensor:
-    """One tensor of an open safetensors file; its bytes are read only by `read`."""
-
-    def __init__(self, file: Any, path: Path, name: str):
-        self._file, self._path, self._name = file, path, name
-        view = file.get_slice(name)
-        self.shape, self.dtype_name = tuple(view.get_shape()), view.get_dtype()
-
-    @property
-    def dtype(self) -> np.dtype:
-        if self.dtype_name not in _DTYPES:
-            raise CheckpointError(f"{self._name} is {self.dtype_name}; supported are {', '.join(_DTYPES)}")
-        return _DTYPES[self.dtype_name]
-
-    def read(self) -> np.ndarray:
-        try:
-            return self._file.get_tensor(self._name)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self._path}: cannot read {self._name} ({error})") from error
+def _open(directory: Path, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+    """Every tensor of the checkpoint by name. Files stay open while `stack` is."""
+    for index, single, open_file in (
+        (INDEX, WEIGHTS, lambda path: safetensors_file.open_file(path, stack)),
+        (TORCH_INDEX, TORCH_WEIGHTS, torch_file.open_file),
+    ):
+        if (path := _files.find(directory, index)) is not None:
+            return _open_indexed(directory, path, open_file)
+        if (path := _files.find(directory, single)) is not None:
+            return open_file(path)
+    raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
 
-def _open(directory: Path, stack: contextlib.ExitStack) -> dict[str, _Tensor]:
-    """Every tensor of the checkpoint by name. Files stay memory-mapped while `stack` is open."""
-    if not (directory / INDEX).is_file():
-        return dict(_open_file(directory / WEIGHTS, stack))
-    index = read_json(directory / INDEX).get("weight_map")
+def _open_indexed(directory: Path, path: Path, open_file: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    index = read_json(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-        raise CheckpointError(f"{directory / INDEX}: weight_map is no map from tensors to files")
-    tensors: dict[str, _Tensor] = {}
+        raise CheckpointError(f"{path}: weight_map is no map from tensors to files")
+    tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
-        # Names alone decide: hub caches keep the files themselves as links to elsewhere.
-        if Path(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(f"{directory / INDEX}: {file!r} is not a file of this directory")
-        for name, tensor in _open_file(directory / file, stack):
+        try:
+            found = _files.require(directory, file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        for name, tensor in open_file(found).items():
             if name in tensors:
                 raise CheckpointError(f"{directory}: {name} is in more than one file")
             tensors[name] = tensor
     try:
-        raise_named("in the index but in no file:", [name for name in index if name not in tensors])
+        raise_named("in the index but in no file:", [ascii(name)[1:-1][:200] for name in index if name not in tensors])
         raise_named("in a file but not in the index:", [name for name in tensors if name not in index])
+        wrong = [name for name, tensor in tensors.items() if index[name] != tensor.path.name]
+        raise_named("in another file than the index says:", wrong)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
     return tensors
 
 
-def _open_file(path: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, _Tensor]]:
+def _plan(leaf: mapping.Leaf, tensors: Mapping[str, Tensor], dtype: Any) -> Plan:
+    parts = tuple(tensors[name] for name in leaf.names)
+    check_shapes(parts, [leaf.tensor_shape] * len(parts))
+
+    def fill(array: np.ndarray, number: int, tensor: np.ndarray) -> None:
+        mapping.copy(array[number] if leaf.rule.stacked else array, leaf.rule.transform.from_hf(tensor))
+
+    return Plan(leaf.rule.path, leaf.shape, common_dtype(parts, dtype), parts, fill)
+
+
+def _adapter_plans(
+    directory: Path, config: Config, lora: adapter.AdapterConfig, dtype: Any, stack: contextlib.ExitStack
+) -> list[Plan]:
+    path = _files.require(directory, adapter.WEIGHTS)
+    tensors = safetensors_file.open_file(path, stack)
     try:
-        file = stack.enter_context(safetensors.safe_open(path, framework="np"))
-        for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-            yield name, _Tensor(file, path, name)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        plans = []
+        for target in adapter.match(tensors, lora, config):
+            parts = tuple(tensors[name] for name in target.names)
+            check_shapes(parts, target.tensor_shapes)
+            plans.append(Plan(target.path, target.shape, common_dtype(parts, dtype), parts, target.fill))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return plans
 
 
-def _checked(leaves: list[mapping.Leaf], tensors: dict[str, _Tensor], dtype: Any) -> dict[str, np.dtype]:
-    """Checks all shapes and returns the dtype of every leaf."""
-    misshapen = [
-        f"{name} {list(tensors[name].shape)}, not {list(leaf.tensor_shape)}"
-        for leaf in leaves
-        for name in leaf.names
-        if tensors[name].shape != leaf.tensor_shape
+def check_shapes(tensors: tuple[Tensor, ...], expected: list[Shape]) -> None:
+    """Raises CheckpointError naming tensors that are not of the `expected` shape."""
+    wrong = [
+        f"{tensor.name} {list(tensor.shape)}, not {list(shape)}"
+        for tensor, shape in zip(tensors, expected, strict=True)
+        if tensor.shape != shape
     ]
-    raise_named("wrong shape:", misshapen)
-    dtypes = {}
-    for leaf in leaves:
-        stored = {name: tensors[name].dtype for name in leaf.names}
-        dtypes[leaf.rule.path] = np.dtype(dtype or stored[leaf.names[0]])
-        if dtype is None and len(set(stored.values())) > 1:
-            odd = next(name for name, found in stored.items() if found != stored[leaf.names[0]])
-            raise CheckpointError(
-                f"{odd} is {stored[odd]}, {leaf.names[0]} {stored[leaf.names[0]]}: pass dtype to read them as one"
-            )
-    return dtypes
+    raise_named("wrong shape:", wrong)
 
 
-def _check_tied(head: _Tensor, leaves: list[mapping.Leaf], tensors: dict[str, _Tensor]) -> None:
-    """A head stored beside a tied embedding must repeat it bit for bit, or the checkpoint is not what config.json says."""
+def common_dtype(tensors: tuple[Tensor, ...], dtype: Any) -> np.dtype:
+    """The dtype of the leaf that `tensors` make up: `dtype`, or else theirs. Raises CheckpointError if they differ."""
+    first, *others = tensors
+    stored = first.dtype
+    odd = next((tensor for tensor in others if tensor.dtype != stored), None)
+    if dtype is None and odd is not None:
+        raise CheckpointError(f"{odd.name} is {odd.dtype}, {first.name} {stored}: pass dtype to read them as one")
+    return np.dtype(dtype or stored)
+
+
+def _check_tied(head: Tensor, leaves: list[mapping.Leaf], tensors: Mapping[str, Tensor]) -> None:
+    """A head beside a tied embedding must repeat it bit for bit, or config.json is wrong about the checkpoint."""
     name = next(leaf.names[0] for leaf in leaves if leaf.rule.hf == mapping.EMBEDDING)
-    ours, theirs = head.read(), tensors[name].read()
-    same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    if not same or not np.array_equal(ours.view(np.uint8), theirs.view(np.uint8)):
-        raise CheckpointError(f"{head._path}: {head._name} differs from {name}, but config.json ties them")
-
-
-def _refuse_adapter(directory: Path) -> None:
-    if (directory / "adapter_model.safetensors").exists():
-        raise CheckpointError(f"{directory}: adapter_model.safetensors: LoRA adapters are not supported yet")
+    same = head.shape == tensors[name].shape and head.dtype == tensors[name].dtype
+    if not same or not np.array_equal(head.read().view(np.uint8), tensors[name].read().view(np.uint8)):
+        raise CheckpointError(f"{head.path}: {head.name} differs from {name}, but config.json ties them")

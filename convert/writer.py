@@ -1,6 +1,7 @@
 """Writes a Hugging Face checkpoint directory, tensor by tensor: no second copy of the weights is held in memory."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from granite_jax._tree import flatten
-from granite_jax.checkpoint import COMPANIONS, CONFIG, Checkpoint, copy_files, write_config
-from granite_jax.convert import mapping
+from granite_jax import _files
+from granite_jax._orbax import DTYPES
+from granite_jax._save import CONFIG, copy_files, write_config
+from granite_jax._tree import expected_shapes
+from granite_jax.checkpoint import COMPANIONS, Checkpoint
+from granite_jax.config import read_json
+from granite_jax.convert import adapter, mapping
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
 
 Names = Literal["released", "new"]
@@ -26,7 +31,8 @@ class _Entry:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    path: str | None  # of its leaf
+    tensor_of: Callable[[np.ndarray | None], np.ndarray]  # leaf -> tensor
 
     @property
     def nbytes(self) -> int:
@@ -35,51 +41,97 @@ class _Entry:
 
 def export(
     checkpoint: Checkpoint,
-    params: Mapping[str, Any],
     hf_dir: Path,
     names: Names = "released",
     dtype: Any = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    home: Path | None = None,
+    max_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
-) -> int:
+) -> None:
     """Writes weights and configuration into the existing directory `hf_dir`, and copies the tokenizer and its like.
 
     Args:
-      checkpoint: whose configuration and files are taken along.
-      params: its weights, numpy arrays.
+      checkpoint: what is exported; its leaves are read one by one.
       names: spelling of tensor names: as released, or of newer transformers (`model.encoder.*`, `lm_head.weight`).
-      dtype: of the written weights; default that of `params`.
-      max_shard_bytes: beyond this the weights are split into several files with an index.
+      dtype: of the written weights; default that of the checkpoint.
+      home: where `hf_dir` will be in the end; transformers finds the weights below an adapter by it.
+      max_bytes: beyond this the weights are split into several files with an index.
       progress: called after every tensor.
-
-    Returns:
-      The number of tensors written.
     """
-    entries = _entries(params, names, None if dtype is None else np.dtype(dtype))
-    write_config(hf_dir, configuration(checkpoint, dtype))
-    copy_files(companions(checkpoint), hf_dir)
-    shards = _shards(entries, max_shard_bytes)
-    done = 0
-    weight_map: dict[str, str] = {}
+    chosen = None if dtype is None else np.dtype(dtype)
+    dtypes = {path: chosen or DTYPES[stored] for path, (_, stored) in checkpoint.stored().items()}
+    lora, shards = _adapter_entries(checkpoint, dtypes, names), _shards(_entries(checkpoint, dtypes, names), max_bytes)
+    files = {adapter.WEIGHTS: lora} if lora else {}
     for number, shard in enumerate(shards, 1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {entry.name: file for entry in shard}
-        done = _write_file(hf_dir / file, shard, done, len(entries), progress)
+        files[WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"] = shard
+    copy_files(companions(checkpoint), hf_dir)
+    _write_processor_config(checkpoint, hf_dir)
+    if lora:
+        raw = {**read_json(hf_dir / adapter.CONFIG), "base_model_name_or_path": str(home or hf_dir)}
+        (hf_dir / adapter.CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    entries = [entry for file in files.values() for entry in file]
+    # Each leaf is read once, if its tensors follow each other, and forgotten before the next one.
+    order = [path for path, _ in itertools.groupby(entry.path for entry in entries) if path is not None]
+    leaves = checkpoint.leaves(paths=order)
+    progress = progress or (lambda done, total: None)
+    done, path, leaf = 0, None, None
+    for name, file in files.items():
+        with open(hf_dir / name, "wb") as opened:
+            opened.write(_header(file))
+            for entry in file:
+                if entry.path not in (None, path):
+                    leaf = None
+                    path, leaf = next(leaves)
+                array = np.empty(entry.shape, entry.dtype)
+                mapping.copy(array, entry.tensor_of(leaf))
+                opened.write(array.reshape(-1).view(np.uint8).data)
+                done += 1
+                progress(done, len(entries))
     if len(shards) > 1:
-        total = sum(entry.nbytes for entry in entries)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (hf_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return len(entries)
+        _write_index(hf_dir, {name: file for name, file in files.items() if name != adapter.WEIGHTS})
+    write_config(hf_dir, configuration(checkpoint, chosen))
+
+
+def _write_index(hf_dir: Path, files: Mapping[str, list["_Entry"]]) -> None:
+    total = sum(entry.nbytes for file in files.values() for entry in file)
+    weight_map = {entry.name: name for name, file in files.items() for entry in file}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (hf_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def count_tensors(checkpoint: Checkpoint) -> int:
+    """Tensors of the Hugging Face side that carry information, an adapter's included."""
+    lora = checkpoint.adapter
+    of_adapter = () if lora is None else adapter.hf_tensors(lora, checkpoint.config)
+    return sum(1 for _ in itertools.chain(mapping.hf_tensors(expected_shapes(checkpoint.config)), of_adapter))
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
     """The tokenizer, templates and the like that a conversion takes along."""
-    return [checkpoint.directory / name for name in COMPANIONS if (checkpoint.directory / name).is_file()]
+    found = (_files.find(checkpoint.directory, name) for name in COMPANIONS)
+    return [path for path in found if path is not None]
 
 
 def configuration(checkpoint: Checkpoint, dtype: Any) -> Mapping[str, Any] | Path:
     """`config.json` as it is, but for the dtype it declares where the weights are cast to `dtype`."""
     return checkpoint.directory / CONFIG if dtype is None else _with_dtype(checkpoint.raw_config, np.dtype(dtype).name)
+
+
+def _write_processor_config(checkpoint: Checkpoint, hf_dir: Path) -> None:
+    """What `AutoProcessor` of transformers needs, where the checkpoint did not come with it."""
+    if (hf_dir / "preprocessor_config.json").exists() or (hf_dir / "processor_config.json").exists():
+        return
+    projector = checkpoint.config.projector
+    raw = {
+        "feature_extractor_type": "GraniteSpeechFeatureExtractor",
+        "melspec_kwargs": {"hop_length": 160, "n_fft": 512, "n_mels": 80, "sample_rate": 16000, "win_length": 400},
+        "processor_class": "GraniteSpeechProcessor",
+        "projector_downsample_rate": projector.window_size // projector.num_queries,
+        "projector_window_size": projector.window_size,
+        "sampling_rate": 16000,
+    }
+    (hf_dir / "preprocessor_config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -89,20 +141,29 @@ def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**raw, **nested, **declared}
 
 
-def _entries(params: Mapping[str, Any], names: Names, dtype: np.dtype | None) -> list[_Entry]:
-    leaves = flatten(params)
-    entries = [
-        _Entry(name, shape, dtype or own_dtype, read) for name, shape, own_dtype, read in mapping.hf_tensors(leaves)
-    ]
+def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
+    shapes = expected_shapes(checkpoint.config)
     # Nothing reads the counters, but transformers writes them: a checkpoint without them would look incomplete.
-    layers = leaves["encoder.layers.norm.scale"].shape[0]
+    layers = range(shapes["encoder.layers.norm.scale"][0])
     zero = np.zeros((), np.int64)
-    counters = [_Entry(mapping.BATCH_COUNTER.format(layer=i), (), zero.dtype, lambda: zero) for i in range(layers)]
+    counters = [_Entry(mapping.BATCH_COUNTER.format(layer=i), (), zero.dtype, None, lambda _: zero) for i in layers]
+    tensors = [
+        _Entry(name, shape, dtypes[path], path, tensor_of)
+        for name, shape, path, tensor_of in mapping.hf_tensors(shapes)
+    ]
     spell = mapping.new_name if names == "new" else str
-    return [dataclasses.replace(entry, name=spell(entry.name)) for entry in counters + entries]
+    return [dataclasses.replace(entry, name=spell(entry.name)) for entry in counters + tensors]
+
+
+def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
+    if checkpoint.adapter is None:
+        return []
+    tensors = adapter.hf_tensors(checkpoint.adapter, checkpoint.config, new_names=names == "new")
+    return [_Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in tensors]
 
 
 def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
+    """Files of at most `max_bytes`, or of one tensor."""
     shards: list[list[_Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -111,14 +172,14 @@ def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    return shards
+    # Wide elements first, which keeps every tensor aligned.
+    return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
 
 
-def _write_file(path: Path, entries: list[_Entry], done: int, total: int, progress: Progress | None) -> int:
-    """Writes a safetensors file: header length (8 bytes, little-endian), JSON header, the tensors' bytes."""
+def _header(entries: list[_Entry]) -> bytes:
+    """A safetensors file up to its data: header length (8 bytes, little-endian), JSON header."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
     offset = 0
-    entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)  # keeps every tensor aligned
     for entry in entries:
         end = offset + entry.nbytes
         header[entry.name] = {
@@ -129,11 +190,4 @@ def _write_file(path: Path, entries: list[_Entry], done: int, total: int, progre
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            file.write(np.ascontiguousarray(entry.read(), entry.dtype).reshape(-1).view(np.uint8).data)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    return done
+    return len(text).to_bytes(8, "little") + text

@@ -8,33 +8,35 @@ A checkpoint of this program is a directory of
     tokenizer.json       and further files that came with the model
     chat_template.jinja
 
-Hugging Face directories (`config.json`, `model.safetensors` or shards) are read directly as well.
+Hugging Face directories (`config.json`, `model.safetensors` or shards) are read directly as well, and hub ids through
+`huggingface_hub`: what is downloaded is converted once and kept in the user's cache.
 """
 
 import contextlib
 import dataclasses
-import json
+import functools
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granite_jax import _orbax
-from granite_jax._tree import expected_shapes, flatten, unflatten
+from granite_jax import _files, _orbax
+from granite_jax._save import CHAT_TEMPLATE, CONFIG, TOKENIZER, save, stored_shapes
+from granite_jax._tree import Shape, expected_shapes, flatten, unflatten
 from granite_jax.config import Config, read_json
 from granite_jax.errors import CheckpointError
 from granite_jax.prompts import Capabilities, ChatTemplate
 from granite_jax.tokenizer import Tokenizer
 
-CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+if TYPE_CHECKING:
+    from granite_jax.convert.adapter import AdapterConfig
+
 # Copied along by a conversion when present. Nothing else is: a directory may hold anything.
 COMPANIONS = (
     TOKENIZER,
@@ -48,12 +50,19 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
     "generation_config.json",
+    "adapter_config.json",
     "README.md",
     "LICENSE",
 )
+
+__all__ = ["COMPANIONS", "Checkpoint", "default_dtype", "load", "open_checkpoint", "parse_dtype", "save"]
+
 _DEMO = Path(__file__).parent / "checkpoints" / "demo"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HF_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,36 +74,94 @@ class Checkpoint:
     config: Config
     raw_config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)  # config.json
 
-    def load_params(self, dtype: Any = None, sharding: Any = None, verify: bool = True) -> dict[str, Any]:
-        """Loads the weights onto devices.
+    def load_params(
+        self, dtype: Any = None, sharding: Any = None, verify: bool = True, *, adapter: bool = True
+    ) -> dict[str, Any]:
+        """Loads the weights onto devices, leaf by leaf: the host never holds more than a few leaves.
 
         Args:
           dtype: "float32" or "bfloat16"; default `default_dtype()`.
           sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them; default the default device.
-          verify: check every tensor's hash (Hugging Face directories have none). False restores an Orbax checkpoint
-            straight into `sharding`, without ever holding it in host memory.
+          verify: check every leaf's hash (Hugging Face directories have none). False restores an Orbax checkpoint
+            without an adapter straight into `sharding`, past the host's memory where the device allows.
+          adapter: merge a LoRA adapter into the weights, in float32, as input with audio needs it. False leaves the
+            language model as it is for text alone.
 
         Raises:
           CheckpointError: naming what is damaged, missing, unexpected or misshapen.
         """
         chosen = parse_dtype(dtype)
         shardings = self._shardings(sharding)
-        if self.kind == "orbax" and not verify:
-            return _orbax.read_into(self.directory, self.config, chosen, shardings)
-        host = flatten(self.read(verify))
-        params = {}
-        for path in list(host):  # leaf by leaf, so that host and device hold one leaf twice and not all
-            leaf = host.pop(path).astype(chosen, copy=False)
-            params[path] = jax.make_array_from_callback(leaf.shape, shardings[path], lambda i, leaf=leaf: leaf[i])
+        lora = self.adapter if adapter else None
+        if self.kind == "orbax" and not verify and lora is None:
+            return _orbax.read_into(self.directory, stored_shapes(self.directory, self.config), chosen, shardings)
+        from granite_jax.convert import adapter as adapters  # here, because converting needs this module
+
+        scales = {} if lora is None else adapters.scales(lora, self.config)
+        factors, params = {}, {}
+        for path, leaf in self.leaves(verify, adapter=adapter):
+            if path not in shardings:
+                factors[path] = leaf
+                continue
+            if path in scales:
+                a, b = (factors[name] for name in adapters.factor_paths(path))
+                leaf = adapters.merge(leaf, a, b, scales[path], chosen)
+            leaf = leaf.astype(chosen, copy=False)
+            array = jax.make_array_from_callback(leaf.shape, shardings[path], lambda index, leaf=leaf: leaf[index])
+            params[path] = array.block_until_ready()  # or the leaves still on their way would add up
         return unflatten(params)
 
-    def read(self, verify: bool = True) -> dict[str, Any]:
-        """The weights as nested numpy arrays in the dtype they are stored in. Raises as `load_params`."""
-        if self.kind == "orbax":
-            return _orbax.read(self.directory, self.config, verify)
-        from granite_jax.convert.reader import read_params  # here, because converting needs this module
+    def leaves(
+        self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Reads leaf by leaf: dotted path and numpy array of the dtype it is stored in; those of an adapter come first.
 
-        return read_params(self.directory, self.config)
+        Args:
+          verify, adapter: as of `load_params`.
+          paths: read these leaves alone, in this order (Orbax only).
+        """
+        if self.kind == "hf":
+            assert paths is None, "Hugging Face files are read in their own order"
+            from granite_jax.convert.reader import read_leaves
+
+            yield from read_leaves(self.directory, self.config, with_adapter=adapter and self.adapter is not None)
+            return
+        expected = stored_shapes(self.directory, self.config)
+        if paths is None:
+            paths = [path for path in expected if adapter or path in expected_shapes(self.config)]
+        yield from _orbax.read(self.directory, expected, verify, paths)
+
+    def read(self, verify: bool = True) -> dict[str, Any]:
+        """All weights as nested numpy arrays, an adapter's under `lora`. Raises as `load_params`."""
+        return unflatten(dict(self.leaves(verify)))
+
+    def stored(self) -> dict[str, tuple[Shape, str]]:
+        """Shape and dtype of every leaf by dotted path; no weights are read. Raises as `load_params`."""
+        if self.kind == "hf":
+            from granite_jax.convert.reader import open_plans
+
+            with open_plans(self.directory, self.config) as plans:
+                return {plan.path: (plan.shape, plan.dtype.name) for plan in plans}
+        expected = stored_shapes(self.directory, self.config)
+        dtypes = _orbax.stored_dtypes(self.directory, expected)
+        return {path: (expected[path], dtype.name) for path, dtype in dtypes.items()}
+
+    @functools.cached_property
+    def adapter(self) -> "AdapterConfig | None":
+        """The LoRA adapter's configuration, or None if the checkpoint has none.
+
+        Raises:
+          CheckpointError: it is not supported, or config.json announces one that is missing.
+        """
+        from granite_jax.convert import adapter as adapters
+
+        lora = adapters.read_config(self.directory)
+        if lora is None and self.raw_config.get("has_lora_adapter"):
+            raise CheckpointError(
+                f"{self.directory}: {CONFIG} announces a LoRA adapter, but {adapters.CONFIG} is missing "
+                "(adapter=False loads for text alone)"
+            )
+        return lora
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of `tokenizer.json`.
@@ -104,7 +171,7 @@ class Checkpoint:
         """
         # transformers 5 cuts text by GPT-2's rule for this class, whatever the file says.
         gpt2 = str(self._tokenizer_config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer"
-        path = self.directory / TOKENIZER
+        path = _files.require(self.directory, TOKENIZER)
         tokenizer = Tokenizer.from_file(path, pre_tokenizer="gpt2" if gpt2 else "file")
         vocab_size, audio_id = self.config.decoder.vocab_size, self.config.audio_token_id
         if tokenizer.vocab_size > vocab_size:
@@ -133,19 +200,19 @@ class Checkpoint:
 
     @property
     def _tokenizer_config(self) -> dict[str, Any]:
-        path = self.directory / "tokenizer_config.json"
-        return read_json(path) if path.is_file() else {}
+        path = _files.find(self.directory, "tokenizer_config.json")
+        return read_json(path) if path is not None else {}
 
     def _chat_template_source(self) -> str | None:
-        path = self.directory / CHAT_TEMPLATE
-        if path.is_file():
+        path = _files.find(self.directory, CHAT_TEMPLATE)
+        if path is not None:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path}: not a readable text file ({error})") from error
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            path = self.directory / name
-            template = read_json(path).get("chat_template") if path.is_file() else None
+            path = _files.find(self.directory, name)
+            template = read_json(path).get("chat_template") if path is not None else None
             if isinstance(template, list):  # of named templates
                 named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, Mapping)}
                 template = named.get("default")
@@ -160,100 +227,38 @@ class Checkpoint:
         return dict.fromkeys(paths, jnp.zeros(()).sharding if sharding is None else sharding)
 
 
-def open_checkpoint(source: str | PathLike[str]) -> Checkpoint:
-    """Opens "demo" (the model in this package), a directory of this program, or a Hugging Face directory.
+def open_checkpoint(source: str | PathLike[str], revision: str | None = None, *, converted: bool = True) -> Checkpoint:
+    """Opens "demo" (the model in this package), a directory of this program, a Hugging Face directory or a hub id.
+
+    Args:
+      revision: branch, tag or commit of a hub id.
+      converted: convert what comes from a hub to Orbax, once; False opens it as downloaded.
 
     Raises:
       CheckpointError: naming the directory and what is wrong with it.
     """
-    directory = _resolve(source)
-    if not (directory / CONFIG).is_file():
+    directory = _resolve(source, revision, converted)
+    path = _files.find(directory, CONFIG)
+    if path is None:
         raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
     is_orbax = (directory / _orbax.PARAMS).is_dir()
     is_hf = any((directory / name).is_file() for name in _HF_WEIGHTS)
     if is_orbax == is_hf:
         found = "both params/ and" if is_orbax else "neither params/ nor"
         raise CheckpointError(f"{directory}: holds {found} {_HF_WEIGHTS[0]}")
-    raw = read_json(directory / CONFIG)
+    raw = read_json(path)
     try:
         return Checkpoint(directory, "orbax" if is_orbax else "hf", Config.from_dict(raw), raw)
     except CheckpointError as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def load(source: str | PathLike[str], dtype: Any = None) -> tuple[Config, dict[str, Any]]:
-    """Loads `(config, params)`: `open_checkpoint(source)` and its `load_params(dtype)`."""
-    checkpoint = open_checkpoint(source)
-    return checkpoint.config, checkpoint.load_params(dtype)
-
-
-def save(
-    directory: str | PathLike[str],
-    config: Mapping[str, Any] | Path,
-    params: Mapping[str, Any],
-    *,
-    tokenizer_file: str | PathLike[str] | None = None,
-    chat_template: str | None = None,
-    extra_files: Iterable[str | PathLike[str]] = (),
-) -> None:
-    """Writes a checkpoint directory, all of it or nothing.
-
-    Args:
-      directory: must not exist, or be empty.
-      config: the dictionary of a Hugging Face `config.json`, or the file to be copied as it is.
-      params: the parameter tree, of numpy or jax arrays.
-      tokenizer_file: becomes `tokenizer.json`.
-      chat_template: Jinja source, becomes `chat_template.jinja`.
-      extra_files: copied under their own names.
-
-    Raises:
-      CheckpointError: if the directory is not empty, or naming leaves that do not belong to `config`.
-    """
-    with new_directory(directory) as partial:
-        copy_files(extra_files, partial)
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, partial / TOKENIZER)
-        if chat_template is not None:
-            (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        write_config(partial, config)
-        _orbax.write(partial, Config.from_file(partial / CONFIG), params)
-
-
-@contextlib.contextmanager
-def new_directory(directory: str | PathLike[str]) -> Iterator[Path]:
-    """A directory to write into, which takes the name `directory` only if the block succeeds.
-
-    Raises:
-      CheckpointError: if `directory` is a file or a directory that is not empty.
-    """
-    final = Path(directory).resolve()
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(f"{final}: exists and is not an empty directory")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
-    partial.mkdir()
-    try:
-        yield partial
-        if final.exists():
-            final.rmdir()
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def copy_files(files: Iterable[str | PathLike[str]], directory: Path) -> None:
-    """Copies files into a directory under their own names."""
-    for file in files:
-        shutil.copyfile(file, directory / Path(file).name)
-
-
-def write_config(directory: Path, config: Mapping[str, Any] | Path) -> None:
-    """Writes `config.json` as Hugging Face formats it, or copies a file as it is."""
-    if isinstance(config, Path):
-        shutil.copyfile(config, directory / CONFIG)
-    else:
-        (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def load(
+    source: str | PathLike[str], dtype: Any = None, *, revision: str | None = None, adapter: bool = True
+) -> tuple[Config, dict[str, Any]]:
+    """Loads `(config, params)`: `open_checkpoint(source, revision)` and its `load_params(dtype, adapter=adapter)`."""
+    checkpoint = open_checkpoint(source, revision)
+    return checkpoint.config, checkpoint.load_params(dtype, adapter=adapter)
 
 
 def default_dtype() -> np.dtype:
@@ -274,18 +279,18 @@ def parse_dtype(dtype: Any) -> np.dtype:
     raise CheckpointError(f'dtype {dtype!r} is not supported, only "float32" and "bfloat16"')
 
 
-def _resolve(source: str | PathLike[str]) -> Path:
-    if source == "demo":
-        return _DEMO
-    path = Path(os.path.expanduser(source))
+def _resolve(source: str | PathLike[str], revision: str | None, converted: bool) -> Path:
+    path = _DEMO if source == "demo" else Path(os.path.expanduser(source))
     with contextlib.suppress(OSError):  # e.g. a name too long to exist
         if path.is_dir():
+            if revision is not None:
+                raise CheckpointError(f"{source}: is a directory; revision {revision!r:.60} is for hub ids")
             return path
         if path.exists():
             raise CheckpointError(f"{path}: not a directory")
-    is_path = not isinstance(source, str) or source.startswith(".") or not _HUB_ID.fullmatch(source)
+    is_path = not isinstance(source, str) or source in ("", "demo") or source[0] == "." or not _HUB_ID.fullmatch(source)
     if is_path or ("/" in str(source) and path.parent.is_dir()):
         raise CheckpointError(f"{source}: no such directory")
-    raise CheckpointError(
-        f"{source}: no such directory, and downloading from a hub is not built in yet: download it and pass its directory"
-    )
+    from granite_jax import hub
+
+    return (hub.converted if converted else hub.snapshot)(str(source), revision, COMPANIONS)

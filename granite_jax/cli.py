@@ -1,47 +1,39 @@
 """The `granite-jax` command."""
 
 import dataclasses
+import io
 import json
 import sys
-from enum import StrEnum
+import unicodedata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from granite_jax import convert as converter
+from granite_jax import summary
+from granite_jax.checkpoint import open_checkpoint
+from granite_jax.errors import GraniteError
+from granite_jax.transcriber import Transcriber
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would break the lines of long help texts
     help="Granite Speech in JAX: transcribe and translate speech, convert checkpoints.",
 )
 # Progress and errors go to stderr: stdout carries results alone.
 _console = Console(stderr=True)
 
 
-class Format(StrEnum):
-    """Output formats."""
-
-    txt = "txt"
-    json = "json"
-
-
-class Task(StrEnum):
-    """Tasks of the released model."""
-
-    transcribe = "transcribe"
-    punctuate = "punctuate"
-    translate = "translate"
-
-
-class Dtype(StrEnum):
-    """Dtypes of weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
+Format = Literal["txt", "json"]
+Task = Literal["transcribe", "punctuate", "translate"]
+Dtype = Literal["float32", "bfloat16"]
+Names = Literal["released", "new"]
 
 
 def _progress() -> Progress:
@@ -51,36 +43,48 @@ def _progress() -> Progress:
 
 
 def _fail(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
-    print(f"granite-jax: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(_line(f"granite-jax: {message}"), file=sys.stderr)
+
+
+def _line(text: str) -> str:
+    """One line that a terminal does not act on, whatever file names and transcripts hold."""
+    return "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="wav, flac, ogg or mp3 files", show_default=False)],
-    checkpoint: Annotated[str, typer.Option(help='"demo", or a directory of "granite-jax convert" or Hugging Face')] = "demo",
-    format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = Format.txt,
-    task: Annotated[Task, typer.Option(help="raw transcript, transcript with punctuation, or translation")] = Task.transcribe,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
+    ],
+    checkpoint: Annotated[
+        str, typer.Option(help='"demo", or a directory of "granite-jax convert" or Hugging Face')
+    ] = "demo",
+    format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
+    task: Annotated[
+        Task, typer.Option(help="raw transcript, transcript with punctuation, or translation")
+    ] = "transcribe",
     to: Annotated[str | None, typer.Option(help="target language of a translation, as in fr or French")] = None,
     prompt: Annotated[str | None, typer.Option(help="a prompt of your own, instead of the task's")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)
+    ] = None,
 ) -> None:
     """Transcribe or translate audio files.
 
-    Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text, tokens,
-    duration, ctc_text and stats. Files that fail are reported on stderr, one line each; the exit status is 0 only if all succeeded.
+    Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
+    tokens, duration, ctc_text and stats. Files that fail are reported on stderr, one line each. The exit status is 0 if
+    all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
-    from granite_jax.errors import GraniteError
-    from granite_jax.transcriber import Transcriber  # JAX takes a second to import: --help need not wait for it
-
     try:
-        asr = Transcriber.from_pretrained(checkpoint, dtype=dtype.value if dtype else None)
+        asr = Transcriber.from_pretrained(checkpoint, dtype=dtype)
         with _progress() as bar:
             job = bar.add_task("transcribing", total=len(files))
             transcripts = asr.transcribe(
                 list(files),
-                task=task.value,
+                task=task,
                 to=to,
                 prompt=prompt,
                 max_new_tokens=max_new_tokens,
@@ -93,32 +97,38 @@ def transcribe(
     for transcript in transcripts:
         if transcript.error is not None:
             _fail(transcript.error)
-        elif format is Format.json:
+        elif format == "json":
             fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
             print(json.dumps(fields, ensure_ascii=False))
         else:
-            print(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text)
+            print(_line(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text))
     if any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
 
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="checkpoint directory to read", show_default=False)],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="directory to write; must not exist, or be empty", show_default=False)],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="checkpoint directory or hub id", show_default=False)],
+    destination: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="directory to write; must not exist, or be empty", show_default=False),
+    ],
     dtype: Annotated[Dtype | None, typer.Option(help="default: that of the source", show_default=False)] = None,
+    names: Annotated[Names, typer.Option(help="tensor names of a Hugging Face destination")] = "released",
+    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read everything back and compare")] = False,
 ) -> None:
-    """Convert a checkpoint: Hugging Face safetensors to Orbax, or Orbax back to Hugging Face."""
-    from granite_jax import convert as converter
-    from granite_jax.errors import GraniteError
-
+    """Convert a checkpoint: Hugging Face to Orbax, or Orbax back to Hugging Face."""
     try:
         with _progress() as bar:
-            job = bar.add_task(f"converting {escape(source.name)}", total=None)
+            job = bar.add_task(f"converting {escape(source)}", total=None)
             report = converter.convert(
                 source,
                 destination,
-                dtype=dtype.value if dtype else None,
+                dtype=dtype,
+                names=names,
+                revision=revision,
+                verify=verify,
                 progress=lambda done, total: bar.update(job, completed=done, total=total),
             )
     except GraniteError as error:
@@ -126,11 +136,33 @@ def convert(
         raise typer.Exit(1) from None
     parts = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
     print(f"{destination}: {report.tensors} tensors, {parts} parameters, {report.dtype}, "
-          f"{report.bytes:,} bytes, {report.seconds:.1f} s")  # fmt: skip
+          f"{report.bytes:,} bytes, {report.seconds:.1f} s{', verified' if verify else ''}")  # fmt: skip
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help='"demo", checkpoint directory or hub id', show_default=False)
+    ],
+    format: Annotated[Format, typer.Option(help="lines for people, or one JSON object")] = "txt",
+    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read all weights and check their hashes")] = False,
+) -> None:
+    """Print what a checkpoint is: parts, parameters, tasks, languages, limits, configuration."""
+    try:
+        description = summary.describe(open_checkpoint(checkpoint, revision), verify=verify)
+    except GraniteError as error:
+        _fail(str(error))
+        raise typer.Exit(1) from None
+    print(json.dumps(description) if format == "json" else summary.to_text(description))
 
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be text; an escape in their place is, in JSON too.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -132,8 +132,6 @@ def test_damaged_orbax_metadata_is_a_checkpoint_error(own: Path) -> None:
         (Path("nope"), "nope: no such directory$"),
         ("a/b/c", "a/b/c: no such directory$"),
         ("x" * 5000, "no such directory"),
-        ("granite", "granite: no such directory, and downloading from a hub is not built in yet"),
-        ("ibm-granite/granite-4.0-1b-speech", "downloading from a hub is not built in yet"),
         ("file", "file: not a directory"),
         ("here", "here: no checkpoint, config.json is missing"),
     ],
@@ -222,7 +220,7 @@ def test_a_tokenizer_of_another_model_is_refused(hf: Path) -> None:
 
 
 def test_the_tokenizer_class_decides_how_text_is_cut(hf: Path) -> None:
-    # Given a file that keeps each character to itself, when tokenizer_config.json names GPT-2's class, then its rule wins
+    # Given a file that keeps each character apart, when tokenizer_config.json names GPT-2's class, then its rule wins
     split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     change_json(

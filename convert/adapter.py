@@ -1,0 +1,310 @@
+"""LoRA adapters as peft saves them: `adapter_config.json`, `adapter_model.safetensors`.
+
+An adapter is kept as the subtree `lora` of the parameters, named like the leaves it changes:
+
+    decoder.layers.attention.q.kernel [l, in, out]  ->  lora.decoder.layers.attention.q.a [l, in, r], .b [l, r, out]
+
+`r` is the largest rank of the layers; smaller ranks are padded with zeros, layers without an adapter are all zeros.
+Merged: `kernel + scale * a @ b`, where scale is alpha / rank, or alpha / sqrt(rank) for rslora (arXiv 2312.03732).
+Reference: `LoraConfig` and `LoraModel` of peft 0.18 to 0.21.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from granite_jax import _files
+from granite_jax._tree import Shape, expected_shapes, raise_named
+from granite_jax.config import Config, read_json
+from granite_jax.convert import mapping
+from granite_jax.errors import CheckpointError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LORA = "lora"
+_PREFIX = "base_model.model."
+_MAX_RANK, _MAX_LAYERS = 1 << 16, 1 << 12
+
+# Of training, or of where the adapter came from, and nothing that is computed. Paths in them are not followed.
+_IRRELEVANT = {
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode"),
+    *("loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size"),
+    *("revision", "runtime_config", "task_type"),
+}
+# Initialisations that leave the base weights as they are; PiSSA, OLoRA and the like do not.
+_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What of a peft `LoraConfig` decides what is computed.
+
+    Fields:
+      rank, alpha: of modules for which the patterns (regular expression -> value, first match) have no other.
+      target_modules, exclude_modules: names that modules end in, or one regular expression for the whole name.
+      layers: numbers of the layers that are adapted; None for all.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    use_rslora: bool
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers: tuple[int, ...] | None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
+        """Reads the dictionary of an `adapter_config.json`. Raises CheckpointError naming what is not supported."""
+        rest = {key: value for key, value in raw.items() if key not in _IRRELEVANT}
+        if (peft_type := rest.pop("peft_type", None)) != "LORA":
+            raise CheckpointError(f"peft_type {peft_type!a:.40} is not supported, only 'LORA'")
+        if (init := rest.pop("init_lora_weights", True)) not in _INITS:
+            raise CheckpointError(f"init_lora_weights {init!a:.40} is not supported: it changes the base weights, too")
+        if (bias := rest.pop("bias", "none")) != "none":
+            raise CheckpointError(f"bias {bias!a:.40} is not supported, only 'none'")
+        rank = _positive("r", rest.pop("r", 8), whole=True)
+        alpha = _positive("lora_alpha", rest.pop("lora_alpha", 8))
+        rank_pattern = _pattern("rank_pattern", rest.pop("rank_pattern", None), whole=True)
+        alpha_pattern = _pattern("alpha_pattern", rest.pop("alpha_pattern", None))
+        use_rslora = rest.pop("use_rslora", False)
+        if not isinstance(use_rslora, bool):
+            raise CheckpointError(f"use_rslora is {use_rslora!a:.40}, neither true nor false")
+        targets = _modules("target_modules", rest.pop("target_modules", None))
+        if not targets:
+            raise CheckpointError("target_modules is empty")
+        excluded = _modules("exclude_modules", rest.pop("exclude_modules", None))
+        layers = _layers(rest.pop("layers_to_transform", None))
+        # Whatever else is set changes the computation in a way unknown here: refused by name.
+        raise_named(
+            "not supported:", [f"{key!a:.40}" for key, value in rest.items() if value not in (None, False, [], {})]
+        )
+        return cls(int(rank), alpha, rank_pattern, alpha_pattern, use_rslora, targets, excluded, layers)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter; 0 for none."""
+        return int(_first_match(self.rank_pattern, module, self.rank)) if self._targets(module) else 0
+
+    def scale_of(self, module: str) -> float:
+        """What the product of the two factors is multiplied by."""
+        rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
+        return 0.0 if not rank else alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _targets(self, module: str) -> bool:
+        if _is_named(self.exclude_modules, module) or not _is_named(self.target_modules, module):
+            return False
+        if self.layers is None:
+            return True
+        layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        return layer is not None and int(layer[1]) in self.layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """One leaf of the subtree: `a` or `b` of the adapters of equal modules.
+
+    Fields:
+      path, shape: in the parameter tree.
+      names: of its tensors in the adapter's file; of layers without an adapter there are none.
+      layers, ranks: of each tensor.
+      is_a: which of the two factors it is.
+    """
+
+    path: str
+    shape: Shape
+    names: tuple[str, ...]
+    layers: tuple[int, ...]
+    ranks: tuple[int, ...]
+    is_a: bool
+
+    @property
+    def tensor_shapes(self) -> list[Shape]:
+        """Of each tensor in the adapter's file: `[r, in]` or `[out, r]`."""
+        width = self.shape[-2] if self.is_a else self.shape[-1]
+        return [(rank, width) if self.is_a else (width, rank) for rank in self.ranks]
+
+    def fill(self, leaf: np.ndarray, number: int, tensor: np.ndarray) -> None:
+        """Puts the tensor of this number into its place in the leaf."""
+        mapping.copy(self._place(leaf, number), tensor.T)
+
+    def tensor(self, number: int, leaf: np.ndarray) -> np.ndarray:
+        """The tensor of this number: the inverse of `fill`."""
+        return self._place(leaf, number).T
+
+    def _place(self, leaf: np.ndarray, number: int) -> np.ndarray:
+        place, rank = leaf[self.layers[number]] if leaf.ndim == 3 else leaf, self.ranks[number]
+        return place[:, :rank] if self.is_a else place[:rank]
+
+
+def read_config(directory: Path) -> AdapterConfig | None:
+    """The configuration of a directory's adapter, or None if it has none. Raises CheckpointError naming the file."""
+    path = _files.find(directory, CONFIG)
+    if path is None:
+        for name in (WEIGHTS, "adapter_model.bin"):
+            if (directory / name).exists():
+                raise CheckpointError(f"{directory / name}: a LoRA adapter without {CONFIG}")
+        return None
+    try:
+        return AdapterConfig.from_dict(read_json(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
+    """The leaves of the subtree that `lora` asks for. Raises CheckpointError naming modules it cannot be applied to."""
+    shapes = expected_shapes(config)
+    found = [
+        factor for rule in mapping.RULES if rule.path in shapes for factor in _factors(rule, lora, shapes[rule.path])
+    ]
+    if not found:
+        raise CheckpointError("target_modules matches no module of the model")
+    return found
+
+
+def shapes(lora: AdapterConfig | None, config: Config) -> dict[str, Shape]:
+    """Shape of every leaf of the subtree by dotted path; none without an adapter."""
+    return {} if lora is None else {factor.path: factor.shape for factor in factors(lora, config)}
+
+
+def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Factor]:
+    """As `factors`, with the file's own spelling of names.
+
+    Raises:
+      CheckpointError: naming tensors of modules that `lora` does not target, and modules it does without tensors.
+    """
+    spelt = {_released(name): name for name in names}
+    wanted = factors(lora, config)
+    expected = {name for factor in wanted for name in factor.names}
+    raise_named("not a module that adapter_config.json targets:", [n for r, n in spelt.items() if r not in expected])
+    raise_named("missing:", sorted(expected - set(spelt)))
+    return [dataclasses.replace(factor, names=tuple(spelt[name] for name in factor.names)) for factor in wanted]
+
+
+def hf_tensors(
+    lora: AdapterConfig, config: Config, new_names: bool = False
+) -> Iterator[tuple[str, Shape, str, Callable[[Any], np.ndarray]]]:
+    """For every tensor: its name, shape, the path of its leaf, and how to get it from the leaf."""
+    for factor in factors(lora, config):
+        for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
+            spelt = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
+            yield spelt, shape, factor.path, functools.partial(factor.tensor, number)
+
+
+def scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
+    """Path of every adapted kernel -> float32 scale of each layer `[l]`, or `[]` where there are no layers."""
+    found = {}
+    for rule in mapping.RULES:
+        if (shape := expected_shapes(config).get(rule.path)) is not None and rule.transform is mapping.LINEAR:
+            each = [lora.scale_of(module) for module in _module_names(rule, shape)]
+            if any(each):
+                found[rule.path] = np.array(each if rule.stacked else each[0], np.float32)
+    return found
+
+
+def merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.ndarray, dtype: Any) -> np.ndarray:
+    """`kernel + scale * a @ b`, computed in float32 and rounded once, to `dtype`. `[l, in, out]` or `[in, out]`."""
+    merged = np.empty(kernel.shape, dtype)
+    for layer in np.ndindex(kernel.shape[:-2]):  # layer by layer: float32 copies stay small
+        delta = (a[layer].astype(np.float32) @ b[layer].astype(np.float32)) * scale[layer]
+        merged[layer] = kernel[layer].astype(np.float32) + delta
+    return merged
+
+
+def factor_paths(kernel_path: str) -> tuple[str, str]:
+    """Dotted paths of `a` and `b` of an adapted kernel."""
+    stem = f"{LORA}.{kernel_path.removesuffix('.kernel')}"
+    return f"{stem}.a", f"{stem}.b"
+
+
+def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
+    if not rule.hf.endswith(".weight"):
+        return []
+    modules = _module_names(rule, shape)
+    ranks = [lora.rank_of(module) for module in modules]
+    if not any(ranks):
+        return []
+    if rule.transform is not mapping.LINEAR:
+        raise CheckpointError(f"LoRA on {next(m for m, r in zip(modules, ranks, strict=True) if r)} is not supported")
+    *layers, width_in, width_out = shape
+    rank = max(ranks)
+    if rank > min(width_in, width_out):
+        raise CheckpointError(f"rank {rank} exceeds the size of {modules[ranks.index(rank)]}, {width_in} x {width_out}")
+    adapted = tuple(layer for layer, found in enumerate(ranks) if found)
+    own = tuple(ranks[layer] for layer in adapted)
+    a, b = factor_paths(rule.path)
+    names = [tuple(f"{_PREFIX}{modules[layer]}.lora_{side}.weight" for layer in adapted) for side in "AB"]
+    return [
+        Factor(a, (*layers, width_in, rank), names[0], adapted, own, True),
+        Factor(b, (*layers, rank, width_out), names[1], adapted, own, False),
+    ]
+
+
+def _module_names(rule: mapping.Rule, shape: Shape) -> list[str]:
+    module = rule.hf.removesuffix(".weight")
+    if rule.stacked and shape[0] > _MAX_LAYERS:  # before a name is made for each
+        raise CheckpointError(f"{shape[0]} layers are too many for an adapter")
+    return [module.format(layer=layer) for layer in range(shape[0])] if rule.stacked else [module]
+
+
+def _released(name: str) -> str:
+    return _PREFIX + mapping.released_name(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else name
+
+
+def _is_named(modules: tuple[str, ...] | str, name: str) -> bool:
+    # An expression may have been written for the names of newer transformers.
+    if isinstance(modules, str):
+        return bool(modules) and any(re.fullmatch(modules, n) for n in (name, mapping.new_name(f"{name}.")[:-1]))
+    return any(name == module or name.endswith(f".{module}") for module in modules)
+
+
+def _first_match(pattern: tuple[tuple[str, Any], ...], module: str, default: Any) -> Any:
+    return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _positive(key: str, value: Any, whole: bool = False) -> float:
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MAX_RANK:
+        raise CheckpointError(f"{key} is {value!a:.40}, not a positive number below {_MAX_RANK}")
+    return value
+
+
+def _pattern(key: str, raw: Any, whole: bool = False) -> tuple[tuple[str, Any], ...]:
+    if not isinstance(raw or {}, dict):
+        raise CheckpointError(f"{key} is no object")
+    return tuple((_expression(key, name), _positive(key, value, whole)) for name, value in (raw or {}).items())
+
+
+def _modules(key: str, raw: Any) -> tuple[str, ...] | str:
+    if isinstance(raw, str):
+        return _expression(key, raw)
+    if raw is not None and (not isinstance(raw, list) or not all(isinstance(name, str) and name for name in raw)):
+        raise CheckpointError(f"{key} is neither a list of names nor a regular expression")
+    return tuple(raw or ())
+
+
+def _layers(raw: Any) -> tuple[int, ...] | None:
+    layers = [raw] if isinstance(raw, int) else raw
+    if layers is not None and (not isinstance(layers, list) or not all(type(layer) is int for layer in layers)):
+        raise CheckpointError("layers_to_transform is neither a number nor a list of numbers")
+    return tuple(layers) if layers else None
+
+
+def _expression(key: str, pattern: str) -> str:
+    """`pattern` itself, if it compiles and cannot take for ever to match, as `(a+)+` and long rows of `.*` can."""
+    repeats, groups = len(re.findall(r"[*+?{]", pattern)), pattern.count("(")
+    # A back-reference can repeat without a sign of it.
+    if len(pattern) > 512 or repeats > 2 or groups > 2 or re.search(r"\)[*+?{]|\\[0-9]|\(\?", pattern):
+        raise CheckpointError(f"{key}: the regular expression {pattern!a:.80} is too complex")
+    try:
+        with warnings.catch_warnings(action="error"):  # of what later versions of Python will read differently
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        raise CheckpointError(f"{key}: {pattern!a:.80} is no regular expression ({error})") from None
+    return pattern

@@ -1,0 +1,206 @@
+"""The command line: results on stdout, one line each; errors on stderr, one line each; an exit status that tells."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_fixture
+import numpy as np
+import pytest
+import soundfile
+from click.testing import Result
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from granite_jax import Transcriber, cli
+from granite_jax.programs import Bucket
+
+TINY: dict[str, Any] = {
+    "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4},
+    "projector_config": {"encoder_hidden_size": 8, "num_hidden_layers": 1},
+    "text_config": {"num_hidden_layers": 2, "max_position_embeddings": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint") / "hf"
+    hf_fixture.write_random_checkpoint(directory, **TINY)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def asr(checkpoint: Path) -> Transcriber:
+    return Transcriber.from_pretrained(checkpoint, batch_size=2, buckets=[Bucket(2, 33600, 90, 128)])
+
+
+@pytest.fixture
+def loaded(asr: Transcriber, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Has the command take one Transcriber for every checkpoint; the calls that would have loaded one."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(
+        cli.Transcriber, "from_pretrained", lambda source, **options: calls.append((source, options)) or asr
+    )
+    return calls
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> list[str]:
+    """Two files, one of whose names is markup to rich."""
+    paths = [str(tmp_path / name) for name in ("a.wav", "[bold]b[/bold].flac")]
+    for seed, path in enumerate(paths):
+        soundfile.write(path, np.random.default_rng(seed).uniform(-0.1, 0.1, 16000 + 8000 * seed), 16000)
+    return paths
+
+
+def invoke(*arguments: str | Path) -> Result:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def shell(*arguments: str | bytes | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Runs the command as a process, with pipes."""
+    command = [sys.executable, "-W", "error", "-m", "granite_jax.cli", *arguments]
+    return subprocess.run(command, capture_output=True, check=False, **options)
+
+
+def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: list[str]) -> None:
+    # Given two files, when they are transcribed, then there is a line for each, with its name
+    texts = [transcript.text for transcript in asr.transcribe(list(recordings), max_new_tokens=4)]
+    result = invoke("transcribe", *recordings, "--max-new-tokens", "4")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == "".join(
+        f"{path}: {cli._line(text)}\n" for path, text in zip(recordings, texts, strict=True)
+    )
+
+    # And for one file its text alone
+    assert invoke("transcribe", recordings[1], "--max-new-tokens", "4").stdout == cli._line(texts[1]) + "\n"
+
+
+def test_json_is_one_object_a_line(asr: Transcriber, loaded: list, recordings: list[str]) -> None:
+    # Given two files, when JSON is asked for, then every line is an object with what a Transcript has
+    result = invoke("transcribe", *recordings, "--format", "json", "--max-new-tokens", "4")
+    assert (result.exit_code, result.stderr) == (0, "")
+    objects = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = [dataclasses.asdict(t) for t in asr.transcribe(list(recordings), max_new_tokens=4)]
+    assert objects == [{k: list(v) if k == "tokens" else v for k, v in t.items() if k != "error"} for t in expected]
+    assert set(objects[0]) >= {"audio", "text", "tokens", "duration", "stats"}
+    assert [o["audio"] for o in objects] == recordings
+
+
+def test_failures_lose_nothing_else(loaded: list, recordings: list[str], tmp_path: Path) -> None:
+    # Given a file that is no audio and one that is not there, among others
+    (tmp_path / "bad.wav").write_text("no audio")
+    files = [recordings[0], str(tmp_path / "bad.wav"), recordings[1], str(tmp_path / "none.wav")]
+
+    # When all are transcribed, then the others come out, each failure is a line on stderr, and the exit status tells
+    result = invoke("transcribe", *files, "--format", "json", "--max-new-tokens", "2")
+    assert result.exit_code == 1
+    assert [json.loads(line)["audio"] for line in result.stdout.splitlines()] == recordings
+    errors = result.stderr.splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith(f"granite-jax: {files[1]}: is not audio")
+    assert errors[1] == f"granite-jax: {files[3]}: no such file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "translate"], "granite-jax: task 'translate' needs to="),
+        (["--to", "fr"], "granite-jax: to='fr' is for task 'translate' only"),
+        (["--prompt", "two\nlines"], "granite-jax: prompt 'two\\nlines' has the control character"),
+        (["--task", "summarise"], "Invalid value for '--task'"),
+        (["--format", "xml"], "Invalid value for '--format'"),
+        (["--dtype", "int8"], "Invalid value for '--dtype'"),
+        (["--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_options_are_told_apart_from_bad_files(
+    loaded: list, recordings: list[str], arguments: list[str], message: str
+) -> None:
+    # Given an option that makes no sense, when the command runs, then it says so, prints nothing, and exits with 2
+    result = invoke("transcribe", *recordings, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+
+
+def test_options_reach_the_model(loaded: list, recordings: list[str]) -> None:
+    # Given options for loading, when the command runs, then they are passed on, and "demo" is the default
+    invoke("transcribe", recordings[0], "--max-new-tokens", "1")
+    invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--checkpoint", "some/dir", "--dtype", "bfloat16")
+    assert loaded == [("demo", {"dtype": None}), ("some/dir", {"dtype": "bfloat16"})]
+
+
+@pytest.mark.parametrize("name", ["/no/such/checkpoint", "./checkpoint", "nobody/granite"])
+def test_an_unknown_checkpoint_is_one_line(recordings: list[str], name: str) -> None:
+    # Given a checkpoint that does not exist, when it is asked for, then one line names it
+    result = invoke("transcribe", recordings[0], "--checkpoint", name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"granite-jax: {name}: no such directory")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_output_is_safe_to_print() -> None:
+    # Given text that would steer a terminal or break the line, when it is printed, then it does neither
+    assert cli._line("a\x1b[31mb\r\nc\x85d\u2028e\tf") == "a [31mb  c d e f"
+    assert cli._line("Zoë, 東京 👩\u200d🚀") == "Zoë, 東京 👩\u200d🚀"
+
+
+def test_a_process_in_a_pipe(checkpoint: Path, recordings: list[str], tmp_path: Path) -> None:
+    # Given a real process with pipes, and a file whose name is not text
+    odd = os.fsencode(tmp_path) + b"/odd\xff\n.wav"
+    Path(os.fsdecode(odd)).write_bytes(Path(recordings[0]).read_bytes())
+    arguments = ["--checkpoint", checkpoint, "--max-new-tokens", "3", "--format", "json"]
+    cache = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    # When it transcribes, then stdout has objects and nothing else, without warnings or a progress bar on stderr
+    done = shell("transcribe", recordings[1], odd, *arguments, env=cache)
+    assert (done.returncode, done.stderr) == (0, b"")
+    objects = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [os.fsencode(o["audio"]) for o in objects] == [os.fsencode(recordings[1]), odd]
+    assert all(len(o["tokens"]) == 3 for o in objects)
+
+
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"]])
+def test_help(command: list[str]) -> None:
+    # Given a command, when its help is asked for, then it says what there is
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    expected = {"": "transcribe", "transcribe": "--checkpoint", "convert": "SRC"}[" ".join(command)]
+    assert expected in result.stdout
+
+
+def test_checkpoints_convert_there_and_back(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a Hugging Face directory, when it is converted to this program's own and back
+    there = invoke("convert", checkpoint, tmp_path / "own")
+    back = invoke("convert", tmp_path / "own", tmp_path / "hf")
+
+    # Then each is reported in one line, and tensors are the same bit for bit
+    for result, destination in ((there, "own"), (back, "hf")):
+        assert (result.exit_code, result.stderr) == (0, "")
+        (line,) = result.stdout.splitlines()
+        assert line.startswith(f"{tmp_path / destination}: ")
+        assert "parameters, float32" in line
+    before, after = (load_file(path / "model.safetensors") for path in (checkpoint, tmp_path / "hf"))
+    counters = {name for name in before if "num_batches_tracked" in name}
+    assert set(before) == set(after)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in set(before) - counters)
+
+
+def test_a_conversion_that_fails_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a destination in use, one that cannot be made, and a source that is not there
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    for source, destination in (("used", "out"), (checkpoint, "used"), (checkpoint, "used/file/out"), ("none", "out")):
+        # When converted, then one line says so, and nothing is written
+        result = invoke("convert", tmp_path / source, tmp_path / destination)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith("granite-jax: ")
+        assert len(result.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
