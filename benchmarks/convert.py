@@ -40,7 +40,8 @@ def write(directory: Path, scale: float) -> None:
     (directory / "config.json").write_text(json.dumps(raw))
     config = Config.from_dict(raw)
     tensors = [(name, shape) for name, shape, *_ in mapping.hf_tensors(expected_shapes(config))]
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in tensors:
         end = offset + 2 * int(np.prod(shape))
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}

@@ -32,7 +32,7 @@ class _Entry:
     shape: tuple[int, ...]
     dtype: np.dtype
     path: str | None  # of its leaf
-    tensor_of: Callable[[np.ndarray | None], np.ndarray]  # leaf -> tensor
+    tensor_of: Callable[[Any], np.ndarray]  # leaf -> tensor
 
     @property
     def nbytes(self) -> int:

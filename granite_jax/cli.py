@@ -131,12 +131,12 @@ def convert(
                 verify=verify,
                 progress=lambda done, total: bar.update(job, completed=done, total=total),
             )
-    except GraniteError as error:
+    except (GraniteError, OSError) as error:
         _fail(str(error))
         raise typer.Exit(1) from None
     parts = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
-    print(f"{destination}: {report.tensors} tensors, {parts} parameters, {report.dtype}, "
-          f"{report.bytes:,} bytes, {report.seconds:.1f} s{', verified' if verify else ''}")  # fmt: skip
+    sizes = f"{report.tensors} tensors, {parts} parameters, {report.dtype}, {report.bytes:,} bytes"
+    print(_line(f"{destination}: {sizes}, {report.seconds:.1f} s{', verified' if verify else ''}"))
 
 
 @app.command()

@@ -46,7 +46,8 @@ def snapshot(repo_id: str, revision: str | None, companions: Iterable[str]) -> P
     except Exception as error:
         # Without a network the cache may know the revision.
         with contextlib.suppress(Exception):
-            return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+            local = {"local_files_only": True, "allow_patterns": [CONFIG]}  # complete or not: it cannot be completed
+            return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, **local))
         raise CheckpointError(f"{where} it cannot be downloaded ({_reason(error)})") from error
     wanted = needed(files, companions)
     if CONFIG not in wanted:

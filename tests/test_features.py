@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import soundfile as sf
-from goldens.cases import SAMPLES, sounds
+from goldens.cases import sounds
 
 from granite_jax import features
 from granite_jax.features import MIN_SAMPLES, log_mel, num_frames
@@ -31,47 +30,49 @@ def exact_mel_filters() -> np.ndarray:
     return np.stack([np.interp(bins, edges[i : i + 3], [0, 1, 0]) for i in range(80)], axis=1)
 
 
-@pytest.mark.parametrize("name", [name for name, sound in sounds().items() if len(sound) < 200_000])
-def test_log_mel_is_its_definition_however_quiet_a_bin_beside_loud_ones(name):
-    # Given a sound, among them clean tones and speech whose quiet bins are 80 dB below the loud ones
-    samples = sounds()[name]
-    # When its features are computed / Then they are those of exact arithmetic
-    found = run(samples[None], np.array([len(samples)]))[0]
-    # (the reference's own filters, rounded to float32, are worth up to 2e-5 here)
-    np.testing.assert_allclose(found, exact_log_mel(samples), atol=3e-5)
+@pytest.fixture(scope="module")
+def rows() -> dict[str, np.ndarray]:
+    """Sounds of up to 10 s, one of them also very quiet and beyond full scale."""
+    short = {name: sound for name, sound in sounds().items() if len(sound) < 200_000}
+    chirp = sounds()["chirp-2.5s"]
+    return short | {"chirp-quiet": chirp * np.float32(1e-4), "chirp-loud": chirp * np.float32(3)}
 
 
-def test_float32_filters_apart_log_mel_is_exact(monkeypatch):
-    # Given clean speech, for which plain float32 products are off by 1e-4, and exact filters
-    samples, _ = sf.read(SAMPLES / "long.wav", dtype="float32", stop=96_000)
+def batched(rows, room: int = 0) -> np.ndarray:
+    """Features of all rows, computed at once; `room` samples follow the longest. Padding is loud."""
+    lengths = [len(row) for row in rows]
+    batch = np.full((len(rows), max(lengths) + room), 50, np.float32)
+    for i, row in enumerate(rows):
+        batch[i, : len(row)] = row
+    return np.asarray(run(batch, np.array(lengths)))
+
+
+def test_log_mel_is_its_definition_however_quiet_a_bin_beside_loud_ones(rows, monkeypatch):
+    # Given clean tones and speech with bins 80 dB below the loud ones, where plain float32 products are off by 1e-4,
+    # and exact filters instead of those rounded as the reference's are
     filters = exact_mel_filters()
     assert np.abs(features._mel_filters() - filters).max() < 1e-5
     monkeypatch.setattr(features, "_mel_filters", lambda: filters.astype(np.float32))
-    # When computed / Then nothing of float32's rounding is left
-    found = jax.jit(lambda x: log_mel(x, jnp.array([len(samples)])))(samples[None])
-    np.testing.assert_allclose(found[0], exact_log_mel(samples), atol=3e-6)
+    # When all are computed at once / Then each is as in exact arithmetic, whatever its loudness
+    for name, found in zip(rows, batched(list(rows.values())), strict=True):
+        exact = exact_log_mel(rows[name])
+        np.testing.assert_allclose(found[: len(exact)], exact, atol=3e-6, err_msg=name)
+        assert not found[len(exact) :].any(), name
 
 
-@pytest.mark.parametrize("scale", [1e-4, 3.0])
-def test_precision_does_not_depend_on_loudness(scale):
-    # Given a loud and a very quiet recording of the same
-    samples = sounds()["chirp-2.5s"] * np.float32(scale)
-    # When computed / Then both are exact
-    found = run(samples[None], np.array([len(samples)]))[0]
-    np.testing.assert_allclose(found, exact_log_mel(samples), atol=3e-5)
-
-
-@pytest.mark.parametrize("length", [MIN_SAMPLES, 320, 399, 400, 479, 480, 639, 640])
-@pytest.mark.parametrize("room", [0, 1, 97, 160])
-def test_every_length_in_any_room_gives_its_own_frames(length, room):
-    # Given a short sound in a row with some room after it, full of something else
-    samples = np.random.default_rng(length).standard_normal(length).astype(np.float32)
-    row = np.pad(samples, (0, room), constant_values=50)
-    # When computed / Then there are its frames and no others
-    found = np.asarray(log_mel(jnp.asarray(row[None]), jnp.array([length]))[0])
-    assert len(found) == num_frames(length + room)
-    np.testing.assert_allclose(found[: num_frames(length)], exact_log_mel(samples), atol=3e-5)
-    assert not found[num_frames(length) :].any()
+@pytest.mark.parametrize("room", [0, 1, 81, 160])
+def test_every_length_in_any_room_gives_its_own_frames(room):
+    # Given sounds of lengths about the multiples of a hop and of a frame, with some room after the longest
+    rng = np.random.default_rng(room)
+    lengths = [MIN_SAMPLES, 319, 320, 399, 400, 401, 479, 480, 639, 640]
+    sounds = [rng.standard_normal(length).astype(np.float32) for length in lengths]
+    # When computed / Then there are their frames and no others
+    found = batched(sounds, room)
+    assert found.shape[1] == num_frames(640 + room)
+    for row, sound in zip(found, sounds, strict=True):
+        frames = num_frames(len(sound))
+        np.testing.assert_allclose(row[:frames], exact_log_mel(sound), atol=3e-5)
+        assert not row[frames:].any()
 
 
 def test_a_row_is_computed_as_if_alone():

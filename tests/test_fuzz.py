@@ -225,7 +225,7 @@ def test_configs(base: Path) -> None:
         ("text_config", "intermediate_size"),
     ],
 )
-@pytest.mark.parametrize("value", [2, 2**20, 2**31 - 1])
+@pytest.mark.parametrize("value", [2**31 - 1])
 def test_configs_of_other_sizes_than_the_weights(base: Path, section: str, key: str, value: int) -> None:
     # Given a valid configuration of a larger model, when its weights are loaded, then the error names tensors
     file = base / "config.json"

@@ -186,7 +186,7 @@ def test_what_follows_the_end_of_the_samples_changes_nothing(config, params, utt
 def test_frames_past_the_end_change_nothing_in_encoder_and_projector(config, params):
     # Given features whose second row ends within the second attention block and within a projector window
     rng = np.random.default_rng(2)
-    features, lengths = rng.standard_normal((2, 100, 160), np.float32), np.array([100, 47], np.int32)
+    features, lengths = rng.standard_normal((2, 100, 160), np.float32), jnp.array([100, 47])
     dirty = features.copy()
     dirty[1, 47:] = GARBAGE
 
@@ -305,10 +305,10 @@ def test_gradients_are_finite_and_stop_at_the_end_of_the_samples(config, params,
     @jax.jit
     def gradients(params, samples):
         def loss(params, samples):
-            frames = num_frames(lengths)
-            encoded = model.encode(config, params, log_mel(samples, lengths), frames)
+            frames = num_frames(jnp.asarray(lengths))
+            encoded = model.encode(config, params, log_mel(samples, jnp.asarray(lengths)), frames)
             audio = model.project(config, params, encoded.hidden, frames)
-            logits, _ = model.prefill(config, params, tokens, token_lengths, audio)
+            logits, _ = model.prefill(config, params, jnp.asarray(tokens), jnp.asarray(token_lengths), audio)
             ctc = jax.nn.log_softmax(model.ctc_logits(config, params, encoded.hidden))
             valid = jnp.arange(ctc.shape[1]) < frames[:, None]
             return -jax.nn.log_softmax(logits)[..., 9].sum() - jnp.where(valid, ctc[..., 40], 0).mean()
