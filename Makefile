@@ -1,7 +1,7 @@
 # Everything is installed into $(VENV) on first use, from Python >= 3.11 and pip's index; later runs find it there.
 VENV ?= .venv
 # Where `make demo-checkpoint` keeps its corpus and training state.
-WORK ?= work
+WORK ?= demo-work
 # Options for pytest, as in ARGS="-k ctc".
 ARGS ?=
 PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python,$(shell \
