@@ -3,7 +3,8 @@
     python benchmarks/bfloat16.py [--checkpoint demo] [FILE ...]
 
 Transcribes the files (default: the committed held-out clips) in float32, in bfloat16 in batches of eight, and in
-bfloat16 one by one, in one run, and prints the shares of equal transcripts and of equal tokens up to the first difference.
+bfloat16 one by one, in one run, and prints the shares of equal transcripts and of equal tokens up to the first
+difference.
 """
 
 import argparse
