@@ -37,6 +37,16 @@ class Task(StrEnum):
     translate = "translate"
 
 
+class Speculative(StrEnum):
+    """Uses of the encoder's drafts."""
+
+    lossless = "lossless"
+    relaxed = "relaxed"
+    relaxed_accurate = "relaxed-accurate"
+    relaxed_fast = "relaxed-fast"
+    off = "off"
+
+
 class Dtype(StrEnum):
     """Dtypes of weights."""
 
@@ -65,6 +75,9 @@ def transcribe(
     prompt: Annotated[str | None, typer.Option(help="a prompt of your own, instead of the task's")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)] = None,
+    speculative: Annotated[Speculative, typer.Option(help="drafts of the encoder: same text sooner, or accepted when plausible")] = Speculative.lossless,
+    ctc_threshold: Annotated[float | None, typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False)] = None,
+    verify_threshold: Annotated[float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)] = None,
 ) -> None:
     """Transcribe or translate audio files.
 
@@ -84,6 +97,9 @@ def transcribe(
                 to=to,
                 prompt=prompt,
                 max_new_tokens=max_new_tokens,
+                speculative=False if speculative is Speculative.off else speculative.value,
+                ctc_threshold=ctc_threshold,
+                verify_threshold=verify_threshold,
                 on_error="return",
                 progress=lambda done: bar.advance(job, done),
             )
