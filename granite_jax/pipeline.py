@@ -40,7 +40,7 @@ class Transcript:
       ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
-        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that the draft proposed); `finish`: "end"
+        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
         if the model ended the text, "length" if it ran into `max_new_tokens`.
       error: why there is no result, or None.
     """

@@ -122,7 +122,7 @@ class Transcriber:
           prompt: a prompt of your own, instead of the task's.
           max_new_tokens: default 200, or 6 a second of audio if that is more.
           speculative: how drafts save passes of the language model. "lossless": it writes what it would write without
-            them, only sooner. "relaxed" (or "relaxed-accurate") and "relaxed-fast": a confident draft of the CTC head is
+            them, only sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is
             final, and so is one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC
             head drafts raw transcripts only: other tasks and prompts of your own go without, unless given a `draft`.
           ctc_threshold: of relaxed modes, in nats: a CTC text all of whose frames have less entropy is final.
