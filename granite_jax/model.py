@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike, Int
 
 from granite_jax.array_types import (
     Activations,
@@ -163,7 +163,7 @@ def prefill_reduced(
     lengths: Lengths,
     audio: AudioEmbeddings | None,
     reduce: Callable[[Logits, Tokens], Any],
-    operand: Tokens,
+    operand: Int[Array, "b m"],
     counts: Lengths,
     *,
     capacity: int | None = None,

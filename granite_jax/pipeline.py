@@ -20,7 +20,7 @@ from granite_jax.audio import Audio
 from granite_jax.config import Config
 from granite_jax.decoding import DecodeState, Spelling
 from granite_jax.features import SAMPLING_RATE, num_frames
-from granite_jax.programs import Bucket, Encoded, Programs, choose_bucket, pad_drafts
+from granite_jax.programs import Bucket, Encoded, Programs, choose_bucket, draft_budget, pad_drafts
 from granite_jax.prompts import PromptTokens
 from granite_jax.speculation import Acceptance
 from granite_jax.tokenizer import Tokenizer
@@ -208,7 +208,8 @@ class Pipeline:
             draft = request.draft
             if draft is None:
                 draft = tuple(self._tokenizer.encode(text)) if accept.drafts else ()
-            rows.append(_Row(request, text, draft[: request.limit], float(entropy[i])))
+            room = min(draft_budget(len(request.audio.samples)), request.limit)
+            rows.append(_Row(request, text, draft[:room], float(entropy[i])))
         return rows
 
     def _submit(
@@ -239,8 +240,7 @@ class Pipeline:
             tokens[i, : request.prompt_length] = [*prompt.prefix, *audio_ids, *prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
         limits = np.array([request.limit for request in requests], np.int32)
-        drafts = [row.draft[: bucket.draft_room(row.request.prompt_length)] for row in rows]
-        draft = pad_drafts([*drafts, *[()] * empty], bucket.draft)
+        draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
         thresholds = np.full(bucket.batch, verify_threshold, np.float32)
         verified, cache = self.programs.prefill(self._params, tokens, lengths, audio, draft, capacity=bucket.capacity)
         return self.programs.decode(
@@ -262,15 +262,15 @@ class Pipeline:
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
         drafted = self._tokenizer.encode(row.ctc_text)
-        whole = len(drafted) <= row.request.limit
+        tokens = tuple(drafted[: row.request.limit])
         stats = {
             "route": "ctc",
             "llm_passes": 0,
-            "draft_tokens": len(row.draft),
-            "accepted_tokens": len(row.draft),
-            "finish": "end" if whole else "length",
+            "draft_tokens": len(tokens),
+            "accepted_tokens": len(tokens),
+            "finish": "end" if len(tokens) == len(drafted) else "length",
         }
-        return self._finished(row, row.ctc_text if whole else self._tokenizer.decode(row.draft), row.draft, stats)
+        return self._finished(row, self._tokenizer.decode(tokens).strip(), tokens, stats)
 
     def _finished(self, row: _Row, text: str, tokens: tuple[int, ...], stats: dict[str, Any]) -> Transcript:
         audio = row.request.audio

@@ -29,7 +29,7 @@ from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
 TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
 MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
-MIN_DRAFT = 32  # of which all find room in what a prompt usually leaves of TEXT_ROOM
+MIN_DRAFT = 32
 DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
 
 
@@ -50,15 +50,7 @@ class Bucket:
     @property
     def draft(self) -> int:
         """Draft tokens that there is room for."""
-        return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * self.samples / SAMPLING_RATE))
-
-    def draft_room(self, prompt: int) -> int:
-        """Draft tokens that a row has room for after a prompt of so many tokens."""
-        return min(self.draft, self.prefill_width(self.capacity) - prompt)
-
-    def prefill_width(self, capacity: int) -> int:
-        """Positions of prompt and draft together, at most `capacity`."""
-        return prefill_width(self.prompt, self.draft, capacity)
+        return draft_budget(self.samples)
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +113,8 @@ class Programs:
         self, params: Params, tokens: Tokens, lengths: Lengths, audio: AudioEmbeddings, draft: Draft, capacity: int
     ) -> tuple[Verified, KVCache]:
         """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
-        width = prefill_width(tokens.shape[1], draft.tokens.shape[1], capacity)
+        # No draft is longer than its row's limit, which leaves room for as much.
+        width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
         place = jnp.arange(width) - lengths[:, None]
         drafted = jnp.take_along_axis(draft.tokens, jnp.clip(place, 0, draft.tokens.shape[1] - 1), axis=1)
         prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
@@ -172,9 +165,9 @@ class Programs:
         return (self.config.audio_token_id, pad) if has_pad else (self.config.audio_token_id,)
 
 
-def prefill_width(prompt: int, draft: int, capacity: int) -> int:
-    """Positions of a prefill over prompts and drafts: part of the drafts' room is what prompts leave of theirs."""
-    return min(prompt + draft - MIN_DRAFT, capacity)
+def draft_budget(samples: int) -> int:
+    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
+    return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
 
 
 def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import jax
 
-from granite_jax.audio import load_audio
+from granite_jax.audio import Audio, load_audio
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
 from granite_jax.errors import ContextError, GraniteError
@@ -55,6 +55,7 @@ class Transcriber:
         self.capabilities = capabilities or Capabilities()
         self.batch_size = batch_size or {"tpu": 64, "gpu": 32}.get(jax.default_backend(), 8)
         self.buckets = tuple(buckets or default_buckets(config, self.batch_size))
+        self._params = params
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation)
         self._pipeline = Pipeline(config, params, programs, tokenizer, self.buckets, self.batch_size)
 
@@ -192,7 +193,7 @@ class Transcriber:
         if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
             rate = None  # a file knows its own
         audio = load_audio(source, sampling_rate=rate, name=name, max_seconds=limit)
-        length = len(prompt.prefix) + len(prompt.suffix) + self._pipeline.num_audio_tokens(audio)
+        length = self._prompt_length(prompt, audio)
         budget = new_token_budget(audio.duration) if max_new_tokens is None else max_new_tokens
         request = Request(index, audio, budget, length, draft)
         if not self._pipeline.fits(request):
@@ -205,6 +206,9 @@ class Transcriber:
 
     def _prompt(self, text: str) -> PromptTokens:
         return self.template.tokens(self.tokenizer, text)
+
+    def _prompt_length(self, prompt: PromptTokens, audio: Audio) -> int:
+        return len(prompt.prefix) + len(prompt.suffix) + self._pipeline.num_audio_tokens(audio)
 
 
 def enable_compilation_cache() -> None:
