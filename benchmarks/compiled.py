@@ -2,7 +2,7 @@
 
     TPU_LIBRARY_PATH=.../libtpu.so python benchmarks/compiled.py [--topology v5e:2x4] [--batch 64]
 
-Compiles encode, prefill and decode (with drafts) of granite-4.0-1b-speech in bfloat16 ahead of time, data-parallel over the topology with
+Compiles encode, prefill and decode of granite-4.0-1b-speech in bfloat16 ahead of time, data-parallel over the topology with
 replicated weights, and prints one JSON object a program. `batch` counts rows a chip; memory is bytes a chip.
 This shows that the programs compile and fit, and which layouts and collectives the compiler chose; it runs nothing.
 """

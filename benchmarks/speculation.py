@@ -3,15 +3,15 @@
     python benchmarks/speculation.py [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--sweep]
 
 Prints Markdown tables. Drafts are those of the encoder's CTC head, as they are and with 10 and 20 % of their words
-corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens as
-the lossless mode, but use less of the draft:
+corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens
+as the lossless mode, but use less of the draft:
 
     notebook   the draft as a whole, or else greedy decoding from scratch        (counted, not run)
     paper      the draft's agreeing prefix, then a token a pass                  (run: `realign="none"`)
 
-Tokens are counted without end-of-text, the prefill as one pass. All modes are timed in turn in this process, after a run
-that compiles, and the ratio of greedy decoding's time to each mode's is taken within a turn; the median over the turns is
-printed.
+Tokens are counted without end-of-text, the prefill as one pass. All modes are timed in turn in this process, after a
+run that compiles, and the ratio of greedy decoding's time to each mode's is taken within a turn; the median over the
+turns is printed.
 """
 
 import argparse

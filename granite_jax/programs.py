@@ -24,6 +24,7 @@ from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, T
 from granite_jax.config import Config
 from granite_jax.decoder import KVCache
 from granite_jax.decoding import DecodeState, Draft, Spelling, Verified
+from granite_jax.errors import GraniteError
 from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
 
 TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
@@ -80,6 +81,10 @@ class Speculation:
 
     window: int = decoding.WINDOW
     realign: str = "words"
+
+    def __post_init__(self):
+        if self.window < 0 or self.realign not in decoding.REALIGN:
+            raise GraniteError(f"{self}: window is 0 or more, realign one of {', '.join(decoding.REALIGN)}")
 
 
 class Programs:
