@@ -39,8 +39,8 @@ SEED = 20260
 VOCABULARY = 768
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
 TRAIN_UTTERANCES, HELDOUT_UTTERANCES = 40_000, 1_200
-FRAMES_PER_BATCH = {"encoder": 3_000, "decoder": 4_000}
-STEPS = {"encoder": 3_200, "decoder": 2_800}
+FRAMES_PER_BATCH = {"encoder": (3_000,), "decoder": (4_000, 2_000)}  # of each round
+STEPS = {"encoder": (3_200,), "decoder": (2_800, 12_000)}
 PEAK = {"encoder": 2e-3, "decoder": 1e-3}
 WARMUP = 300
 SAVE_EVERY = 500
@@ -112,10 +112,10 @@ def data(work: Work) -> None:
 
 
 @app.command()
-def encoder(work: Work, steps: int = STEPS["encoder"]) -> None:
+def encoder(work: Work, steps: int = STEPS["encoder"][0]) -> None:
     """Stage 1: the encoder by CTC."""
     config, corpus = Config.from_dict(CONFIG), synthesis.Corpus.open(work / "train")
-    buckets = batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"])
+    buckets = batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"][0])
     optimizer = make_optimizer(PEAK["encoder"], steps, WARMUP)
     params = {"encoder": model.init(config, jax.random.key(SEED))["encoder"]}
     step, state = ctc_step(config, optimizer), TrainState(params, optimizer.init(params))
@@ -139,7 +139,7 @@ def encode_corpus(config: Config, params: Any, corpus: synthesis.Corpus, path: P
         return np.memmap(path, np.float16, "r", shape=shape)
     run = jax.jit(lambda x, n: model.encode(config, params, log_mel(x, n), num_frames(n)).hidden.astype(jnp.float16))
     hidden = np.memmap(path, np.float16, "w+", shape=shape)
-    for bucket in batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"]):
+    for bucket in batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"][0]):
         size = bucket.batch_size
         for i in range(0, len(bucket.indices), size):
             rows = np.resize(bucket.indices[i : i + size], size)  # a short last batch repeats its rows
@@ -156,20 +156,35 @@ def frame_starts(corpus: synthesis.Corpus) -> np.ndarray:
 
 
 @app.command()
-def decoder(work: Work, steps: int = STEPS["decoder"]) -> None:
-    """Stage 2: projector and decoder on the frozen encoder."""
-    config, corpus = Config.from_dict(CONFIG), synthesis.Corpus.open(work / "train")
+def decoder(work: Work) -> None:
+    """Stage 2: projector and decoder on the frozen encoder, in two rounds.
+
+    The first discovers that the audio says what to write; the second starts from its parameters with a fresh
+    optimizer and smaller batches, which take more steps in the same time.
+    """
+    config = Config.from_dict(CONFIG)
+    params = {name: part for name, part in model.init(config, jax.random.key(SEED)).items() if name != "encoder"}
+    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
+    for i, (steps, frames_per_batch) in enumerate(zip(STEPS["decoder"], FRAMES_PER_BATCH["decoder"], strict=True)):
+        finished = work / f"decoder-{i + 1}"
+        if not finished.exists():
+            params = decoder_round(work, config, params, steps, frames_per_batch, seed=SEED + i)
+            ocp.save(str(finished.resolve()), params)
+        params = ocp.load(str(finished.resolve()))
+
+
+def decoder_round(work: Path, config: Config, params: Any, steps: int, frames_per_batch: int, seed: int) -> Any:
+    """The parameters after `steps` steps from `params`; saves the latest to WORK/decoder now and then."""
+    corpus = synthesis.Corpus.open(work / "train")
     tokenizer = Tokenizer.from_file(work / "tokenizer.json")
     frozen = {"encoder": ocp.load(str((work / "encoder").resolve()))["encoder"]}
     hidden, starts = encode_corpus(config, frozen, corpus, work / "hidden.f16"), frame_starts(corpus)
-    buckets = batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["decoder"])
+    buckets = batches.make_buckets(corpus.lengths, frames_per_batch)
     optimizer = make_optimizer(PEAK["decoder"], steps, WARMUP)
-    params = {name: part for name, part in model.init(config, jax.random.key(SEED)).items() if name != "encoder"}
-    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
     step, state = lm_step(config, optimizer), TrainState(params, optimizer.init(params))
     prompt = ChatTemplate(None).tokens(tokenizer, instruction("transcribe"))
     log = Log(work / "decoder.log", steps)
-    for index, (bucket, rows) in zip(range(steps), batches.forever(buckets, SEED), strict=False):
+    for index, (bucket, rows) in zip(range(steps), batches.forever(buckets, seed), strict=False):
         frames = np.diff(starts)[rows].astype(np.int32)
         activations = np.zeros((len(rows), bucket.frames, hidden.shape[1]), np.float32)
         for i, row in enumerate(rows):
@@ -185,14 +200,16 @@ def decoder(work: Work, steps: int = STEPS["decoder"]) -> None:
         prompt_lengths = np.array([len(p) for p in prompts], np.int32)
         state, loss = step(state, activations, frames, tokens, prompt_lengths, lengths)
         log(index, loss)
-        if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
+        if (index + 1) % SAVE_EVERY == 0:
             ocp.save(str((work / "decoder").resolve()), state.params, overwrite=True)
+    return state.params
 
 
 @app.command()
 def export(work: Work) -> None:
     """Write the checkpoint: bfloat16 parameters, config, tokenizer and chat template."""
-    params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str((work / "decoder").resolve()))
+    finished = work / f"decoder-{len(STEPS['decoder'])}"
+    params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str(finished.resolve()))
     params.pop("alignment")
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
     checkpoint.save(work / "demo", CONFIG, params, tokenizer_file=work / "tokenizer.json", chat_template=CHAT_TEMPLATE)
