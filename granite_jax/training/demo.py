@@ -39,8 +39,8 @@ SEED = 20260
 VOCABULARY = 768
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
 TRAIN_UTTERANCES, HELDOUT_UTTERANCES = 40_000, 1_200
-FRAMES_PER_BATCH = {"encoder": (3_000,), "decoder": (4_000, 2_000)}  # of each round
-STEPS = {"encoder": (3_200,), "decoder": (2_800, 12_000)}
+ENCODER_STEPS, ENCODER_FRAMES = 3_200, 3_000  # frames of a batch
+DECODER_ROUNDS = ((2_800, 4_000), (12_000, 2_000))  # steps, frames of a batch
 PEAK = {"encoder": 2e-3, "decoder": 1e-3}
 WARMUP = 300
 SAVE_EVERY = 500
@@ -112,10 +112,11 @@ def data(work: Work) -> None:
 
 
 @app.command()
-def encoder(work: Work, steps: int = STEPS["encoder"][0]) -> None:
+def encoder(work: Work) -> None:
     """Stage 1: the encoder by CTC."""
     config, corpus = Config.from_dict(CONFIG), synthesis.Corpus.open(work / "train")
-    buckets = batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"][0])
+    buckets = batches.make_buckets(corpus.lengths, ENCODER_FRAMES)
+    steps = ENCODER_STEPS
     optimizer = make_optimizer(PEAK["encoder"], steps, WARMUP)
     params = {"encoder": model.init(config, jax.random.key(SEED))["encoder"]}
     step, state = ctc_step(config, optimizer), TrainState(params, optimizer.init(params))
@@ -139,7 +140,7 @@ def encode_corpus(config: Config, params: Any, corpus: synthesis.Corpus, path: P
         return np.memmap(path, np.float16, "r", shape=shape)
     run = jax.jit(lambda x, n: model.encode(config, params, log_mel(x, n), num_frames(n)).hidden.astype(jnp.float16))
     hidden = np.memmap(path, np.float16, "w+", shape=shape)
-    for bucket in batches.make_buckets(corpus.lengths, FRAMES_PER_BATCH["encoder"][0]):
+    for bucket in batches.make_buckets(corpus.lengths, ENCODER_FRAMES):
         size = bucket.batch_size
         for i in range(0, len(bucket.indices), size):
             rows = np.resize(bucket.indices[i : i + size], size)  # a short last batch repeats its rows
@@ -165,7 +166,7 @@ def decoder(work: Work) -> None:
     config = Config.from_dict(CONFIG)
     params = {name: part for name, part in model.init(config, jax.random.key(SEED)).items() if name != "encoder"}
     params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
-    for i, (steps, frames_per_batch) in enumerate(zip(STEPS["decoder"], FRAMES_PER_BATCH["decoder"], strict=True)):
+    for i, (steps, frames_per_batch) in enumerate(DECODER_ROUNDS):
         finished = work / f"decoder-{i + 1}"
         if not finished.exists():
             params = decoder_round(work, config, params, steps, frames_per_batch, seed=SEED + i)
@@ -208,7 +209,7 @@ def decoder_round(work: Path, config: Config, params: Any, steps: int, frames_pe
 @app.command()
 def export(work: Work) -> None:
     """Write the checkpoint: bfloat16 parameters, config, tokenizer and chat template."""
-    finished = work / f"decoder-{len(STEPS['decoder'])}"
+    finished = work / f"decoder-{len(DECODER_ROUNDS)}"
     params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str(finished.resolve()))
     params.pop("alignment")
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
