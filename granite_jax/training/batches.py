@@ -60,6 +60,34 @@ def forever(buckets: Sequence[Bucket], seed: int) -> Iterator[tuple[Bucket, np.n
         yield from epoch(buckets, rng)
 
 
+def joining(
+    buckets: Sequence[Bucket], frames: np.ndarray, share: float, seed: int
+) -> Iterator[tuple[Bucket, list[list[int]]]]:
+    """As `forever`, each row a list of utterances to be joined: random ones in a `share` of the batches, else one.
+
+    Args:
+      frames: encoder frames of every utterance. Joined rows are filled up to a bucket's frames.
+    """
+    rng = np.random.default_rng([seed, 1])
+
+    def joined(room: int) -> list[int]:
+        row: list[int] = []
+        while True:
+            index = int(rng.integers(len(frames)))
+            if frames[index] <= room:
+                row.append(index)
+                room -= int(frames[index])
+            elif row:
+                return row
+
+    for bucket, rows in forever(buckets, seed):
+        if rng.random() < share:
+            longer = buckets[int(rng.integers(len(buckets) // 2, len(buckets)))]
+            yield longer, [joined(longer.frames) for _ in range(longer.batch_size)]
+        else:
+            yield bucket, [[int(row)] for row in rows]
+
+
 def waveforms(corpus: Corpus, rows: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Padded float32 waveforms `[b, width]` in [-1, 1] and their lengths int32 `[b]` in samples."""
     padded = np.zeros((len(rows), width), np.float32)
