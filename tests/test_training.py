@@ -96,6 +96,20 @@ def test_every_utterance_is_in_a_bucket_that_holds_it_and_seen_at_most_once_an_e
     assert all(num_frames(bucket.samples) == bucket.frames for bucket, _ in drawn)
 
 
+def test_joined_rows_fill_long_buckets_and_come_as_often_as_asked():
+    # Given utterances of random lengths, one too long for any bucket
+    samples = np.append(np.random.default_rng(3).integers(20_000, 60_000, 500), [300_000, 10_000_000])
+    frames, buckets = num_frames(samples), batches.make_buckets(samples, 3_000)
+    # When batches are drawn, a third of them joined
+    drawn = [batch for _, batch in zip(range(600), batches.joining(buckets, frames, 1 / 3, 0), strict=False)]
+    # Then that many have rows of several utterances, which fit, and fill most of their bucket
+    joined = [(bucket, rows) for bucket, rows in drawn if any(len(row) > 1 for row in rows)]
+    assert 150 < len(joined) <= 250
+    assert all(len(rows) == bucket.batch_size for bucket, rows in drawn)
+    fill = [frames[row].sum() / bucket.frames for bucket, rows in joined for row in rows]
+    assert max(fill) <= 1 and np.mean(fill) > 0.6
+
+
 def test_spec_augment_masks_some_of_every_row_and_no_more_than_its_spans():
     # Given features of ones
     features = jnp.ones((8, 200, 160))
