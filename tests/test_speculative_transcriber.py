@@ -73,7 +73,7 @@ def test_relaxed_mode_is_the_papers_three_steps(pipeline: SimpleNamespace) -> No
     encoded = []
     for samples in pipeline.audio:
         length = jnp.array([len(samples)])
-        hidden = gj.encode(config, params, gj.log_mel(samples[None], length), gj.num_frames(length)).hidden
+        hidden = gj.encode(config, params, gj.log_mel(jnp.asarray(samples)[None], length), gj.num_frames(length)).hidden
         logits = np.asarray(gj.ctc_logits(config, params, hidden), np.float64)[0]
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
