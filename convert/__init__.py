@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from granite_jax import checkpoint as checkpoints
+from granite_jax import hub
 from granite_jax._orbax import record
 from granite_jax._save import copy_files, new_directory, write_weights
 from granite_jax._tree import Shape, raise_named
@@ -78,6 +79,8 @@ def convert(
     chosen = None if dtype is None else checkpoints.parse_dtype(dtype)
     opened = checkpoints.open_checkpoint(source, revision, converted=False)
     to_orbax = opened.kind == "hf"
+    if to_orbax:
+        hub.verify(opened.directory)  # this program's own have hashes of their own
     with new_directory(destination) as partial:
         if to_orbax:
             has_adapter = opened.adapter is not None  # raises if one is announced, but missing

@@ -284,9 +284,13 @@ def _pattern(key: str, raw: Any, whole: bool = False) -> tuple[tuple[str, Any], 
 def _modules(key: str, raw: Any) -> tuple[str, ...] | str:
     if isinstance(raw, str):
         return _expression(key, raw)
-    if raw is not None and (not isinstance(raw, list) or not all(isinstance(name, str) and name for name in raw)):
+    if raw is not None and (not isinstance(raw, list) or not all(_is_name(name) for name in raw)):
         raise CheckpointError(f"{key} is neither a list of names nor a regular expression")
     return tuple(raw or ())
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and name != ""
 
 
 def _layers(raw: Any) -> tuple[int, ...] | None:
@@ -300,7 +304,13 @@ def _expression(key: str, pattern: str) -> str:
     """`pattern` itself, if it compiles and cannot take for ever to match, as `(a+)+` and long rows of `.*` can."""
     repeats, groups = len(re.findall(r"[*+?{]", pattern)), pattern.count("(")
     # A back-reference can repeat without a sign of it.
-    if len(pattern) > 512 or repeats > 2 or groups > 2 or re.search(r"\)[*+?{]|\\[0-9]|\(\?", pattern):
+    if (
+        not pattern.isprintable()
+        or len(pattern) > 512
+        or repeats > 2
+        or groups > 2
+        or re.search(r"\)[*+?{]|\\[0-9]|\(\?", pattern)
+    ):
         raise CheckpointError(f"{key}: the regular expression {pattern!a:.80} is too complex")
     try:
         with warnings.catch_warnings(action="error"):  # of what later versions of Python will read differently

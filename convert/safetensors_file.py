@@ -74,13 +74,16 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
+        rest = array.reshape(-1).view(np.uint8).data
         try:
             self.file.seek(self.start)
-            count = self.file.readinto(array.reshape(-1).view(np.uint8).data)  # type: ignore[attr-defined]
+            while rest:
+                count = self.file.readinto(rest)  # type: ignore[attr-defined]  # Linux: 2 GiB at most
+                if not count:
+                    raise CheckpointError(f"{self.path}: cut short while {self.name} was read")
+                rest = rest[count:]
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read {self.name} ({error.strerror})") from error
-        if count != self.nbytes:
-            raise CheckpointError(f"{self.path}: cut short while {self.name} was read")
         return array
 
 

@@ -16,14 +16,9 @@ def find(directory: Path, name: str) -> Path | None:
     if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name!a:.200} is not a file of this directory")
     path = directory / name
-    try:
-        target = path.resolve()
-        if not path.is_file():
-            return None
-    except (OSError, RuntimeError):  # a name too long to exist, a loop of links
+    if not os.path.isfile(path):
         return None
-    if path.is_symlink() and not any(target.is_relative_to(root) for root in _roots(directory)):
-        raise CheckpointError(f"{path}: is a link that leads out of the directory")
+    _check_link(path, _roots(directory))
     return path
 
 
@@ -36,20 +31,27 @@ def require(directory: Path, name: str) -> Path:
 
 
 def check_links(directory: Path) -> int:
-    """Bytes of all files below `directory`. Raises CheckpointError naming a link that leads out of it."""
+    """Bytes of all files below `directory`. Raises CheckpointError naming a link that leads out of it, or no file."""
     roots, size = _roots(directory), 0
     for parent, directories, files in os.walk(directory):
         for name in (*directories, *files):
-            path = Path(parent, name)
-            if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
-                raise CheckpointError(f"{path}: is a link that leads out of the directory")
-        size += sum(os.path.getsize(path) for name in files if os.path.isfile(path := os.path.join(parent, name)))
+            _check_link(Path(parent, name), roots)
+        for path in (Path(parent, name) for name in files):
+            if not os.path.isfile(path):  # a reader would wait for a pipe for ever
+                raise CheckpointError(f"{path}: is no file")
+            size += os.path.getsize(path)
     return size
 
 
 def cache_directory() -> Path:
     """This program's directory in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite_jax"
+
+
+def _check_link(path: Path, roots: list[Path]) -> None:
+    # realpath, because Path.resolve() raises for a loop of links.
+    if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{path}: is a link that leads out of the directory")
 
 
 def _roots(directory: Path) -> list[Path]:

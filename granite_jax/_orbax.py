@@ -36,9 +36,9 @@ def write(directory: Path, leaves: Leaves, expected: Mapping[str, Shape]) -> dic
     """Writes `params/` and `tensors.json` into an existing directory, and returns the content of the latter.
 
     Raises:
-      CheckpointError: naming leaves that are not `expected`, missing, misshapen, or of a dtype that is not supported.
+      CheckpointError: naming leaves that are not `expected`, missing, misshapen, or of a dtype that is not supported;
+        naming `params/` if it cannot be written.
     """
-    path = str(directory.resolve() / PARAMS)
     records: dict[str, dict[str, Any]] = {}
     group: dict[str, np.ndarray] = {}
     context = ocp.Context()
@@ -51,12 +51,12 @@ def write(directory: Path, leaves: Leaves, expected: Mapping[str, Shape]) -> dic
             records[name] = record(array)
             group[name] = array
             if sum(x.nbytes for x in group.values()) > _GROUP_BYTES:
-                ocp.partial.save(path, unflatten(group))
+                _orbax(directory, "write", ocp.partial.save, unflatten(group))
                 group = {}
         raise_named("missing:", [name for name in expected if name not in records])
         if group:
-            ocp.partial.save(path, unflatten(group))
-        ocp.partial.finalize(path)
+            _orbax(directory, "write", ocp.partial.save, unflatten(group))
+        _orbax(directory, "write", ocp.partial.finalize)
     text = json.dumps(records, indent=1, sort_keys=True)
     (directory / TENSORS).write_text(text + "\n", encoding="utf-8")
     return records
@@ -108,7 +108,7 @@ def read_into(
 def stored_dtypes(directory: Path, expected: Mapping[str, Shape]) -> dict[str, np.dtype]:
     """Checks the stored tree against `expected` before anything is loaded; the dtype of every leaf by dotted path."""
     size = _files.check_links(directory / PARAMS)
-    tree = _orbax(directory, lambda path: ocp.metadata(path).metadata)
+    tree = _orbax(directory, "read", ocp.metadata).metadata
     if not isinstance(tree, Mapping):  # Orbax only logs that its manifest is damaged
         raise CheckpointError(f"{directory / PARAMS}: holds no parameter tree that Orbax can read")
     try:
@@ -161,15 +161,14 @@ def _load(directory: Path, abstract: Mapping[str, Any]) -> Any:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return _orbax(directory, lambda path: ocp.load(path, unflatten(abstract)))
+        return _orbax(directory, "read", ocp.load, unflatten(abstract))
 
 
-def _orbax(directory: Path, read: Callable[[str], Any]) -> Any:
+def _orbax(directory: Path, verb: str, function: Callable[..., Any], *arguments: Any) -> Any:
     path = directory.resolve() / PARAMS
     try:
-        return read(str(path))
-    except CheckpointError:
-        raise
-    except Exception as error:  # Orbax and tensorstore raise whatever they trip over in damaged files.
+        return function(str(path), *arguments)
+    except Exception as error:  # Orbax and tensorstore raise whatever they trip over in damaged files or on full disks
         reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(f"{path}: Orbax cannot read it ({type(error).__name__}: {reason[:300]})") from error
+        reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"  # the cause is at either end
+        raise CheckpointError(f"{path}: Orbax cannot {verb} it ({type(error).__name__}: {reason})") from error

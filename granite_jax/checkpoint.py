@@ -28,7 +28,7 @@ import numpy as np
 
 from granite_jax import _files, _orbax
 from granite_jax._save import CHAT_TEMPLATE, CONFIG, TOKENIZER, save, stored_shapes
-from granite_jax._tree import Shape, expected_shapes, flatten, unflatten
+from granite_jax._tree import Shape, expected_shapes, flatten, raise_named, unflatten
 from granite_jax.config import Config, read_json
 from granite_jax.errors import CheckpointError
 from granite_jax.prompts import Capabilities, ChatTemplate
@@ -88,7 +88,8 @@ class Checkpoint:
             language model as it is for text alone.
 
         Raises:
-          CheckpointError: naming what is damaged, missing, unexpected or misshapen.
+          CheckpointError: naming what is damaged, missing, unexpected or misshapen, or leaves for which a tree of
+            shardings has none.
         """
         chosen = parse_dtype(dtype)
         shardings = self._shardings(sharding)
@@ -223,7 +224,10 @@ class Checkpoint:
     def _shardings(self, sharding: Any) -> dict[str, jax.sharding.Sharding]:
         paths = expected_shapes(self.config)
         if isinstance(sharding, Mapping):
-            return flatten(sharding)
+            found = flatten(sharding)
+            raise_named("no sharding for", [path for path in paths if path not in found])
+            raise_named("a sharding for what is no leaf:", [path for path in found if path not in paths])
+            return found
         return dict.fromkeys(paths, jnp.zeros(()).sharding if sharding is None else sharding)
 
 

@@ -169,7 +169,8 @@ def inspect(
     except GraniteError as error:
         _fail(str(error))
         raise typer.Exit(1) from None
-    print(json.dumps(description) if format == "json" else summary.to_text(description))
+    for line in [json.dumps(description)] if format == "json" else summary.to_lines(description):
+        print(_line(line))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ leaves out what equals them. Anything that this implementation does not compute 
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,12 @@ class Config:
             (decoder.head_dim % 2 != 0, "text_config.head_dim is odd"),
             (not 0 <= self.audio_token_id < decoder.vocab_size, "audio_token_index is outside the vocabulary"),
             (not 0 <= decoder.eos_token_id < decoder.vocab_size, "text_config.eos_token_id is outside the vocabulary"),
+            (
+                not 0 <= (decoder.pad_token_id or 0) < decoder.vocab_size,
+                "text_config.pad_token_id is outside the vocabulary",
+            ),
+            (not decoder.rope_theta > 0, "text_config.rope_theta is not positive"),
+            (not decoder.logits_scaling > 0, "text_config.logits_scaling is not positive"),
             (encoder.input_dim != 160, "encoder_config.input_dim is not 160 (two stacked frames of 80 mels)"),
         ]
         for failed, problem in problems:
@@ -200,7 +207,7 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise CheckpointError(
-            f"config: text_config rope scaling {rope!r} is not supported, only the default rotary embedding"
+            f"config: text_config rope scaling {rope!a:.80} is not supported, only the default rotary embedding"
         )
 
     def get(key: str, default: int) -> int:
@@ -219,7 +226,7 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
         num_key_value_heads=get("num_key_value_heads", num_heads),
         head_dim=get("head_dim", hidden_size // num_heads),
         max_position_embeddings=get("max_position_embeddings", 2048),
-        rope_theta=float(rope.get("rope_theta", _get(raw, where, "rope_theta", float, 10000.0))),
+        rope_theta=_get(rope if "rope_theta" in rope else raw, where, "rope_theta", float, 10000.0),
         rms_norm_eps=_get(raw, where, "rms_norm_eps", float, 1e-6),
         hidden_act="silu",
         embedding_multiplier=_get(raw, where, "embedding_multiplier", float, 1.0),
@@ -237,7 +244,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises CheckpointError naming the file."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds {type(raw).__name__}, not a JSON object")
@@ -255,7 +262,9 @@ def _get(raw: Mapping[str, Any], where: str, key: str, kind: type, default: Any)
     value = raw.get(key, default)
     accepted = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise CheckpointError(f"config: {where}{key} is {value!r}, not {kind.__name__}")
+        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not {kind.__name__}")
+    if kind is float and not abs(value) <= sys.float_info.max:  # NaN, infinite, or an integer that no float can hold
+        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not a finite number")
     return kind(value)
 
 
@@ -263,7 +272,7 @@ def _positive(raw: Mapping[str, Any], where: str, key: str, default: int) -> int
     value = _get(raw, where, key, int, default)
     # No real model comes near the bound; beyond it shapes overflow before anything names the culprit.
     if not 0 < value < 2**31:
-        raise CheckpointError(f"config: {where}{key} is {value}, not a positive 32-bit integer")
+        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not a positive 32-bit integer")
     return value
 
 
@@ -275,5 +284,5 @@ def _require(raw: Mapping[str, Any], where: str, key: str, supported: tuple, def
     value = raw.get(key, default)
     if value not in supported:
         raise CheckpointError(
-            f"config: {where}{key} {value!r} is not supported, only {' or '.join(map(repr, supported))}"
+            f"config: {where}{key} {value!a:.80} is not supported, only {' or '.join(map(repr, supported))}"
         )

@@ -74,16 +74,17 @@ def converted(repo_id: str, revision: str | None, companions: Iterable[str]) -> 
         return directory
     if (done := _place(repo_id, directory.name)) is not None:
         return done
-    verify(directory)
     from granite_jax.convert import convert  # here, because it opens checkpoints
 
+    place = _directory(repo_id, directory.name)
     try:
-        convert(directory, _directory(repo_id, directory.name))
-    except (CheckpointError, OSError):
-        if (done := _place(repo_id, directory.name)) is not None:  # another process was faster
-            return done
-        raise
-    return _directory(repo_id, directory.name)
+        convert(directory, place)
+    except (CheckpointError, OSError) as error:
+        if _place(repo_id, directory.name) is None:  # or else another process was faster
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{place}: cannot be written ({error.strerror})") from error
+    return place
 
 
 def needed(files: Iterable[str], companions: Iterable[str]) -> list[str]:
@@ -103,9 +104,9 @@ def verify(directory: Path) -> None:
 
     Raises CheckpointError naming the file that differs.
     """
-    for file in sorted(directory.rglob("*")):
+    for file in sorted(file for file in directory.iterdir() if file.is_symlink() and os.path.isfile(file)):
         blob = file.resolve()
-        if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        if re.fullmatch(r"[0-9a-f]{64}", blob.name):
             with open(blob, "rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != blob.name:
                     raise CheckpointError(f"{file}: damaged (its SHA-256 is not the hub's): delete {blob}")

@@ -54,8 +54,8 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
-def to_text(description: dict[str, Any]) -> str:
-    """The description as lines for people."""
+def to_lines(description: dict[str, Any]) -> list[str]:
+    """The description for people."""
     limits, adapter = description["limits"], description["adapter"]
     lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}"]
     for part, count in description["parameters"].items():
@@ -74,7 +74,6 @@ def to_text(description: dict[str, Any]) -> str:
     for section, values in description["config"].items():
         shown = ", ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else values
         lines.append(f"  {section}: {shown}")
-    lines += ["  all hashes match" if description["kind"] == "orbax" else "  all weights can be read"] * description[
-        "verified"
-    ]
-    return "\n".join(lines)
+    if description["verified"]:
+        lines.append("  all hashes match" if description["kind"] == "orbax" else "  all weights can be read")
+    return lines

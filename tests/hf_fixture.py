@@ -250,8 +250,8 @@ def _projector_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, 
 
 def _decoder_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads = config["num_attention_heads"] * config["head_dim"]
-    groups = config["num_key_value_heads"] * config["head_dim"]
+    dim = config.get("head_dim", width // config["num_attention_heads"])
+    heads, groups = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     yield "language_model.model.embed_tokens.weight", (vocab, width)
     for i in range(config["num_hidden_layers"]):
         layer = f"language_model.model.layers.{i}"

@@ -9,7 +9,7 @@ import hf_fixture
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from granite_jax._tree import expected_shapes, flatten, unflatten
 from granite_jax.checkpoint import open_checkpoint
@@ -18,50 +18,7 @@ from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import CheckpointError
 
-FULL_SIZE = {
-    "model_type": "granite_speech",
-    "audio_token_index": 100352,
-    "downsample_rate": 5,
-    "window_size": 15,
-    "tie_word_embeddings": False,
-    "encoder_config": {
-        "input_dim": 160,
-        "num_layers": 16,
-        "hidden_dim": 1024,
-        "feedforward_mult": 4,
-        "num_heads": 8,
-        "dim_head": 128,
-        "output_dim": 348,
-        "context_size": 200,
-        "max_pos_emb": 512,
-        "conv_kernel_size": 15,
-        "conv_expansion_factor": 2,
-    },
-    "projector_config": {
-        "model_type": "blip_2_qformer",
-        "hidden_size": 1024,
-        "encoder_hidden_size": 1024,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "cross_attention_frequency": 1,
-    },
-    "text_config": {
-        "model_type": "granite",
-        "hidden_size": 2048,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 4096,
-        "vocab_size": 100353,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-        "bos_token_id": 100257,
-        "eos_token_id": 100257,
-        "pad_token_id": 100256,
-    },
-}
+FULL_SIZE = json.loads((Path(__file__).parents[1] / "benchmarks" / "granite-4.0-1b-speech.json").read_text())
 # The smallest that has every kind of tensor: most tests need no more.
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
@@ -85,20 +42,13 @@ def all_tensors(directory: Path) -> dict[str, np.ndarray]:
     return {k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()}
 
 
-def rewrite(directory: Path, change) -> None:
-    """Applies `change` to the dictionary of tensors of a one-file checkpoint."""
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize(
     ("dtype", "names", "tied", "shards"),
     [
         ("float32", "released", False, 1),
         ("bfloat16", "released", True, 1),
         ("bfloat16", "new", False, 3),
-        ("float32", "new", True, 2),
+        ("float16", "new", True, 2),
     ],
 )
 def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, names, tied: bool, shards: int) -> None:
@@ -184,99 +134,6 @@ def test_names_translate_both_ways() -> None:
         assert mapping.new_name(name) == hf_fixture.spell(name)
         assert mapping.released_name(hf_fixture.spell(name)) == name
         assert mapping.released_name(name) == name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.update(extra=t[Q0]), "no place in the model for extra"),
-        (lambda t: t.update({Q0.replace(".0.", ".2."): t[Q0]}), "no place in the model for encoder.layers.2.attn"),
-        (lambda t: t.update({Q0.replace(".0.", ".01."): t[Q0]}), "no place in the model for encoder.layers.01.attn"),
-        (
-            lambda t: t.update({Q0.replace("0", "{layer}"): t.pop(Q0)}),
-            "no place in the model for encoder.layers.{layer}",
-        ),
-        (lambda t: t.update({f"{Q0}.lora_A": t[Q0]}), "no place in the model for .*lora_A"),
-        (lambda t: t.update({f"model.{Q0}": t[Q0]}), f"more than one tensor for the same place: .*{Q0}"),
-        (lambda t: t.pop(Q0), f"missing: {Q0}"),
-        (lambda t: t.update({Q0: t[Q0][:, :-1].copy()}), rf"wrong shape: {Q0} \[8, 7\], not \[8, 8\]"),
-        (lambda t: t.update({Q0: t[Q0].astype(np.int8)}), f"{Q0} is I8; supported are F32, F16, BF16"),
-        (
-            lambda t: t.update({Q0: t[Q0].astype(np.float16)}),
-            f"{Q0.replace('0', '1')} is float32, {Q0} float16: pass dtype",
-        ),
-        (lambda t: [t.pop(k) for k in list(t) if "conv" in k], "missing: .* and 18 more"),
-    ],
-)
-def test_what_does_not_fit_is_named(source: Path, change, message: str) -> None:
-    # Given a checkpoint with one thing wrong, when it is read, then the error names it
-    rewrite(source, change)
-    with pytest.raises(CheckpointError, match=message):
-        read(source)
-
-
-def test_what_carries_no_information_is_ignored(source: Path) -> None:
-    # Given counters removed and a buffer added, when the checkpoint is read, then nothing is missed
-    before = flatten(read(source))
-    counters = "encoder.layers.{}.conv.batch_norm.num_batches_tracked"
-    rewrite(source, lambda t: [t.pop(counters.format(i)) for i in range(2)])
-    rewrite(source, lambda t: t.update({"model.encoder.attention_dists": np.zeros((40, 40), np.int64)}))
-    assert all(np.array_equal(x, before[path]) for path, x in flatten(read(source)).items())
-
-
-def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path: Path) -> None:
-    # Given a tied checkpoint that still carries a head equal to the embedding
-    hf_fixture.write_random_checkpoint(tmp_path, tied=True, **TINY)
-    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[mapping.EMBEDDING].copy()}))
-    assert "head" not in read(tmp_path)["decoder"]
-
-    # When one bit of it differs, then the checkpoint is refused
-    rewrite(tmp_path, lambda t: t["lm_head.weight"].view(np.uint32).__ixor__(1))
-    with pytest.raises(CheckpointError, match=f"lm_head.weight differs from {mapping.EMBEDDING}"):
-        read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("size", "message"),
-    [
-        (0, r"not a readable safetensors file \(0 bytes\)$"),
-        (7, r"not a readable safetensors file \(7 bytes\)$"),
-        (100, r"not a readable safetensors file \(100 bytes cannot hold a header of \d+\)$"),
-        (-1, r"[\w.]+: cut short, it ends at byte \d+ of the data and the file at \d+$"),
-        (-9000, r"[\w.]+: cut short, it ends at byte \d+ of the data and the file at \d+$"),
-    ],
-)
-def test_a_truncated_file_is_named(source: Path, size: int, message: str) -> None:
-    # Given a file cut short, when it is read, then the error names it and the first tensor that is not there
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {message}"):
-        read(source)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.update(x="../model-00001-of-00002.safetensors"), "is not a file of this directory"),
-        (lambda m: m.update(x="/etc/passwd"), "'/etc/passwd' is not a file of this directory"),
-        (lambda m: m.update(x=".."), r"'\.\.' is not a file of this directory"),
-        (lambda m: m.update(x=r"..\x"), "is not a file of this directory"),
-        (lambda m: m.update(x=3), "weight_map is no map from tensors to files"),
-        (lambda m: m.update(x="absent.safetensors"), r"absent\.safetensors: no such file"),
-        (lambda m: m.update(x="model-00001-of-00002.safetensors"), "in the index but in no file: x"),
-        (lambda m: m.pop(Q0), f"in a file but not in the index: {Q0}"),
-        (lambda m: m.update(x="model.safetensors"), "is in more than one file"),
-    ],
-)
-def test_a_wrong_index_is_named(tmp_path: Path, change, message: str) -> None:
-    # Given shards with an index that is wrong in one place, when they are read, then the error names it
-    config = hf_fixture.write_random_checkpoint(tmp_path, shards=2, **TINY)
-    hf_fixture.write_tensors(tmp_path, hf_fixture.random_tensors(config, 0))
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    change(index["weight_map"])
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=message):
-        read(tmp_path)
 
 
 def test_casting_casts_the_declared_dtype_too(source: Path, tmp_path: Path) -> None:

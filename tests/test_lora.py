@@ -214,6 +214,8 @@ def test_a_tree_with_an_adapter_can_be_saved(hf: Path, tmp_path: Path) -> None:
         ({"rank_pattern": {"(a+)+$": 1}}, r"regular expression '\(a\+\)\+\$' is too complex"),
         ({"target_modules": ".*.*.*x"}, "target_modules: the regular expression .* is too complex"),
         ({"target_modules": None}, "target_modules is empty"),
+        ({"target_modules": ["q_proj", "\x1b[2J"]}, "target_modules is neither a list of names nor"),
+        ({"rank_pattern": {"q\n": 1}}, r"the regular expression 'q\\n' is too complex"),
         ({"target_modules": [3]}, "target_modules is neither a list of names nor"),
         ({"target_modules": ["nothing"]}, "target_modules matches no module of the model"),
         ({"target_modules": ["to_kv"]}, r"LoRA on encoder\.layers\.0\.attn\.to_kv is not supported"),
