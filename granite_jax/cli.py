@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -179,6 +180,8 @@ def main() -> None:
         # File names need not be text; an escape in their place is, in JSON too.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it
     app()
 
 

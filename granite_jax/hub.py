@@ -1,7 +1,7 @@
-"""Checkpoints from a model hub, through `huggingface_hub`: its cache, its resumption, its tokens and settings.
+"""Checkpoints from a model hub, through `huggingface_hub`: its cache, its tokens and settings.
 
-Only the files that are needed are downloaded. Hugging Face checkpoints are converted once, into this program's
-directory of the user's cache, by commit.
+Only the files that are needed are downloaded, and after an interruption only those that are missing. Hugging Face
+checkpoints are converted once, into this program's directory of the user's cache, by commit.
 """
 
 import contextlib
@@ -135,6 +135,10 @@ def _place(repo_id: str, commit: str) -> Path | None:
     return directory if (directory / CONFIG).is_file() else None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # the hub's answer; the error itself tells of the connection, whatever went wrong
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:300]

@@ -16,6 +16,7 @@ class Hub(http.server.ThreadingHTTPServer):
     Fields:
       repositories: id -> (commit, directory). Any revision but the commit's own name and "main" is unknown.
       requests: "METHOD path" of every request so far.
+      refused: names of files that are not sent.
       etags: file name -> announced SHA-256, where it is to be another than the file's.
     """
 
@@ -23,6 +24,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, tuple[str, Path]] = {}
         self.requests: list[str] = []
+        self.refused: set[str] = set()
         self.etags: dict[str, str] = {}
 
     @property
@@ -77,6 +79,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     return self._send(json.dumps(self._tree(directory)).encode())
                 prefix = f"/{repo_id}/resolve/{revision}/"
                 if path.startswith(prefix) and (file := directory / path.removeprefix(prefix)).is_file():
+                    if file.name in self.server.refused:
+                        return self._send(b"", status=403)
                     content = file.read_bytes()
                     etag = self.server.etags.get(file.name, hashlib.sha256(content).hexdigest())
                     return self._send(content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit})

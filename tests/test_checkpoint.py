@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import granite_jax.checkpoint as checkpoints
-from granite_jax._tree import flatten
+from granite_jax._save import new_directory
+from granite_jax._tree import flatten, unflatten
 from granite_jax.checkpoint import load, open_checkpoint, save
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
@@ -68,6 +69,29 @@ def test_parameters_arrive_in_their_sharding(own: Path, verify: bool) -> None:
 
     # Then every leaf has it
     assert all(x.sharding == replicated for x in [*jax.tree.leaves(params), *jax.tree.leaves(again)])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_tree_of_shardings_must_be_the_parameters(own: Path, verify: bool) -> None:
+    # Given a tree of shardings that lacks a leaf, or has one too many, when it is loaded into, then the error names it
+    opened = open_checkpoint(own)
+    shardings = unflatten(dict.fromkeys(opened.stored(), jnp.zeros(()).sharding))
+    bias = shardings["encoder"]["out"].pop("bias")
+    with pytest.raises(CheckpointError, match=r"^no sharding for encoder\.out\.bias$"):
+        opened.load_params("float32", shardings, verify)
+    shardings["encoder"]["out"] |= {"bias": bias, "extra": bias}
+    with pytest.raises(CheckpointError, match=r"^a sharding for what is no leaf: encoder\.out\.extra$"):
+        opened.load_params("float32", shardings, verify)
+
+
+def test_of_two_writers_the_first_wins(tmp_path: Path) -> None:
+    # Given two writers of one directory, when the first is done, then the second fails and leaves nothing
+    with pytest.raises(OSError, match="not empty"), new_directory(tmp_path / "out") as second:
+        (second / "file").write_text("second")
+        with new_directory(tmp_path / "out") as first:
+            (first / "file").write_text("first")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "first"
 
 
 def test_a_flipped_byte_is_detected_by_name(own: Path) -> None:

@@ -134,7 +134,12 @@ def test_options_reach_the_model(loaded: list, recordings: list[str]) -> None:
     # Given options for loading, when the command runs, then they are passed on, and "demo" is the default
     invoke("transcribe", recordings[0], "--max-new-tokens", "1")
     invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--checkpoint", "some/dir", "--dtype", "bfloat16")
-    assert loaded == [("demo", {"dtype": None}), ("some/dir", {"dtype": "bfloat16"})]
+    invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--checkpoint", "some/id", "--revision", "v2")
+    assert loaded == [
+        ("demo", {"revision": None, "dtype": None}),
+        ("some/dir", {"revision": None, "dtype": "bfloat16"}),
+        ("some/id", {"revision": "v2", "dtype": None}),
+    ]
 
 
 @pytest.mark.parametrize("name", ["/no/such/checkpoint", "./checkpoint"])
@@ -167,12 +172,14 @@ def test_a_process_in_a_pipe(checkpoint: Path, recordings: list[str], tmp_path: 
     assert all(len(o["tokens"]) == 3 for o in objects)
 
 
-@pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"]])
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"], ["inspect"]])
 def test_help(command: list[str]) -> None:
     # Given a command, when its help is asked for, then it says what there is
     result = invoke(*command, "--help")
     assert result.exit_code == 0
-    expected = {"": "transcribe", "transcribe": "--checkpoint", "convert": "SRC"}[" ".join(command)]
+    expected = {"": "transcribe", "transcribe": "--checkpoint", "convert": "SRC", "inspect": "--verify"}[
+        " ".join(command)
+    ]
     assert expected in result.stdout
 
 
@@ -204,3 +211,55 @@ def test_a_conversion_that_fails_is_one_line(checkpoint: Path, tmp_path: Path) -
         assert result.stderr.startswith("granite-jax: ")
         assert len(result.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
+
+
+def test_inspect_tells_what_a_checkpoint_is(checkpoint: Path) -> None:
+    # Given a Hugging Face directory, when it is inspected as JSON, then parts, limits and configuration are its own
+    result = invoke("inspect", checkpoint, "--format", "json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    told = json.loads(result.stdout)
+    tensors = {name: x for name, x in load_file(checkpoint / "model.safetensors").items() if x.ndim}
+    count = sum(x.size for x in tensors.values())
+    encoder = sum(x.size for name, x in tensors.items() if name.startswith("encoder."))
+    assert (told["directory"], told["kind"], told["dtype"]) == (str(checkpoint), "hf", "float32")
+    assert (told["parameters"]["total"], told["parameters"]["encoder"]) == (count, encoder)
+    assert told["bytes"]["total"] == 4 * count
+    assert (told["adapter"], told["verified"]) == (None, False)
+    assert told["limits"]["positions"] == told["config"]["decoder"]["max_position_embeddings"] == 128
+    assert told["limits"]["ctc_labels"] == told["config"]["encoder"]["output_dim"]
+    assert "transcribe" in told["tasks"]
+
+    # And for people the same in lines, of which the last says what was checked
+    lines = invoke("inspect", checkpoint, "--verify").stdout.splitlines()
+    assert lines[0] == f"{checkpoint}: hf, float32"
+    assert any(line.split() == ["total", f"{count:,}", "parameters", f"{4 * count:,}", "bytes"] for line in lines)
+    assert lines[-1] == "  all weights can be read"
+
+
+def test_inspect_cannot_be_made_to_print_controls(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a directory whose name would steer a terminal, when it is inspected, then its line does not
+    (tmp_path / "a\x1b[31m\nb").symlink_to(checkpoint)
+    result = invoke("inspect", tmp_path / "a\x1b[31m\nb")
+    assert result.stdout.startswith(f"{tmp_path}/a [31m b: hf, float32\n")
+
+
+@pytest.mark.parametrize("option", [[], ["--verify"], ["--format", "json"]])
+def test_inspecting_what_is_none_is_one_line(tmp_path: Path, option: list[str]) -> None:
+    # Given a directory that is no checkpoint, when it is inspected, then one line says so, and nothing else is printed
+    result = invoke("inspect", tmp_path, *option)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"granite-jax: {tmp_path}: no checkpoint, config.json is missing\n"
+
+
+def test_a_full_disk_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a limit on the size of files, when a checkpoint is converted, then one line says so, and nothing is left
+    code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
+    code += "from granite_jax import cli; sys.argv[0] = 'granite-jax'; cli.main()"
+    command = [sys.executable, "-c", code, "convert", checkpoint, tmp_path / "own"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]  # Orbax logs before it
+    assert last.startswith("granite-jax: ") and "params: Orbax cannot write it" in last and "File too large" in last
+    assert list(tmp_path.iterdir()) == []

@@ -1,15 +1,22 @@
 """Checkpoints by hub id, downloaded by the real client from a stand-in hub on this machine."""
 
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import hf_fixture
 import hub_server
+import jax
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
-from granite_jax import hub
+from granite_jax import cli, hub
 from granite_jax._tree import flatten
 from granite_jax.checkpoint import COMPANIONS, load, open_checkpoint
 from granite_jax.convert import convert
@@ -102,20 +109,102 @@ def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
         open_checkpoint(tmp_path, revision="v2")
 
 
-def test_a_download_that_differs_from_what_was_announced_is_named(server: hub_server.Hub) -> None:
+def test_a_download_that_differs_from_what_was_announced_is_named(server: hub_server.Hub, tmp_path: Path) -> None:
     # Given a hub that announces another hash than that of what it sends, when it is converted, then the file is named
     server.etags["model-00001-of-00002.safetensors"] = "0" * 64
     with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: damaged \(its SHA-256 is not"):
         open_checkpoint(REPO)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors: damaged \(its SHA-256 is not"):
+        convert(REPO, tmp_path / "own")
+    assert not (tmp_path / "own").exists()
 
 
 def test_an_interrupted_conversion_is_no_cached_one(server: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a conversion that fails half-way, when the checkpoint is opened again, then it is converted from the start
     with monkeypatch.context() as patched:
         patched.setattr("granite_jax._orbax.ocp.partial.finalize", lambda path: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(CheckpointError, match=r"params: Orbax cannot write it \(ZeroDivisionError"):
             open_checkpoint(REPO)
     assert open_checkpoint(REPO).kind == "orbax"
+
+
+def test_another_process_may_be_faster(server: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a process that converts the same commit meanwhile, when this one fails for it, then it takes the other's
+    def slow(source: Path, place: Path) -> None:
+        convert(source, place)
+        convert(source, place)  # raises: it is there
+
+    monkeypatch.setattr("granite_jax.convert.convert", slow)
+    assert open_checkpoint(REPO).kind == "orbax"
+
+
+def test_a_cache_that_cannot_be_written_is_named(server: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a cache directory below a file, when a hub id is opened, then the error names the place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(server.repositories[REPO][1] / "config.json"))
+    with pytest.raises(CheckpointError, match=rf"config\.json/.*/{COMMIT}: cannot be written \(Not a directory\)$"):
+        open_checkpoint(REPO)
+
+
+def test_a_failed_download_goes_on_where_it_was(server: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a hub that refuses one of the files, when its repository is opened, then the error says so
+    server.refused.add("model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=rf"^{REPO}: .*it cannot be downloaded \(.*403"):
+        open_checkpoint(REPO)
+
+    # And what is there of it is never taken for the whole when the hub cannot be reached
+    with monkeypatch.context() as patched:
+        patched.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(CheckpointError, match="no such file$|holds neither"):
+            open_checkpoint(REPO)
+
+    # When it refuses no more, then only what is missing is sent
+    server.refused.clear()
+    assert open_checkpoint(REPO).kind == "orbax"
+    assert len(set(server.downloads)) == len(server.downloads)
+
+
+def test_the_command_takes_hub_ids(server: hub_server.Hub, tmp_path: Path) -> None:
+    # Given a hub id and its commit, when it is converted and compared, then a line reports what was written
+    own = tmp_path / "own"
+    command = [sys.executable, "-m", "granite_jax.cli", "convert", REPO, own, "--revision", COMMIT, "--verify"]
+    caches = {"HF_HUB_CACHE": str(tmp_path / "hub"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | caches)
+    assert (done.returncode, done.stderr) == (0, "")  # no bar of the client's in a pipe either
+    parts = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in open_checkpoint(own).read().items()}
+    sizes = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))
+    files = sum(file.stat().st_size for file in own.rglob("*") if file.is_file())
+    line = rf"{own}: (\d+) tensors, {sizes} parameters, float32, {files:,} bytes, \d+\.\d s, verified\n"
+    found = re.fullmatch(line, done.stdout)
+    assert found is not None, done.stdout
+    source = server.repositories[REPO][1]
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    assert int(found[1]) == sum(not name.endswith("num_batches_tracked") for name in index)
+
+    # And inspecting it converts it, once, and tells of that
+    result = CliRunner().invoke(cli.app, ["inspect", REPO, "--revision", COMMIT, "--verify", "--format", "json"])
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert (told["kind"], told["verified"], told["parameters"]["total"]) == ("orbax", True, sum(parts.values()))
+    assert told["directory"] == str(
+        tmp_path / "cache" / "granite_jax" / "checkpoints" / "someone--granite-tiny" / COMMIT
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["inspect", REPO], 1), (["convert", REPO, "out"], 1), (["transcribe", "a.wav", "--checkpoint", REPO], 2)],
+)
+def test_a_revision_that_the_hub_does_not_have_is_one_line(
+    server: hub_server.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], status: int
+) -> None:
+    # Given a command with a hub id, when its revision does not exist, then one line names both, and nothing is written
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(cli.app, [*command, "--revision", "v9"])
+    assert (result.exit_code, result.stdout) == (status, "")
+    assert result.stderr.startswith(f"granite-jax: {REPO}: no such directory, and as a hub id (revision v9) it cannot")
+    assert len(result.stderr.splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_converting_a_hub_id_converts_what_was_downloaded(server: hub_server.Hub, tmp_path: Path) -> None:
