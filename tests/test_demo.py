@@ -31,16 +31,15 @@ def transcripts(asr, clips) -> list[gj.Transcript]:
     return asr.transcribe([HELDOUT / clip["audio"] for clip in clips])
 
 
-# Words in a hundred that may be wrong. The decoder's training was cut short: see checkpoints/demo/README.md.
-@pytest.mark.parametrize(("kind", "limit"), [("ctc_text", 5.0), ("text", 35.0)])
-def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind, limit):
+@pytest.mark.parametrize("kind", ["ctc_text", "text"])
+def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
     # Given 300 clips of new sentences with unseen names, some noisy
     references, names = [clip["text"] for clip in clips], [clip["names"] for clip in clips]
     # When transcribed, by the encoder alone or by the language model
     hypotheses = [getattr(transcript, kind) for transcript in transcripts]
     # Then
     assert len(clips) >= 300
-    assert evaluate(references, hypotheses, names).all_words.rate <= limit
+    assert evaluate(references, hypotheses, names).all_words.rate <= 5.0
 
 
 def test_every_clip_ends_by_itself(transcripts):
@@ -52,7 +51,7 @@ def test_samples_are_heard(asr):
     # Given the samples of `make demo`, a 24 s one and a stereo one at 44.1 kHz among them
     samples = _manifest(ROOT / "samples" / "samples.jsonl")
     # When transcribed
-    heard = [t.ctc_text for t in asr.transcribe([ROOT / "samples" / sample["audio"] for sample in samples])]
+    heard = [t.text for t in asr.transcribe([ROOT / "samples" / sample["audio"] for sample in samples])]
     # Then hardly a word is wrong
     said = [sample["text"] for sample in samples]
     assert max(len(text) for text in said) > 200
