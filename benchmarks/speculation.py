@@ -82,7 +82,8 @@ def margin(asr: Transcriber, params: Any, samples: np.ndarray, tokens: Sequence[
     """How far the two best logits are apart after these tokens, of the utterance alone and without a cache."""
     length = jnp.array([len(samples)])
     frames = gj.num_frames(length)
-    hidden = gj.encode(asr.config, params, gj.log_mel(samples[None], length), frames).hidden
+    features = gj.log_mel(jnp.asarray(samples)[None], length)
+    hidden = gj.encode(asr.config, params, features, frames).hidden
     audio = gj.project(asr.config, params, hidden, frames)
     prompt = asr.template.tokens(asr.tokenizer, instruction())
     ids = [*prompt.prefix, *[asr.config.audio_token_id] * audio.shape[1], *prompt.suffix, *tokens]
@@ -91,14 +92,17 @@ def margin(asr: Transcriber, params: Any, samples: np.ndarray, tokens: Sequence[
     return float(best[-1] - best[-2])
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """The first place at which two different texts differ, where one of them may end."""
+    return next(i for i, (x, y) in enumerate(zip((*a, -1), (*b, -1), strict=False)) if x != y)
+
+
 def differences(asr: Transcriber, params: Any, speech: Speech, ours: list[Transcript], greedy: list[Transcript]) -> str:
     """How many texts differ from greedy decoding's, and at how many of these the two best logits are no tie."""
     margins = []
     for samples, a, b in zip(speech.audio, ours, greedy, strict=True):
         if a.tokens != b.tokens:
-            pairs = zip((*a.tokens, -1), (*b.tokens, -1), strict=False)
-            place = next(i for i, (x, y) in enumerate(pairs) if x != y)
-            margins.append(margin(asr, params, samples, b.tokens[:place]))
+            margins.append(margin(asr, params, samples, b.tokens[: first_difference(a.tokens, b.tokens)]))
     return f"{len(margins)} of {len(ours)} differ, {sum(m > MARGIN for m in margins)} by a margin above {MARGIN}"
 
 

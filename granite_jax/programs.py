@@ -31,6 +31,7 @@ TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room f
 MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
 MIN_DRAFT = 32
+_TILE = 16  # slots of a bfloat16 tile: with another capacity the TPU compiler copies the cache
 DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
 
 
@@ -132,7 +133,7 @@ class Programs:
             functools.partial(decoding.verify, never=self._never),
             decoding.with_end(draft, self.config.decoder.eos_token_id),
             draft.lengths + 1,
-            capacity=capacity + self.speculation.window,
+            capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
             dtype=self.dtype,
         )
 
@@ -165,9 +166,8 @@ class Programs:
     @property
     def _never(self) -> tuple[int, ...]:
         """Tokens that are never produced."""
-        pad = self.config.decoder.pad_token_id
-        has_pad = pad is not None and pad != self.config.decoder.eos_token_id
-        return (self.config.audio_token_id, pad) if has_pad else (self.config.audio_token_id,)
+        audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
+        return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
 
 
 def draft_budget(samples: int) -> int:

@@ -1,9 +1,11 @@
 """The embedded checkpoint on real audio: the committed held-out clips and the samples."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+import soundfile
 
 import granite_jax as gj
 from granite_jax.training.evaluate import evaluate
@@ -40,6 +42,22 @@ def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
     # Then
     assert len(clips) >= 300
     assert evaluate(references, hypotheses, names).all_words.rate <= 5.0
+
+
+def test_speculation_is_lossless_and_saves_passes(asr, clips, transcripts):
+    # Given greedy decoding without drafts
+    greedy = asr.transcribe([HELDOUT / clip["audio"] for clip in clips], speculative=False)
+    # When compared with the default, then tokens are the same, ties of the two best logits excepted
+    speculation = runpy.run_path(str(ROOT / "benchmarks" / "speculation.py"))
+    config, params = gj.load("demo", dtype="float32")
+    assert config == asr.config
+    for clip, ours, theirs in zip(clips, transcripts, greedy, strict=True):
+        if ours.tokens != theirs.tokens:
+            samples, _ = soundfile.read(HELDOUT / clip["audio"], dtype="float32")
+            place = speculation["first_difference"](ours.tokens, theirs.tokens)
+            assert speculation["margin"](asr, params, samples, theirs.tokens[:place]) <= 1e-3, clip["audio"]
+    # And the language model runs at most a fifth as often as it writes
+    assert 5 * sum(t.stats["llm_passes"] for t in transcripts) <= sum(len(t.tokens) for t in transcripts)
 
 
 def test_every_clip_ends_by_itself(transcripts):
