@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax import model
 from granite_jax.config import Config
-from granite_jax.decoding import Draft, Spelling
+from granite_jax.decoding import Draft
 from granite_jax.programs import Bucket, Programs
 
 CONFIG = Path(__file__).parent / "granite-4.0-1b-speech.json"
@@ -76,14 +76,9 @@ def compile_programs(config: Config, topology: str, bucket: Bucket):
     def decode(*args):
         return programs._decode(*args, room=bucket.room)
 
-    vocabulary = config.decoder.vocab_size
-    spelling = Spelling(
-        jax.ShapeDtypeStruct((vocabulary,), jnp.bool, sharding=whole),  # pyright: ignore[reportArgumentType]
-        jax.ShapeDtypeStruct((vocabulary,), jnp.int32, sharding=whole),  # pyright: ignore[reportArgumentType]
-    )
     thresholds = jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=rows)
-    rest = (draft, int32(batch), thresholds, spelling)
-    specs = (everywhere, data, cache_spec, data, data, data, everywhere)
+    rest = (draft, int32(batch), thresholds)
+    specs = (everywhere, data, cache_spec, data, data, data)
     state = jax.tree.map(lambda _: data, jax.eval_shape(decode, params, verified, cache, *rest))
     state_spec = type(state)(**{**vars(state), "cache": cache_spec})
     decode = jax.jit(sharded(decode, mesh, specs, state_spec), donate_argnums=2)

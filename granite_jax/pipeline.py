@@ -18,7 +18,7 @@ import numpy as np
 from granite_jax import ctc
 from granite_jax.audio import Audio
 from granite_jax.config import Config
-from granite_jax.decoding import DecodeState, Spelling
+from granite_jax.decoding import DecodeState
 from granite_jax.features import SAMPLING_RATE, num_frames
 from granite_jax.programs import Bucket, Encoded, Programs, choose_bucket, draft_budget, pad_drafts
 from granite_jax.prompts import PromptTokens
@@ -97,8 +97,6 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
-        starts_word, lengths = tokenizer.spelling(config.decoder.vocab_size)
-        self._spelling = Spelling(jax.numpy.asarray(starts_word), jax.numpy.asarray(lengths))
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
         """The bucket of `batch` rows for a request, or None."""
@@ -243,9 +241,7 @@ class Pipeline:
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
         thresholds = np.full(bucket.batch, verify_threshold, np.float32)
         verified, cache = self.programs.prefill(self._params, tokens, lengths, audio, draft, capacity=bucket.capacity)
-        return self.programs.decode(
-            self._params, verified, cache, draft, limits, thresholds, self._spelling, room=bucket.room
-        )
+        return self.programs.decode(self._params, verified, cache, draft, limits, thresholds, room=bucket.room)
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
         tokens = tuple(state["tokens"][i, : int(state["counts"][i])].tolist())

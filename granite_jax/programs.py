@@ -23,7 +23,7 @@ from granite_jax import ctc, decoding, model
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
 from granite_jax.config import Config
 from granite_jax.decoder import KVCache
-from granite_jax.decoding import DecodeState, Draft, Spelling, Verified
+from granite_jax.decoding import DecodeState, Draft, Verified
 from granite_jax.errors import GraniteError
 from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
 
@@ -81,7 +81,7 @@ class Speculation:
     """
 
     window: int = decoding.WINDOW
-    realign: str = "words"
+    realign: str = "nearest"
 
     def __post_init__(self):
         if self.window < 0 or self.realign not in decoding.REALIGN:
@@ -145,7 +145,6 @@ class Programs:
         draft: Draft,
         limits: Lengths,
         thresholds: Float[Array, "b"],
-        spelling: Spelling,
         room: int,
     ) -> DecodeState:
         return decoding.decode(
@@ -155,7 +154,6 @@ class Programs:
             draft,
             limits,
             thresholds,
-            spelling,
             room=room,
             end_of_text=self.config.decoder.eos_token_id,
             never=self._never,

@@ -59,8 +59,8 @@ def test_no_chip_waits_for_another(reports: dict[str, dict]) -> None:
 
 
 def test_decoding_updates_the_cache_in_place(reports: dict[str, dict]) -> None:
-    # When the decode loop is looked at: a cache of 40 layers, 64 rows, 544 positions and a window in tiles of 16, 4 heads
-    # of 128, in bfloat16
+    # When the decode loop is looked at: a cache of 40 layers, 64 rows, 544 positions and a window in tiles of 16, 4
+    # heads of 128, in bfloat16
     decode = reports["decode"]
     assert decode["cache_bytes"] == 2 * 2 * 40 * 64 * 560 * 4 * 128
 

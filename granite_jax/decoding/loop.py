@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import Lengths, Logits, Tokens
-from granite_jax.decoding.draft import Draft, Realign, Spelling, give_up, words
+from granite_jax.decoding.draft import Draft, Realign, give_up, nearest_token
 from granite_jax.decoding.state import DecodeState
 
 WINDOW = 4  # with 64 rows a TPU computes such a step in about the time in which it reads the weights
@@ -70,13 +70,12 @@ def decode(
     draft: Draft,
     limits: Lengths,
     thresholds: Float[Array, "b"],
-    spelling: Spelling,
     *,
     room: int,
     end_of_text: int,
     never: Sequence[int] = (),
     window: int = WINDOW,
-    realign: Realign = words,
+    realign: Realign = nearest_token,
 ) -> DecodeState:
     """Decodes every row until end-of-text or its limit; the loop ends when all rows have.
 
@@ -104,7 +103,7 @@ def decode(
 
     def accept(state: DecodeState, chosen: Tokens, agreed: Lengths) -> DecodeState:
         state = dataclasses.replace(state, passes=state.passes + ~state.finished).accept(chosen, agreed, end_of_text)
-        return dataclasses.replace(state, cursor=realign(draft, spelling, state.cursor, state.pending))
+        return dataclasses.replace(state, cursor=realign(draft, state.cursor, state.pending))
 
     def iterate(width: int, state: DecodeState) -> DecodeState:
         proposals = draft.window(state.cursor, width)
@@ -153,10 +152,9 @@ def greedy_decode(
     none = jnp.zeros_like(limits)
     end = jnp.full_like(limits, end_of_text)
     verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verify(logits, end[:, None], never))
-    nowhere = Spelling(jnp.zeros(1, bool), jnp.zeros(1, jnp.int32))
     draft, thresholds = Draft(none[:, None], none), jnp.where(none == 0, jnp.inf, 0.0)
     return decode(
-        step, verified, cache, draft, limits, thresholds, nowhere,
+        step, verified, cache, draft, limits, thresholds,
         room=room, end_of_text=end_of_text, never=never, window=0, realign=give_up,
     )  # fmt: skip
 
