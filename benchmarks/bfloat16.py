@@ -9,8 +9,11 @@ difference.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
 
