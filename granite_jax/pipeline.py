@@ -245,12 +245,13 @@ class Pipeline:
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
         tokens = tuple(state["tokens"][i, : int(state["counts"][i])].tolist())
-        passes, drafted = int(state["passes"][i]), int(state["drafted"][i])
+        passes, drafted, accepted = (int(state[name][i]) for name in ("passes", "drafted", "accepted"))
+        verified = passes == 1 and accepted == drafted
         stats = {
-            "route": "greedy" if not drafted else "verified" if passes == 1 else "resumed",
+            "route": "greedy" if not drafted else "verified" if verified else "resumed",
             "llm_passes": passes,
             "draft_tokens": drafted,
-            "accepted_tokens": int(state["accepted"][i]),
+            "accepted_tokens": accepted,
             "finish": "end" if state["ended"][i] else "length",
         }
         return self._finished(row, self._tokenizer.decode(tokens).strip(), tokens, stats)

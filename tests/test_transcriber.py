@@ -1,6 +1,7 @@
 """The host pipeline on a small random model: forms of input, order, independence, errors, compilations."""
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -219,7 +220,7 @@ def test_max_new_tokens_is_respected(asr: Transcriber) -> None:
     full = asr.transcribe(speech(2.5), max_new_tokens=30)[0]
     assert full.stats["finish"] == "length"
     for limit in (1, 7, 30):
-        (transcript,) = asr.transcribe(speech(2.5), max_new_tokens=limit)
+        (transcript,) = asr.transcribe(speech(2.5), max_new_tokens=limit, speculative=False)
         assert transcript.tokens == full.tokens[:limit]
         expected = {"route": "greedy", "llm_passes": limit, "draft_tokens": 0, "accepted_tokens": 0, "finish": "length"}
         assert transcript.stats == expected
@@ -301,12 +302,10 @@ def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
 
 def test_the_default_task_is_its_documented_prompt(asr: Transcriber) -> None:
     # Given the raw-transcript prompt, when it is passed as a prompt of one's own, then the result is the task's
-    inputs = [speech(1.4, 5)]
-    own = asr.transcribe(inputs, prompt="can you transcribe the speech into a written format?", max_new_tokens=9)
-    assert (
-        own == asr.transcribe(inputs, max_new_tokens=9) == asr.transcribe(inputs, task="transcribe", max_new_tokens=9)
-    )
-    assert own != asr.transcribe(inputs, task="punctuate", max_new_tokens=9)
+    run = functools.partial(asr.transcribe, [speech(1.4, 5)], max_new_tokens=9, speculative=False)
+    own = run(prompt="can you transcribe the speech into a written format?")
+    assert own == run() == run(task="transcribe")
+    assert own != run(task="punctuate")
 
 
 @pytest.mark.parametrize(
