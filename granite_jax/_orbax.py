@@ -8,6 +8,8 @@ one: a checkpoint never is in memory as a whole unless the caller collects it.
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,5 +172,7 @@ def _orbax(directory: Path, verb: str, function: Callable[..., Any], *arguments:
         return function(str(path), *arguments)
     except Exception as error:  # Orbax and tensorstore raise whatever they trip over in damaged files or on full disks
         reason = (str(error).splitlines() or [""])[0]
-        reason = reason if len(reason) < 400 else f"{reason[:200]} ... {reason[-200:]}"  # the cause is at either end
+        if len(reason) > 400:  # the cause is at either end, or behind the number of an error of the system
+            number = re.search(r"os_error_code='(\d{1,4})'", reason)
+            reason = f"{reason[:200]} ... {os.strerror(int(number[1])) if number else reason[-200:]}"
         raise CheckpointError(f"{path}: Orbax cannot {verb} it ({type(error).__name__}: {reason})") from error
