@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,6 @@ def test_a_full_disk_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
         command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )
     assert (done.returncode, done.stdout) == (1, "")
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("granite-jax: "))  # Orbax logs, too
-    assert "params: Orbax cannot write it" in line and "File too large" in line
+    # Orbax's threads write there, too, even into the same line.
+    assert re.search("granite-jax: .*params: Orbax cannot write it .*File too large", done.stderr)
     assert list(tmp_path.iterdir()) == []
