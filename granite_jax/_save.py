@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
@@ -90,7 +91,9 @@ def new_directory(directory: str | PathLike[str], check: Callable[[Path], None] 
             final.rmdir()
         partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        for _ in range(5):  # Orbax's threads may be writing still
+            shutil.rmtree(partial, ignore_errors=True)
+            time.sleep(0.05)
         raise
 
 

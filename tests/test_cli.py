@@ -252,8 +252,8 @@ def test_inspecting_what_is_none_is_one_line(tmp_path: Path, option: list[str]) 
     assert result.stderr == f"granite-jax: {tmp_path}: no checkpoint, config.json is missing\n"
 
 
-def test_a_full_disk_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    # Given a limit on the size of files, when a checkpoint is converted, then one line says so, and nothing is left
+def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a limit on the size of files, when a checkpoint is converted, then a line says so, and there is no checkpoint
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
     code += "from granite_jax import cli; sys.argv[0] = 'granite-jax'; cli.main()"
     command = [sys.executable, "-c", code, "convert", checkpoint, tmp_path / "own"]
@@ -263,4 +263,4 @@ def test_a_full_disk_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     # Orbax's threads write there, too, even into the same line.
     assert re.search("granite-jax: .*params: Orbax cannot write it .*File too large", done.stderr)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "own").exists()
