@@ -253,7 +253,7 @@ def test_inspecting_what_is_none_is_one_line(tmp_path: Path, option: list[str]) 
 
 
 def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
-    # Given a limit on the size of files, when a checkpoint is converted, then a line says so, and there is no checkpoint
+    # Given a limit on the size of files, when a checkpoint is converted, then a line says so and no checkpoint is there
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)); "
     code += "from granite_jax import cli; sys.argv[0] = 'granite-jax'; cli.main()"
     command = [sys.executable, "-c", code, "convert", checkpoint, tmp_path / "own"]
