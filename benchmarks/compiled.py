@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax import model
 from granite_jax.config import Config
+from granite_jax.decoding import Draft, Spelling
 from granite_jax.programs import Bucket, Programs
 
 CONFIG = Path(__file__).parent / "granite-4.0-1b-speech.json"
@@ -63,30 +64,43 @@ def compile_programs(config: Config, topology: str, bucket: Bucket):
     prefill = jax.jit(
         sharded(
             lambda *args: programs._prefill(*args, capacity=bucket.capacity),
-            mesh, (everywhere, data, data, data), (data, cache_spec),
+            mesh, (everywhere, data, data, data, data), (data, cache_spec),
         )
     )  # fmt: skip
-    inputs = (params, int32(batch, bucket.prompt), int32(batch), shaped(encoded.audio, rows))
-    logits, cache = jax.eval_shape(prefill, *inputs)
+    draft = Draft(int32(batch, bucket.draft), int32(batch))  # pyright: ignore[reportArgumentType]
+    inputs = (params, int32(batch, bucket.prompt), int32(batch), shaped(encoded.audio, rows), draft)
+    verified, cache = jax.eval_shape(prefill, *inputs)
     cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(devices)
     yield "prefill", prefill.lower(*inputs).compile(), cache_bytes
 
-    def decode(params, logits, cache, limits):
-        return programs._decode(params, logits, cache, limits, room=bucket.room)
+    def decode(*args):
+        return programs._decode(*args, room=bucket.room)
 
-    specs = (everywhere, data, cache_spec, data)
-    state = jax.tree.map(lambda _: data, jax.eval_shape(decode, params, logits, cache, int32(batch)))
+    vocabulary = config.decoder.vocab_size
+    spelling = Spelling(
+        jax.ShapeDtypeStruct((vocabulary,), jnp.bool, sharding=whole),  # pyright: ignore[reportArgumentType]
+        jax.ShapeDtypeStruct((vocabulary,), jnp.int32, sharding=whole),  # pyright: ignore[reportArgumentType]
+    )
+    thresholds = jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=rows)
+    rest = (draft, int32(batch), thresholds, spelling)
+    specs = (everywhere, data, cache_spec, data, data, data, everywhere)
+    state = jax.tree.map(lambda _: data, jax.eval_shape(decode, params, verified, cache, *rest))
     state_spec = type(state)(**{**vars(state), "cache": cache_spec})
     decode = jax.jit(sharded(decode, mesh, specs, state_spec), donate_argnums=2)
     split = NamedSharding(mesh, kv)
     cache = model.KVCache(shaped(cache.k, split), shaped(cache.v, split), shaped(cache.lengths, rows))
-    yield "decode", decode.lower(params, shaped(logits, rows), cache, int32(batch)).compile(), cache_bytes
+    yield "decode", decode.lower(params, shaped(verified, rows), cache, *rest).compile(), cache_bytes
 
 
-def report(name: str, compiled, cache_bytes: int) -> dict:
+def report(name: str, compiled, cache_bytes: int, vocabulary: int) -> dict:
     """Counts read from a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     copies = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"= bf16\[([\d,]+)\][^=]* copy\(", text)]
+    # Logits, or likelihoods of the whole vocabulary, in float32: positions held at once, rows times positions of a row.
+    wide = [
+        math.prod(map(int, dims.split(","))) // vocabulary
+        for dims in re.findall(rf"= f32\[([\d,]*{vocabulary}[\d,]*)\]", text)
+    ]
     return {
         "program": name,
         "peak_bytes": memory.peak_memory_in_bytes,
@@ -94,6 +108,7 @@ def report(name: str, compiled, cache_bytes: int) -> dict:
         "temporary_bytes": memory.temp_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "cache_bytes": cache_bytes,
+        "vocabulary_positions": max(wide, default=0),
         # Of keys or of values alone: half of the cache.
         "cache_sized_copies": sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
         "collectives": len(
@@ -116,7 +131,7 @@ def main() -> None:
     for name, compiled, cache_bytes in compile_programs(config, args.topology, bucket):
         if args.dump:
             (args.dump / f"{name}.hlo").write_text(compiled.as_text())
-        print(json.dumps(report(name, compiled, cache_bytes)), flush=True)
+        print(json.dumps(report(name, compiled, cache_bytes, config.decoder.vocab_size)), flush=True)
 
 
 if __name__ == "__main__":

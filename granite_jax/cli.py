@@ -32,6 +32,7 @@ _console = Console(stderr=True)
 
 Format = Literal["txt", "json"]
 Task = Literal["transcribe", "punctuate", "translate"]
+Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"]
 Dtype = Literal["float32", "bfloat16"]
 Names = Literal["released", "new"]
 
@@ -57,8 +58,9 @@ def transcribe(
         list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
     ],
     checkpoint: Annotated[
-        str, typer.Option(help='"demo", or a directory of "granite-jax convert" or Hugging Face')
+        str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
     ] = "demo",
+    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
     format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
     task: Annotated[
         Task, typer.Option(help="raw transcript, transcript with punctuation, or translation")
@@ -71,6 +73,16 @@ def transcribe(
     dtype: Annotated[
         Dtype | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)
     ] = None,
+    speculative: Annotated[
+        Speculative, typer.Option(help="the encoder's drafts: same text sooner, or accepted when plausible")
+    ] = "lossless",
+    ctc_threshold: Annotated[
+        float | None,
+        typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False),
+    ] = None,
+    verify_threshold: Annotated[
+        float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
+    ] = None,
 ) -> None:
     """Transcribe or translate audio files.
 
@@ -79,7 +91,7 @@ def transcribe(
     all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     try:
-        asr = Transcriber.from_pretrained(checkpoint, dtype=dtype)
+        asr = Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype)
         with _progress() as bar:
             job = bar.add_task("transcribing", total=len(files))
             transcripts = asr.transcribe(
@@ -88,6 +100,9 @@ def transcribe(
                 to=to,
                 prompt=prompt,
                 max_new_tokens=max_new_tokens,
+                speculative=False if speculative == "off" else speculative,
+                ctc_threshold=ctc_threshold,
+                verify_threshold=verify_threshold,
                 on_error="return",
                 progress=lambda done: bar.advance(job, done),
             )

@@ -6,6 +6,7 @@ float32 computes every matrix product at the highest precision, which TPUs and G
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from granite_jax.array_types import (
     AudioEmbeddings,
     CTCLogits,
     Features,
+    Hidden,
     Lengths,
     Logits,
     Params,
@@ -27,6 +29,8 @@ from granite_jax.config import Config
 from granite_jax.decoder import Decoder, KVCache
 from granite_jax.encoder import Encoder, EncoderOutput
 from granite_jax.projector import Projector
+
+_LOGIT_ROWS = 256  # rows of the vocabulary's width that are held at once
 
 
 class Model(nnx.Module):
@@ -144,6 +148,76 @@ def prefill(
       float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
     """
     decoder: Decoder = _part(config, params, "decoder")
+    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    if logit_positions is None:
+        logit_positions = lengths[:, None] - 1
+    hidden = jnp.take_along_axis(hidden, logit_positions[..., None], axis=1)
+    return decoder.logits(hidden), cache
+
+
+@_float32_means_float32
+def prefill_reduced(
+    config: Config,
+    params: Params,
+    tokens: Tokens,
+    lengths: Lengths,
+    audio: AudioEmbeddings | None,
+    reduce: Callable[[Logits, Tokens], Any],
+    operand: Int[Array, "b m"],
+    counts: Lengths,
+    *,
+    capacity: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Any, KVCache]:
+    """`prefill` that reduces the logits of a run of positions to something smaller, a chunk of positions at a time.
+
+    Args:
+      tokens: int32 `[b, p]`, prompts and then drafts, padded on the right.
+      lengths: tokens of each prompt alone.
+      reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
+      operand: int32 `[b, m]`; column i belongs to the position `lengths - 1 + i`.
+      counts: how many of the `m` positions of each row are wanted. What is returned for others means nothing.
+
+    Returns:
+      The reduced arrays `[b, m]`, and the cache, `lengths` positions a row; the drafts are in the slots after these.
+    """
+    decoder: Decoder = _part(config, params, "decoder")
+    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    batch, wanted = operand.shape
+    chunk = max(1, min(wanted, _LOGIT_ROWS // batch))
+    padded = -(-wanted // chunk) * chunk
+    operand = jnp.pad(operand, ((0, 0), (0, padded - wanted)))
+    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded), tokens.shape[1] - 1)
+    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+
+    def reduced(start: jax.Array) -> Any:
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk, axis=1)
+        return reduce(decoder.logits(part(hidden)), part(operand))
+
+    def add(carry):
+        start, found = carry
+        found = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1), found, reduced(start)
+        )
+        return start + chunk, found
+
+    # The first chunk outside the loop: its arrays are the carry's, and without drafts it is the only one.
+    first = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - chunk))), reduced(jnp.int32(0)))
+    last, start = jnp.max(counts), jnp.max(counts * 0) + chunk
+    _, found = jax.lax.while_loop(lambda carry: carry[0] < last, add, (start, first))
+    return jax.tree.map(lambda x: x[:, :wanted], found), cache
+
+
+def _run_prompts(
+    config: Config,
+    decoder: Decoder,
+    tokens: Tokens,
+    lengths: Lengths,
+    audio: AudioEmbeddings | None,
+    capacity: int | None,
+    dtype: DTypeLike | None,
+) -> tuple[Hidden, KVCache]:
+    """Normed activations of every position, and the cache with `lengths` positions a row."""
     is_audio = tokens == config.audio_token_id
     embeddings = decoder.embed(jnp.where(is_audio, 0, tokens)).astype(dtype)
     if audio is not None:
@@ -153,10 +227,7 @@ def prefill(
     hidden, k, v = decoder(embeddings)
     room = (capacity or tokens.shape[1]) - tokens.shape[1]
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for x in (k, v))
-    if logit_positions is None:
-        logit_positions = lengths[:, None] - 1
-    hidden = jnp.take_along_axis(hidden, logit_positions[..., None], axis=1)
-    return decoder.logits(hidden), KVCache(k, v, lengths)
+    return hidden, KVCache(k, v, lengths)
 
 
 @_float32_means_float32

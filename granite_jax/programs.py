@@ -1,10 +1,11 @@
 """The three compiled programs of inference, each a jitted function of (params, inputs).
 
     encode    waveforms -> audio embeddings, CTC labels       on shapes (batch, samples)
-    prefill   prompts and audio embeddings -> logits, cache   on shapes (batch, prompt, capacity)
-    decode    logits and cache -> tokens                      on shapes (batch, capacity, room)
+    prefill   prompts, audio embeddings and drafts -> what the model says of the drafts, and its cache
+                                                              on shapes (batch, prompt, draft, capacity)
+    decode    that, and the drafts -> tokens                  on shapes (batch, draft, capacity, room)
 
-A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket.
+A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts.
 """
 
 import collections
@@ -15,18 +16,22 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from granite_jax import ctc, model
+from granite_jax import ctc, decoding, model
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
 from granite_jax.config import Config
 from granite_jax.decoder import KVCache
-from granite_jax.decoding import DecodeState, greedy_decode
+from granite_jax.decoding import DecodeState, Draft, Spelling, Verified
+from granite_jax.errors import GraniteError
 from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
 
 TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
 MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
+MIN_DRAFT = 32
+DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,22 +48,52 @@ class Bucket:
         """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
         return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
 
+    @property
+    def draft(self) -> int:
+        """Draft tokens that there is room for."""
+        return draft_budget(self.samples)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Fields: audio embeddings `[b, a, e]`; best CTC label of every frame, int32 `[b, t]`, blank past the row's end."""
+    """What is known of a batch before the language model runs.
+
+    Fields:
+      audio: audio embeddings `[b, a, e]`.
+      labels: best CTC label of every frame, int32, blank past the row's end.
+      entropy: float32, the largest entropy of a valid frame's labels, in nats.
+    """
 
     audio: AudioEmbeddings
     labels: Int[Array, "b t"]
+    entropy: Float[Array, "b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How drafts are used.
+
+    Fields:
+      window: proposals of one decode step.
+      realign: the rule, of `decoding.REALIGN`, by which to go on in the draft after a rejection.
+    """
+
+    window: int = decoding.WINDOW
+    realign: str = "words"
+
+    def __post_init__(self):
+        if self.window < 0 or self.realign not in decoding.REALIGN:
+            raise GraniteError(f"{self}: window is 0 or more, realign one of {', '.join(decoding.REALIGN)}")
 
 
 class Programs:
     """The programs of one configuration, and a count of how often each was traced."""
 
-    def __init__(self, config: Config, dtype: DTypeLike):
+    def __init__(self, config: Config, dtype: DTypeLike, speculation: Speculation | None = None):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.speculation = speculation or Speculation()
         self.traces: collections.Counter[str] = collections.Counter()
         self.encode = jax.jit(self._counted(self._encode))
         self.prefill = jax.jit(self._counted(self._prefill), static_argnames="capacity")
@@ -77,22 +112,75 @@ class Programs:
         hidden = model.encode(self.config, params, log_mel(samples, lengths), frames, dtype=self.dtype).hidden
         logits = model.ctc_logits(self.config, params, hidden, dtype=self.dtype)
         audio = model.project(self.config, params, hidden, frames, dtype=self.dtype)
-        return Encoded(audio, ctc.best_labels(logits, frames))
+        return Encoded(audio, ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1))
 
     def _prefill(
-        self, params: Params, tokens: Tokens, lengths: Lengths, audio: AudioEmbeddings, capacity: int
-    ) -> tuple[Float[Array, "b 1 v"], KVCache]:
-        return model.prefill(self.config, params, tokens, lengths, audio, capacity=capacity, dtype=self.dtype)
+        self, params: Params, tokens: Tokens, lengths: Lengths, audio: AudioEmbeddings, draft: Draft, capacity: int
+    ) -> tuple[Verified, KVCache]:
+        """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
+        # No draft is longer than its row's limit, which leaves room for as much.
+        width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
+        place = jnp.arange(width) - lengths[:, None]
+        drafted = jnp.take_along_axis(draft.tokens, jnp.clip(place, 0, draft.tokens.shape[1] - 1), axis=1)
+        prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+        return model.prefill_reduced(
+            self.config,
+            params,
+            jnp.where((place >= 0) & (place < draft.lengths[:, None]), drafted, prompts),
+            lengths,
+            audio,
+            functools.partial(decoding.verify, never=self._never),
+            decoding.with_end(draft, self.config.decoder.eos_token_id),
+            draft.lengths + 1,
+            capacity=capacity + self.speculation.window,
+            dtype=self.dtype,
+        )
 
     def _decode(
-        self, params: Params, logits: Float[Array, "b 1 v"], cache: KVCache, limits: Lengths, room: int
+        self,
+        params: Params,
+        verified: Verified,
+        cache: KVCache,
+        draft: Draft,
+        limits: Lengths,
+        thresholds: Float[Array, "b"],
+        spelling: Spelling,
+        room: int,
     ) -> DecodeState:
-        decoder = self.config.decoder
-        never = [self.config.audio_token_id]
-        if decoder.pad_token_id is not None and decoder.pad_token_id != decoder.eos_token_id:
-            never.append(decoder.pad_token_id)
-        step = functools.partial(model.decode_step, self.config, params, dtype=self.dtype)
-        return greedy_decode(step, logits, cache, limits, room=room, end_of_text=decoder.eos_token_id, never=never)
+        return decoding.decode(
+            functools.partial(model.decode_step, self.config, params, dtype=self.dtype),
+            verified,
+            cache,
+            draft,
+            limits,
+            thresholds,
+            spelling,
+            room=room,
+            end_of_text=self.config.decoder.eos_token_id,
+            never=self._never,
+            window=self.speculation.window,
+            realign=decoding.REALIGN[self.speculation.realign],
+        )
+
+    @property
+    def _never(self) -> tuple[int, ...]:
+        """Tokens that are never produced."""
+        pad = self.config.decoder.pad_token_id
+        has_pad = pad is not None and pad != self.config.decoder.eos_token_id
+        return (self.config.audio_token_id, pad) if has_pad else (self.config.audio_token_id,)
+
+
+def draft_budget(samples: int) -> int:
+    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
+    return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
+
+
+def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:
+    """Token ids of every row, none longer than `width`, as a Draft."""
+    tokens = np.zeros((len(drafts), width), np.int32)
+    for row, draft in enumerate(drafts):
+        tokens[row, : len(draft)] = draft
+    return Draft(jnp.asarray(tokens), jnp.array([len(draft) for draft in drafts], jnp.int32))
 
 
 def new_token_budget(seconds: float) -> int:

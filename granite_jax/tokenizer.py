@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+import numpy as np
 import tokenizers
 from tokenizers import pre_tokenizers
 
@@ -104,6 +105,16 @@ class Tokenizer:
             for id, (start, end) in zip(found.ids, found.offsets, strict=True)
             if id in self._added_ids
         ]
+
+    def spelling(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the ids below `size`: whether each token begins with a space, `[size]`, and its bytes, int32 `[size]`.
+
+        Ids without a token have neither.
+        """
+        written = [self._plain.id_to_token(id) or "" for id in range(size)]
+        # In a byte-level vocabulary every byte is a character, a space is written as U+0120.
+        starts_word = np.array([token.startswith("\u0120") for token in written])
+        return starts_word, np.array([len(token) for token in written], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens and ids outside the vocabulary are left out, as the reference does."""

@@ -1,6 +1,20 @@
-"""Decoding on the device: one `lax.while_loop` over a step function."""
+"""Decoding on the device: `lax.while_loop`s over a step function, with or without drafts."""
 
-from granite_jax.decoding.loop import greedy_decode
+from granite_jax.decoding.draft import REALIGN, Draft, Realign, Spelling
+from granite_jax.decoding.loop import WINDOW, Verified, choose, decode, greedy_decode, verify, with_end
 from granite_jax.decoding.state import DecodeState
 
-__all__ = ["DecodeState", "greedy_decode"]
+__all__ = [
+    "REALIGN",
+    "WINDOW",
+    "DecodeState",
+    "Draft",
+    "Realign",
+    "Spelling",
+    "Verified",
+    "choose",
+    "decode",
+    "greedy_decode",
+    "verify",
+    "with_end",
+]

@@ -1,21 +1,142 @@
-"""Greedy decoding: prefill's logits in, tokens out, one `lax.while_loop`.
+"""Greedy decoding, with or without drafts: what the prefill found in, tokens out, in `lax.while_loop`s.
 
 The decoder is known only through `step`: (tokens `[b, p]`, cache) -> (logits `[b, p, v]`, cache `p` longer),
 with a cache that has `lengths` and `rolled_back(lengths)`.
+
+Self-speculative decoding after Saon et al. 2026 (arXiv 2603.11243), with windows of proposals and re-alignment added.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from granite_jax.array_types import Lengths, Logits
+from granite_jax.array_types import Lengths, Logits, Tokens
+from granite_jax.decoding.draft import Draft, Realign, Spelling, give_up, words
 from granite_jax.decoding.state import DecodeState
 
+WINDOW = 16  # measured: benchmarks/speculation.py
+
 Step = Callable[[Int[Array, "b p"], Any], tuple[Logits, Any]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What a prefill over prompt and draft says about the draft.
+
+    Fields:
+      choices: int32 `[b, n + 1]`, the most likely token after the prompt and after each draft token.
+      likelihoods: float32 `[b, n + 1]`, probability of each draft token, and of end-of-text after the last.
+
+    Columns past a row's draft length mean nothing.
+    """
+
+    choices: Tokens
+    likelihoods: Float[Array, "b p"]
+
+
+def with_end(draft: Draft, end_of_text: int) -> Tokens:
+    """The draft's tokens and end-of-text after the last: int32 `[b, n + 1]`."""
+    tokens = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
+    return jnp.where(jnp.arange(tokens.shape[1]) == draft.lengths[:, None], end_of_text, tokens)
+
+
+def choose(logits: Logits, never: Sequence[int] = ()) -> Tokens:
+    """The most likely token at every position, int32 `[b, p]`, those of `never` excepted."""
+    return jnp.argmax(_allowed(logits, never), axis=-1).astype(jnp.int32)
+
+
+def verify(logits: Logits, proposed: Tokens, never: Sequence[int] = ()) -> Verified:
+    """Choices, and likelihoods of `proposed`, int32 `[b, p]`, at these positions."""
+    logits = _allowed(logits, never)
+    scores = jnp.take_along_axis(logits, proposed[..., None], axis=-1)[..., 0]
+    return Verified(choose(logits), jnp.exp(scores - jax.nn.logsumexp(logits, axis=-1)))
+
+
+def _allowed(logits: Logits, never: Sequence[int]) -> Logits:
+    forbidden = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(never, jnp.int32))
+    return jnp.where(forbidden, -jnp.inf, logits)
+
+
+def decode(
+    step: Step,
+    verified: Verified,
+    cache: Any,
+    draft: Draft,
+    limits: Lengths,
+    thresholds: Float[Array, "b"],
+    spelling: Spelling,
+    *,
+    room: int,
+    end_of_text: int,
+    never: Sequence[int] = (),
+    window: int = WINDOW,
+    realign: Realign = words,
+) -> DecodeState:
+    """Decodes every row until end-of-text or its limit; the loop ends when all rows have.
+
+    While any row has something to propose, an iteration runs the pending token and `window` proposals of each row;
+    otherwise the pending token alone, so that greedy decoding (drafts of length 0) pays nothing for the windows.
+
+    Args:
+      step: runs the decoder over the next tokens.
+      verified: the prefill's findings about the draft.
+      cache: the cache after the prompt, with room for `max(limits) + window` more positions. The draft's keys and
+        values are in the slots after the prompt.
+      limits: int32, tokens each row may generate; 0 for rows that only fill up the batch.
+      thresholds: float32, the likelihood that each token of a row's draft must exceed in the prefill to be accepted
+        (relaxed verification); infinite for rows that accept only what greedy decoding would write. Windows always do
+        the latter.
+      room: width of the result, at least every limit.
+      end_of_text: id that ends a row.
+      never: ids that are never produced.
+      window: proposals of one iteration, K.
+      realign: where to go on in the draft.
+
+    Returns:
+      The final state. Its cache is the given one, updated in place if the caller donates it.
+    """
+
+    def accept(state: DecodeState, chosen: Tokens, agreed: Lengths) -> DecodeState:
+        state = dataclasses.replace(state, passes=state.passes + ~state.finished).accept(chosen, agreed, end_of_text)
+        return dataclasses.replace(state, cursor=realign(draft, spelling, state.cursor, state.pending))
+
+    def iterate(width: int, state: DecodeState) -> DecodeState:
+        proposals = draft.window(state.cursor, width)
+        logits, cache = step(jnp.concatenate([state.pending[:, None], proposals], axis=1), state.cache)
+        choices = choose(logits, never)
+        agrees = (proposals == choices[:, :-1]) & (jnp.arange(width) < state.proposable[:, None])
+        # Rolled back at once: rows that are done stay where they are and never run past the capacity.
+        cache = cache.rolled_back(state.cache.lengths)
+        return accept(dataclasses.replace(state, cache=cache), choices, _leading(agrees))
+
+    def decode_until_alignment_changes(state: DecodeState) -> DecodeState:
+        if window > 0:
+            state = jax.lax.while_loop(lambda s: s.any_proposal, functools.partial(iterate, window), state)
+        return jax.lax.while_loop(lambda s: ~s.all_finished & ~s.any_proposal, functools.partial(iterate, 0), state)
+
+    chosen, agreed = _judge(verified, draft, thresholds, end_of_text)
+    # Derived from an input, so that under shard_map every part of the carry varies with it.
+    zeros = jnp.zeros_like(limits)
+    start = DecodeState(
+        tokens=jnp.zeros((len(limits), room), jnp.int32) + zeros[:, None],
+        counts=zeros,
+        limits=limits,
+        pending=zeros,
+        ended=zeros > 0,
+        passes=zeros,
+        draft=draft,
+        cursor=zeros,
+        accepted=zeros,
+        cache=cache.rolled_back(cache.lengths - 1),  # as if the last prompt token were pending
+    )
+    start = dataclasses.replace(accept(start, chosen, agreed), passes=zeros + 1)
+    return jax.lax.while_loop(lambda s: ~s.all_finished, decode_until_alignment_changes, start)
 
 
 def greedy_decode(
@@ -28,41 +149,32 @@ def greedy_decode(
     end_of_text: int,
     never: Sequence[int] = (),
 ) -> DecodeState:
-    """Decodes every row until end-of-text or its limit; the loop ends when all rows have.
+    """`decode` without drafts, from the logits of the last prompt position."""
+    none = jnp.zeros_like(limits)
+    end = jnp.full_like(limits, end_of_text)
+    verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verify(logits, end[:, None], never))
+    nowhere = Spelling(jnp.zeros(1, bool), jnp.zeros(1, jnp.int32))
+    draft, thresholds = Draft(none[:, None], none), jnp.where(none == 0, jnp.inf, 0.0)
+    return decode(
+        step, verified, cache, draft, limits, thresholds, nowhere,
+        room=room, end_of_text=end_of_text, never=never, window=0, realign=give_up,
+    )  # fmt: skip
 
-    Args:
-      step: runs the decoder over the next tokens.
-      logits: those of the last prompt position.
-      cache: the cache after the prompt, with room for `max(limits)` more positions.
-      limits: int32, tokens each row may generate; 0 for rows that only fill up the batch.
-      room: width of the result, at least every limit.
-      end_of_text: id that ends a row.
-      never: ids that are never produced.
 
-    Returns:
-      The final state. Its cache is the given one, updated in place if the caller donates it.
+def _judge(verified: Verified, draft: Draft, thresholds: Float[Array, "b"], end_of_text: int) -> tuple[Tokens, Lengths]:
+    """Tokens after every position of the prefill, and how many of them, from the first, are accepted draft tokens.
+
+    In relaxed rows end-of-text is judged like the draft's tokens, as its last.
     """
+    proposed = with_end(draft, end_of_text)
+    relaxed = jnp.isfinite(thresholds)[:, None]
+    passes = jnp.where(relaxed, verified.likelihoods > thresholds[:, None], proposed == verified.choices)
+    passes &= jnp.arange(proposed.shape[1]) <= draft.lengths[:, None]
+    agreed = _leading(passes)
+    chosen = jnp.where(jnp.arange(proposed.shape[1]) < agreed[:, None], proposed, verified.choices)
+    return chosen, jnp.minimum(agreed, draft.lengths)
 
-    def choose(logits: Float[Array, "b 1 v"]) -> Int[Array, "b"]:
-        forbidden = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(never, jnp.int32))
-        return jnp.argmax(jnp.where(forbidden, -jnp.inf, logits[:, -1]), axis=-1).astype(jnp.int32)
 
-    def iterate(state: DecodeState) -> DecodeState:
-        logits, cache = step(state.pending, state.cache)
-        # Rows that are done stay where they were, so that their slots never run past the capacity.
-        cache = cache.rolled_back(jnp.where(state.finished, state.cache.lengths, cache.lengths))
-        state = dataclasses.replace(state, cache=cache, passes=state.passes + ~state.finished)
-        return state.accept(choose(logits), end_of_text)
-
-    # Derived from an input, so that under shard_map every part of the carry varies with it.
-    zeros = jnp.zeros_like(limits)
-    start = DecodeState(
-        tokens=jnp.zeros((len(limits), room), jnp.int32) + zeros[:, None],
-        counts=zeros,
-        limits=limits,
-        pending=zeros[:, None],
-        ended=zeros > 0,
-        passes=zeros + 1,
-        cache=cache,
-    ).accept(choose(logits), end_of_text)
-    return jax.lax.while_loop(lambda state: ~state.all_finished, iterate, start)
+def _leading(flags: Bool[Array, "b p"]) -> Lengths:
+    """How many flags of each row are true before the first that is not, int32."""
+    return jnp.cumprod(flags.astype(jnp.int32), axis=1).sum(axis=1).astype(jnp.int32)
