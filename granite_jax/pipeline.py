@@ -18,14 +18,17 @@ import numpy as np
 from granite_jax import ctc
 from granite_jax.audio import Audio
 from granite_jax.config import Config
-from granite_jax.decoding import DecodeState, Spelling
+from granite_jax.decoding import Automata, DecodeState, FullError, Spelling, Trie, pool
 from granite_jax.features import SAMPLING_RATE, num_frames
+from granite_jax.gate import WIDTH, Candidates, candidates
+from granite_jax.keywords import Biasing, Keywords, repair, select, trie_of
 from granite_jax.programs import Bucket, Encoded, Programs, choose_bucket, draft_budget, pad_drafts
 from granite_jax.prompts import PromptTokens
 from granite_jax.speculation import Acceptance
 from granite_jax.tokenizer import Tokenizer
 
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
+_LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Transcript:
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
-        if the model ended the text, "length" if it ran into `max_new_tokens`.
+        if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
+        that were heard, best first.
       error: why there is no result, or None.
     """
 
@@ -56,13 +60,23 @@ class Transcript:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One valid input: its place in the list, its audio, the most tokens it may generate, its caller's draft if any."""
+    """One valid input.
+
+    Fields:
+      index: its place in the list.
+      limit: the most tokens it may generate.
+      prompt_length: tokens of the prompt with the audio's.
+      draft: its caller's, if any.
+      keywords: what biases it, if anything.
+    """
 
     index: int
     audio: Audio
     limit: int
+    prompt: PromptTokens
     prompt_length: int
     draft: tuple[int, ...] | None = None
+    keywords: Keywords | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +85,11 @@ class _Row:
 
     request: Request
     ctc_text: str
+    drafted_text: str
     draft: tuple[int, ...]
     entropy: float
+    heard: tuple[str, ...] = ()
+    trie: Trie | None = None
 
 
 Results = list[tuple[int, Transcript]]
@@ -98,6 +115,8 @@ class Pipeline:
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
         starts_word, lengths = tokenizer.spelling(config.decoder.vocab_size)
+        self._sounds: dict[tuple[Keywords | None, ...], Candidates] = {}
+        self._pools: dict[tuple[int, ...], tuple[Automata, list[Trie]]] = {}
         self._spelling = Spelling(jax.numpy.asarray(starts_word), jax.numpy.asarray(lengths))
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
@@ -117,14 +136,15 @@ class Pipeline:
         """Runs the programs of a bucket on silence."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
-        row = _Row(Request(0, silence, 1, length), "", (), 0.0)
+        row = _Row(Request(0, silence, 1, prompt, length), "", "", (), 0.0)
         audio = self._encode(bucket, [row.request]).audio
-        jax.block_until_ready(self._decode(bucket, [row], audio, prompt, math.inf).tokens)
+        jax.block_until_ready(self._decode(bucket, [row], audio, math.inf).tokens)
 
     def run(
-        self, requests: Iterable[Request], prompt: PromptTokens, accept: Acceptance
+        self, requests: Iterable[Request], accept: Acceptance, biasing: Biasing | None = None
     ) -> Iterator[tuple[int, Transcript]]:
         """Results in the order in which batches finish."""
+        biasing = biasing or Biasing()
         encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
         decoding: collections.deque[Callable[[], Results]] = collections.deque()
         survivors: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
@@ -132,9 +152,9 @@ class Pipeline:
         def advance() -> Results:
             """Takes the oldest encoded batch on; returns what the CTC gate let pass."""
             (bucket, batch), found = encoded.popleft()
-            rows = self._rows(batch, found, accept)
+            rows = self._rows(batch, found, accept, biasing)
             if accept.ctc_threshold == 0:
-                decoding.append(self._submit(bucket, rows, found.audio, prompt, accept))
+                decoding.extend(self._submit(bucket, rows, found.audio, accept))
                 return []
             # The gate's survivors wait for one another, so that the language model sees full batches.
             audio = np.asarray(found.audio)
@@ -148,7 +168,7 @@ class Pipeline:
             taken, survivors[bucket] = survivors[bucket][: bucket.batch], survivors[bucket][bucket.batch :]
             padded = [*taken, *[taken[0]] * (bucket.batch - len(taken))]
             rows, audio = [row for row, _ in taken], np.stack([audio for _, audio in padded])
-            decoding.append(self._submit(bucket, rows, audio, prompt, accept))
+            decoding.extend(self._submit(bucket, rows, audio, accept))
 
         for bucket, batch in self._batches(requests):
             encoded.append(((bucket, batch), self._encode(bucket, batch)))
@@ -194,29 +214,69 @@ class Pipeline:
         """Dispatches a batch to the encoder. Rows that only fill it up repeat its first one."""
         samples = np.zeros((bucket.batch, bucket.samples), np.float32)
         lengths = np.full(bucket.batch, len(batch[0].audio.samples), np.int32)
-        for row, request in enumerate([*batch, *[batch[0]] * (bucket.batch - len(batch))]):
+        full = [*batch, *[batch[0]] * (bucket.batch - len(batch))]
+        for row, request in enumerate(full):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
-        return self.programs.encode(self._params, samples, lengths)
+        candidates = self._candidates(tuple(request.keywords for request in full))
+        return self.programs.encode(self._params, samples, lengths, candidates)
 
-    def _rows(self, batch: list[Request], encoded: Encoded, accept: Acceptance) -> list[_Row]:
-        """Waits for a batch's labels and makes drafts of them."""
-        labels, entropy = jax.device_get((encoded.labels, encoded.entropy))
+    def _rows(self, batch: list[Request], encoded: Encoded, accept: Acceptance, biasing: Biasing) -> list[_Row]:
+        """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
+        labels, entropy, support = jax.device_get((encoded.labels, encoded.entropy, encoded.support))
         rows = []
         for i, request in enumerate(batch):
-            text = " ".join(ctc.to_text(labels[i]).split())
+            text = drafted = " ".join(ctc.to_text(labels[i]).split())
+            heard, trie = (), None
+            if (keywords := request.keywords) is not None:
+                passed = [] if biasing.threshold is None else select(keywords, support, i, biasing.threshold)
+                drafted = repair(labels[i], passed, keywords.texts)
+                heard = tuple(keywords.texts[one.keyword] for one in passed)
+                trie = trie_of(keywords, passed, biasing.threshold or -math.inf)
             draft = request.draft
             if draft is None:
-                draft = tuple(self._tokenizer.encode(text)) if accept.drafts else ()
+                draft = tuple(self._tokenizer.encode(drafted)) if accept.drafts else ()
             room = min(draft_budget(len(request.audio.samples)), request.limit)
-            rows.append(_Row(request, text, draft[:room], float(entropy[i])))
+            rows.append(_Row(request, text, drafted, draft[:room], float(entropy[i]), heard, trie))
         return rows
 
+    def _candidates(self, keywords: tuple[Keywords | None, ...]) -> Candidates:
+        """The sounds of a batch's keywords, on the device; kept there while batches share one list."""
+        if keywords not in self._sounds:
+            nothing = np.zeros((0, WIDTH), np.int16)
+            arrays = candidates([nothing if entry is None else entry.labels for entry in keywords])
+            if len(set(keywords)) > 1:
+                return arrays
+            self._sounds = {} if len(self._sounds) > _LISTS_KEPT else self._sounds
+            self._sounds[keywords] = jax.tree.map(jax.numpy.asarray, arrays)
+        return self._sounds[keywords]
+
+    def _automata(self, tries: tuple[Trie | None, ...]) -> Automata:
+        """The automata of a batch, on the device; kept there while batches share one."""
+        key = tuple(map(id, tries))
+        distinct = list({id(trie): trie for trie in tries if trie is not None}.values())
+        kept = self._pools.get(key)
+        if kept is None:
+            places = {id(trie): place for place, trie in enumerate(distinct)}
+            pooled = jax.tree.map(jax.numpy.asarray, pool(distinct, [places.get(one, -1) for one in key]))
+            kept = pooled, distinct  # which keeps the ids from being taken by others
+            if len(distinct) <= 1:
+                self._pools = {} if len(self._pools) > _LISTS_KEPT else self._pools
+                self._pools[key] = kept
+        return kept[0]
+
     def _submit(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, prompt: PromptTokens, accept: Acceptance
-    ) -> Callable[[], Results]:
-        """Dispatches a batch to the language model; the function returned waits for it."""
-        state = self._decode(bucket, rows, audio, prompt, accept.verify_threshold)
+        self, bucket: Bucket, rows: list[_Row], audio: Any, accept: Acceptance
+    ) -> Iterator[Callable[[], Results]]:
+        """Dispatches a batch to the language model; each function returned waits for its part of it."""
+        try:
+            state = self._decode(bucket, rows, audio, accept.verify_threshold)
+        except FullError:
+            # Rows with long lists of their own, none of which can be scored: each list by itself has room.
+            half = len(rows) // 2
+            yield from self._submit(bucket, rows[:half], audio, accept)
+            yield from self._submit(bucket, rows[half:], jax.numpy.roll(audio, -half, axis=0), accept)
+            return
         # All but the cache, so that it is freed as soon as the device is done with it.
         kept = {name: getattr(state, name) for name in ("tokens", "counts", "passes", "accepted", "ended")}
         kept["drafted"] = state.draft.lengths
@@ -225,11 +285,9 @@ class Pipeline:
             host = jax.device_get(kept)
             return [(row.request.index, self._transcript(row, host, i)) for i, row in enumerate(rows)]
 
-        return collect
+        yield collect
 
-    def _decode(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, prompt: PromptTokens, verify_threshold: float
-    ) -> DecodeState:
+    def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any, verify_threshold: float) -> DecodeState:
         """Runs prefill and decode on a padded batch, without waiting for them."""
         empty = bucket.batch - len(rows)
         # Rows that only fill up the batch repeat its first one and generate nothing.
@@ -237,14 +295,17 @@ class Pipeline:
         tokens = np.zeros((bucket.batch, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
-            tokens[i, : request.prompt_length] = [*prompt.prefix, *audio_ids, *prompt.suffix]
+            tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
         limits = np.array([request.limit for request in requests], np.int32)
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
         thresholds = np.full(bucket.batch, verify_threshold, np.float32)
-        verified, cache = self.programs.prefill(self._params, tokens, lengths, audio, draft, capacity=bucket.capacity)
+        automata = self._automata((*(row.trie for row in rows), *[None] * empty))
+        verified, cache = self.programs.prefill(
+            self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
+        )
         return self.programs.decode(
-            self._params, verified, cache, draft, limits, thresholds, self._spelling, room=bucket.room
+            self._params, verified, cache, draft, limits, thresholds, self._spelling, automata, room=bucket.room
         )
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
@@ -261,7 +322,7 @@ class Pipeline:
 
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
-        drafted = self._tokenizer.encode(row.ctc_text)
+        drafted = self._tokenizer.encode(row.drafted_text)
         tokens = tuple(drafted[: row.request.limit])
         stats = {
             "route": "ctc",
@@ -274,4 +335,6 @@ class Pipeline:
 
     def _finished(self, row: _Row, text: str, tokens: tuple[int, ...], stats: dict[str, Any]) -> Transcript:
         audio = row.request.audio
+        if row.request.keywords is not None:
+            stats["keywords"] = row.heard
         return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats)

@@ -1,0 +1,316 @@
+"""Keywords on the host: what a caller may ask for, how keywords are written and sound, and which an utterance can hold.
+
+keywords ──► Keywords: tokens of every way to write each, CTC labels of each        once for a list
+                │
+encode ──► Support: scores and spans of the best ──► heard ──► Trie of those         once for an utterance
+                                                       └─────► repaired draft
+"""
+
+import dataclasses
+import functools
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from granite_jax import ctc, gate
+from granite_jax.chat_template import check_text
+from granite_jax.decoding import Phrase, Trie, build
+from granite_jax.decoding.keywords import STATES
+from granite_jax.errors import GraniteError, PromptError
+from granite_jax.tokenizer import Tokenizer
+
+BOOST = 5.0  # nats: measured by benchmarks/keywords.py
+THRESHOLD = -1.5  # nats a character: likewise
+MAX_BOOST = 50.0
+MAX_KEYWORDS = gate.MAX_KEYWORDS
+MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
+MAX_CHARACTERS = 100
+PLACES = ("decoder", "prompt", "both")
+
+Entry = str | tuple[str, float]
+"""A keyword, or a keyword and a boost of its own."""
+
+_SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
+_RIVAL = 0.2  # nats a character by which a keyword must sound better than another in the same place to displace it
+
+
+@dataclasses.dataclass(frozen=True)
+class Biasing:
+    """How keywords are used.
+
+    Fields:
+      boost: nats by which a keyword's last token is lifted.
+      threshold: nats a character; keywords that sound worse are left out. None: all are used, heard or not.
+      prompt, decoder: whether they go into the prompt, and whether they bias decoding.
+      lower_case: whether the task's text is lower case; None where that is unknown.
+    """
+
+    boost: float = BOOST
+    threshold: float | None = THRESHOLD
+    prompt: bool = False
+    decoder: bool = True
+    lower_case: bool | None = True
+
+
+def biasing(
+    boost: float | None, threshold: float | Literal[False] | None, where: str, lower_case: bool | None
+) -> Biasing:
+    """Reads a caller's options. Raises GraniteError naming the one that is out of range."""
+    if where not in PLACES:
+        raise GraniteError(f"keywords_in is one of {', '.join(PLACES)}, not {where!r:.60}")
+    boost = BOOST if boost is None else _boost("keyword_boost", boost)
+    if threshold is None:
+        threshold = THRESHOLD
+    elif threshold is not False and not (_is_number(threshold) and -math.inf < threshold < 0):
+        raise GraniteError(f"keyword_gate is {threshold!r:.60}, not a number below 0, or False")
+    return Biasing(boost, None if threshold is False else threshold, where != "decoder", where != "prompt", lower_case)
+
+
+def keywords_of(
+    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int
+) -> list[tuple[tuple[str, float | None], ...]]:
+    """A caller's `keywords=` as one list an input: (keyword, its own boost or None) without repetitions.
+
+    Args:
+      keywords: a list for all inputs, or a list with a list (or None) for every input.
+
+    Raises:
+      PromptError: a keyword is no readable line of text, too long, or one of too many, named.
+      GraniteError: it is no list, or not as long as there are inputs.
+    """
+    if keywords is None:
+        return [()] * inputs
+    if isinstance(keywords, str) or not isinstance(keywords, Iterable):
+        raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
+    keywords = list(keywords)
+    if not any(entry is None or isinstance(entry, list) for entry in keywords):
+        return [_checked(keywords)] * inputs
+    if not all(entry is None or isinstance(entry, list) for entry in keywords):
+        raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
+    if len(keywords) != inputs:
+        raise GraniteError(f"keywords has {len(keywords)} lists for {inputs} inputs")
+    return [_checked(entry or []) for entry in keywords]
+
+
+def read_keywords(text: str) -> list[Entry]:
+    """The keywords of a file: one a line, after a tab its boost if it has one of its own; empty lines mean nothing.
+
+    Raises:
+      GraniteError: a boost is no number, by its line.
+    """
+    entries: list[Entry] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        keyword, tab, boost = line.partition("\t")
+        if not keyword.strip():
+            continue
+        try:
+            entries.append((keyword, _boost("its boost", float(boost))) if tab else keyword)
+        except ValueError as error:
+            reason = error if isinstance(error, GraniteError) else f"its boost is {boost!r:.60}, not a number"
+            raise GraniteError(f"line {number}: keyword {keyword!r:.60}: {reason}") from None
+    return entries
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Keywords:
+    """A list of keywords, ready for any utterance.
+
+    Fields:
+      texts: each keyword as it is written in a draft.
+      phrases: the ways to write each, with full boosts.
+      heard: the keywords that can be scored, shortest first: the gate's columns.
+      labels: int16 `[len(heard), gate.WIDTH]`, their CTC labels, zeros before them.
+      always: the trie of the keywords that are used whatever is heard.
+    """
+
+    texts: tuple[str, ...]
+    phrases: tuple[tuple[Phrase, ...], ...]
+    heard: tuple[int, ...]
+    labels: np.ndarray
+    always: tuple[int, ...]
+
+    @functools.cached_property
+    def trie(self) -> Trie:
+        """Of the keywords that are used whatever is heard."""
+        return build(phrase for keyword in self.always for phrase in self.phrases[keyword])
+
+
+def prepare(
+    entries: Sequence[tuple[str, float | None]], options: Biasing, tokenizer: Tokenizer, num_labels: int
+) -> Keywords:
+    """Tokens and labels of a list of `keywords_of`.
+
+    Raises:
+      PromptError: the list takes more states than there are, or the tokenizer makes special tokens of a keyword.
+    """
+    phrases, labels = [], []
+    for text, boost in entries:
+        phrases.append(tuple(_phrases(text, options.boost if boost is None else boost, options.lower_case, tokenizer)))
+        labels.append(sounds(text, num_labels) if options.threshold is not None else [])
+    heard = sorted((i for i in range(len(entries)) if labels[i]), key=lambda i: len(labels[i][: gate.WIDTH]))
+    matrix = np.zeros((len(heard), gate.WIDTH), np.int16)
+    for row, i in enumerate(heard):
+        matrix[row, -len(labels[i][: gate.WIDTH]) :] = labels[i][: gate.WIDTH]
+    always = tuple(i for i in range(len(entries)) if not labels[i])
+    sizes = [sum(len(phrase.tokens) for phrase in ways) for ways in phrases]
+    used = sum(sizes[i] for i in always) + sum(sorted((sizes[i] for i in heard), reverse=True)[: gate.KEPT])
+    if used + 4 > STATES:
+        raise PromptError(f"{len(entries)} keywords take {used} tokens, at most {STATES - 4} are accepted")
+    written = tuple(text.lower() if options.lower_case else text for text, _ in entries)
+    return Keywords(written, tuple(phrases), tuple(heard), matrix, always)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """A keyword that an utterance can hold: its index, its score in nats a character, its span in frames."""
+
+    keyword: int
+    score: float
+    start: int
+    end: int
+
+
+def select(keywords: Keywords, support: gate.Support, row: int, threshold: float) -> list[Heard]:
+    """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best."""
+    passed: list[Heard] = []
+    for column, score, start, end in zip(
+        support.columns[row], support.scores[row], support.starts[row], support.ends[row], strict=True
+    ):
+        if score < threshold:
+            break
+        one = Heard(keywords.heard[int(column)], float(score), int(start), int(end))
+        if not any(other.score - one.score > _RIVAL and _overlap(one, other) for other in passed):
+            passed.append(one)
+    return passed
+
+
+def _overlap(one: Heard, other: Heard) -> bool:
+    """Whether two spans share more than half of the shorter."""
+    shared = min(one.end, other.end) - max(one.start, other.start)
+    return 2 * shared > min(one.end - one.start, other.end - other.start)
+
+
+def trie_of(keywords: Keywords, heard: Sequence[Heard], threshold: float) -> Trie | None:
+    """The automaton of the keywords heard and of those that cannot be scored. None if there are none."""
+    if not heard:
+        return keywords.trie if keywords.always else None
+    phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases[keyword]]
+    for one in heard:
+        share = 1 - 0.5 * one.score / threshold
+        phrases += [phrase._replace(boost=phrase.boost * share) for phrase in keywords.phrases[one.keyword]]
+    return build(phrases)
+
+
+def repair(labels: np.ndarray, heard: Sequence[Heard], texts: Sequence[str]) -> str:
+    """The greedy CTC text with the words that fill a keyword's span replaced by the keyword.
+
+    Args:
+      labels: best label of every frame, `[t]`, of one utterance.
+      heard: best first; of several in one place, the first is taken.
+      texts: as of `Keywords`.
+    """
+    words = _words(labels)
+    for one in heard:
+        inside = [
+            i
+            for i, (_, start, end, _) in enumerate(words)
+            if min(end, one.end) - max(start, one.start) > (end - start) / 2
+        ]
+        if not inside:
+            continue
+        first, last = inside[0], inside[-1]
+        fits = abs(words[first][1] - one.start) <= _SLACK and abs(words[last][2] - one.end) <= _SLACK
+        if fits and not any(words[i][3] for i in inside):
+            words[first : last + 1] = [(texts[one.keyword], words[first][1], words[last][2], True)]
+    return " ".join(text for text, *_ in words)
+
+
+def _words(labels: np.ndarray) -> list[tuple[str, int, int, bool]]:
+    """Words of a greedy CTC path: text, first frame, frame after the last, whether it is a repaired one."""
+    words: list[tuple[str, int, int, bool]] = []
+    text, start, end, previous = "", 0, 0, ctc.BLANK
+    for frame, label in enumerate([*labels.tolist(), ord(" ")]):
+        if label not in (previous, ctc.BLANK):
+            character = ctc.label_character(label)
+            if character.isspace():
+                words += [(text, start, end, False)] if text else []
+                text = ""
+            elif character:
+                start = start if text else frame
+                text += character
+        if label != ctc.BLANK and not ctc.label_character(label).isspace():
+            end = frame + 1
+        previous = label
+    return words
+
+
+def sounds(text: str, num_labels: int) -> list[int]:
+    """The CTC labels by which a keyword is scored: letters that have one, in lower case, and spaces between words.
+
+    Accents and widths of letters without a label are dropped, hiragana become katakana, hyphens separate words. What is
+    left out (digits, punctuation, other scripts) is not scored; nothing may be left.
+    """
+    characters = []
+    for character in unicodedata.normalize("NFKC", text).lower():
+        if "\u3041" <= character <= "\u3096":
+            character = chr(ord(character) + 0x60)
+        for option in (character, *unicodedata.normalize("NFD", character)[:1]):
+            if option.isalpha() or option in "'ー":
+                label = next(iter(_label(option, num_labels)), None)
+                if label is not None:
+                    characters.append(label)
+                    break
+        else:
+            separates = character.isspace() or unicodedata.category(character) in ("Pd", "Pc")
+            if separates and characters and characters[-1] != ord(" "):
+                characters.append(ord(" "))
+    while characters and characters[-1] == ord(" "):
+        characters.pop()
+    return characters if any(label not in (ord(" "), ord("'")) for label in characters) else []
+
+
+def _label(character: str, num_labels: int) -> list[int]:
+    try:
+        return [label for label in ctc.to_labels(character) if label < num_labels]
+    except ValueError:
+        return []
+
+
+def _phrases(text: str, boost: float, lower_case: bool | None, tokenizer: Tokenizer) -> Iterable[Phrase]:
+    """The ways to write a keyword: in the case of the task, with a space before it, and without at the text's start."""
+    cased = {True: [text.lower()], False: [text], None: list(dict.fromkeys([text, text.lower()]))}[lower_case]
+    for written in cased:
+        for lead in (" ", ""):
+            tokens = tuple(tokenizer.encode(lead + written))
+            if not tokenizer.special_ids.isdisjoint(tokens):
+                raise PromptError(f"keyword {text!r:.60}: the tokenizer makes special tokens of it")
+            # Scripts that write no spaces between words.
+            unspaced = unicodedata.category(written[0]) == "Lo"
+            if boost > 0:
+                yield Phrase(tokens, boost, anywhere=bool(lead) or unspaced)
+
+
+def _checked(entries: Iterable[Any]) -> tuple[tuple[str, float | None], ...]:
+    boosts: dict[str, float | None] = {}
+    for entry in entries:
+        text, boost = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
+        text = unicodedata.normalize("NFC", " ".join(check_text("keyword", text).split()))
+        if len(text) > MAX_CHARACTERS:
+            raise PromptError(f"keyword {text!r:.60} has {len(text)} characters, at most {MAX_CHARACTERS} are accepted")
+        boosts[text] = boost if boost is None else _boost(f"the boost of keyword {text!r:.60}", boost)
+    if len(boosts) > MAX_KEYWORDS:
+        raise PromptError(f"{len(boosts)} keywords for one input, at most {MAX_KEYWORDS} are accepted")
+    return tuple(boosts.items())
+
+
+def _boost(what: str, value: Any) -> float:
+    if not _is_number(value) or not 0 <= value <= MAX_BOOST:
+        raise GraniteError(f"{what} is {value!r:.60}, not a number of nats from 0 to {MAX_BOOST:g}")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
