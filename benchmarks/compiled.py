@@ -8,6 +8,7 @@ This shows that the programs compile and fit, and which layouts and collectives 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -25,9 +26,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax import model
+from granite_jax import gate, model
 from granite_jax.config import Config
-from granite_jax.decoding import Draft, Spelling
+from granite_jax.decoding import Draft, Spelling, no_keywords
 from granite_jax.programs import Bucket, Programs
 
 CONFIG = Path(__file__).parent / "granite-4.0-1b-speech.json"
@@ -57,18 +58,22 @@ def compile_programs(config: Config, topology: str, bucket: Bucket):
     data, everywhere = PartitionSpec("data"), PartitionSpec()
     kv = PartitionSpec(None, "data")
     cache_spec = model.KVCache(kv, kv, data)
-    encode = jax.jit(sharded(programs._encode, mesh, (everywhere, data, data), data))
-    yield "encode", encode.lower(params, samples, int32(batch)).compile(), 0
+    labels = jax.ShapeDtypeStruct((batch, gate.MAX_KEYWORDS, gate.WIDTH), jnp.int16, sharding=rows)
+    sounds = gate.Candidates(labels, int32(batch))  # pyright: ignore[reportArgumentType]
+    encode = jax.jit(sharded(programs._encode, mesh, (everywhere, data, data, data), data))
+    yield "encode", encode.lower(params, samples, int32(batch), sounds).compile(), 0
 
-    encoded = jax.eval_shape(encode, params, samples, int32(batch))
+    encoded = jax.eval_shape(encode, params, samples, int32(batch), sounds)
+    tables = dataclasses.replace(jax.tree.map(lambda _: everywhere, no_keywords(1)), starts=data)
     prefill = jax.jit(
         sharded(
             lambda *args: programs._prefill(*args, capacity=bucket.capacity),
-            mesh, (everywhere, data, data, data, data), (data, cache_spec),
+            mesh, (everywhere, data, data, data, data, tables), (data, cache_spec),
         )
     )  # fmt: skip
     draft = Draft(int32(batch, bucket.draft), int32(batch))  # pyright: ignore[reportArgumentType]
-    inputs = (params, int32(batch, bucket.prompt), int32(batch), shaped(encoded.audio, rows), draft)
+    automata = dataclasses.replace(shaped(no_keywords(1), whole), starts=int32(batch))
+    inputs = (params, int32(batch, bucket.prompt), int32(batch), shaped(encoded.audio, rows), draft, automata)
     verified, cache = jax.eval_shape(prefill, *inputs)
     cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(devices)
     yield "prefill", prefill.lower(*inputs).compile(), cache_bytes
@@ -82,8 +87,8 @@ def compile_programs(config: Config, topology: str, bucket: Bucket):
         jax.ShapeDtypeStruct((vocabulary,), jnp.int32, sharding=whole),  # pyright: ignore[reportArgumentType]
     )
     thresholds = jax.ShapeDtypeStruct((batch,), jnp.float32, sharding=rows)
-    rest = (draft, int32(batch), thresholds, spelling)
-    specs = (everywhere, data, cache_spec, data, data, data, everywhere)
+    rest = (draft, int32(batch), thresholds, spelling, automata)
+    specs = (everywhere, data, cache_spec, data, data, data, everywhere, tables)
     state = jax.tree.map(lambda _: data, jax.eval_shape(decode, params, verified, cache, *rest))
     state_spec = type(state)(**{**vars(state), "cache": cache_spec})
     decode = jax.jit(sharded(decode, mesh, specs, state_spec), donate_argnums=2)

@@ -17,6 +17,7 @@ from granite_jax import convert as converter
 from granite_jax import summary
 from granite_jax.checkpoint import open_checkpoint
 from granite_jax.errors import GraniteError
+from granite_jax.keywords import Entry, read_keywords
 from granite_jax.transcriber import Transcriber
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ _console = Console(stderr=True)
 Format = Literal["txt", "json"]
 Task = Literal["transcribe", "punctuate", "translate"]
 Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"]
+Place = Literal["decoder", "prompt", "both"]
 Dtype = Literal["float32", "bfloat16"]
 Names = Literal["released", "new"]
 
@@ -45,6 +47,20 @@ def _progress() -> Progress:
 
 def _fail(message: str) -> None:
     print(_line(f"granite-jax: {message}"), file=sys.stderr)
+
+
+def _keywords_file(path: Path | None) -> list[Entry]:
+    if path is None:
+        return []
+    try:
+        # A spreadsheet's byte-order mark is no part of the first keyword.
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraniteError(f"{path}: cannot be read ({error})") from None
+    try:
+        return read_keywords(text)
+    except GraniteError as error:
+        raise GraniteError(f"{path}: {error}") from None
 
 
 def _line(text: str) -> str:
@@ -83,6 +99,16 @@ def transcribe(
     verify_threshold: Annotated[
         float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
     ] = None,
+    keyword: Annotated[
+        list[str] | None, typer.Option(help="a name or term that may be spoken; repeat for more", show_default=False)
+    ] = None,
+    keywords_file: Annotated[
+        Path | None, typer.Option(help="keywords, one a line; after a tab, a boost in nats", show_default=False)
+    ] = None,
+    keyword_boost: Annotated[
+        float | None, typer.Option(min=0, help="nats by which keywords are lifted", show_default=False)
+    ] = None,
+    keywords_in: Annotated[Place, typer.Option(help="bias decoding, mention them in the prompt, or both")] = "decoder",
 ) -> None:
     """Transcribe or translate audio files.
 
@@ -91,6 +117,7 @@ def transcribe(
     all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     try:
+        keywords = [*_keywords_file(keywords_file), *(keyword or [])]
         asr = Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype)
         with _progress() as bar:
             job = bar.add_task("transcribing", total=len(files))
@@ -103,6 +130,9 @@ def transcribe(
                 speculative=False if speculative == "off" else speculative,
                 ctc_threshold=ctc_threshold,
                 verify_threshold=verify_threshold,
+                keywords=keywords,
+                keyword_boost=keyword_boost,
+                keywords_in=keywords_in,
                 on_error="return",
                 progress=lambda done: bar.advance(job, done),
             )

@@ -34,6 +34,7 @@ Entry = str | tuple[str, float]
 """A keyword, or a keyword and a boost of its own."""
 
 _SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
+_CUT = 3.0  # nats that a keyword loses where it begins or ends inside a word of the greedy text
 _RIVAL = 0.2  # nats a character by which a keyword must sound better than another in the same place to displace it
 
 
@@ -173,18 +174,34 @@ class Heard:
     end: int
 
 
-def select(keywords: Keywords, support: gate.Support, row: int, threshold: float) -> list[Heard]:
-    """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best."""
-    passed: list[Heard] = []
-    for column, score, start, end in zip(
-        support.columns[row], support.scores[row], support.starts[row], support.ends[row], strict=True
-    ):
+def select(keywords: Keywords, support: gate.Support, row: int, labels: np.ndarray, threshold: float) -> list[Heard]:
+    """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best.
+
+    Args:
+      labels: best label of every frame, `[t]`, of the utterance: a keyword that is only part of a word scores less.
+    """
+    found = []
+    for column, score, start, end in zip(*(x[row] for x in dataclasses.astuple(support)), strict=True):
         if score < threshold:
             break
-        one = Heard(keywords.heard[int(column)], float(score), int(start), int(end))
-        if not any(other.score - one.score > _RIVAL and _overlap(one, other) for other in passed):
+        spelt = keywords.labels[column]
+        spaced = ctc.label_character(int(spelt[-1])) < "\u3000"
+        cut = int(_goes_on(labels[end:], spelt[-1])) + int(_goes_on(labels[:start][::-1], spelt[spelt > 0][0]))
+        score -= spaced * cut * _CUT / np.count_nonzero(spelt)
+        found.append(Heard(keywords.heard[int(column)], float(score), int(start), int(end)))
+    passed: list[Heard] = []
+    for one in sorted(found, key=lambda one: -one.score):
+        rivals = (other for other in passed if other.score - one.score > _RIVAL and _overlap(one, other))
+        if one.score >= threshold and next(rivals, None) is None:
             passed.append(one)
     return passed
+
+
+def _goes_on(labels: np.ndarray, edge: int) -> bool:
+    """Whether a word goes on in these frames after the character `edge`, which may last."""
+    after = labels[np.argmax(labels != edge) :] if len(labels) and labels[0] == edge else labels
+    sounding = after[after != ctc.BLANK]
+    return len(sounding) > 0 and sounding[0] != ord(" ")
 
 
 def _overlap(one: Heard, other: Heard) -> bool:

@@ -229,7 +229,7 @@ class Pipeline:
             text = drafted = " ".join(ctc.to_text(labels[i]).split())
             heard, trie = (), None
             if (keywords := request.keywords) is not None:
-                passed = [] if biasing.threshold is None else select(keywords, support, i, biasing.threshold)
+                passed = [] if biasing.threshold is None else select(keywords, support, i, labels[i], biasing.threshold)
                 drafted = repair(labels[i], passed, keywords.texts)
                 heard = tuple(keywords.texts[one.keyword] for one in passed)
                 trie = trie_of(keywords, passed, biasing.threshold or -math.inf)
