@@ -1,21 +1,40 @@
 """Keyword automata against brute force, the acoustic gate against all alignments, and what callers may ask for."""
 
+import functools
 import itertools
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_fixture import make_tokenizer
+from hf_fixture import make_tokenizer, write_random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_speculation import VOCABULARY, boosts_after, keyword_lists, pooled
+from typer.testing import CliRunner
 
+import granite_jax as gj
 from granite_jax import ctc, gate
+from granite_jax.cli import app
 from granite_jax.decoding import Bias, FullError, Phrase, build, no_keywords, pool
 from granite_jax.gate import WIDTH, Candidates, Support, candidates
-from granite_jax.keywords import Biasing, prepare, select, sounds
+from granite_jax.keywords import (
+    Biasing,
+    Heard,
+    biasing,
+    keywords_of,
+    prepare,
+    read_keywords,
+    repair,
+    select,
+    sounds,
+    trie_of,
+)
+from granite_jax.programs import Bucket
+from granite_jax.tokenizer import Tokenizer
 
 # The automaton.
 
@@ -200,14 +219,253 @@ def test_of_rivals_in_one_place_the_better_is_heard() -> None:
     # Given a name that was misheard, two others that sound like it, and one that was not spoken
     text = "call timbada now"
     scores = {
-        "timbado": (-0.3, "timbada"),
+        "timbado": (-0.2, "timbada"),
         "timbad": (0.0, "timbad"),
         "simbado": (-0.9, "timbada"),
-        "zelgad": (-2.0, "now"),
+        "zelgad": (-2, "now"),
     }
 
     # When the gate decides
     keywords, heard = heard_in(text, scores)
 
-    # Then what passes the threshold is heard, but for what sounds worse than another in its place
-    assert [keywords.texts[one.keyword] for one in heard] == ["timbad"]
+    # Then only what sounds best in its place is heard, of which the beginning of a word is a worse account than the word
+    assert [keywords.texts[one.keyword] for one in heard] == ["timbado"]
+    # And it takes the misheard name's place in the draft
+    assert repair(spelt(text), heard, keywords.texts) == "call timbado now"
+
+
+@pytest.mark.parametrize(
+    ("text", "keyword", "part", "expected"),
+    [
+        ("call dak fiki now", "dakfiki", "dak fiki", "call dakfiki now"),  # two words for one
+        ("go to newyork now", "New York", "newyork", "go to new york now"),
+        ("started", "art", "art", "started"),  # within a word
+        ("call call", "Karl", "call", "karl call"),
+        ("a  b", "b", "b", "a b"),
+    ],
+)
+def test_words_of_the_draft_give_way_to_the_keyword_heard_in_their_place(
+    text: str, keyword: str, part: str, expected: str
+) -> None:
+    keywords, heard = heard_in(text, {keyword: (-0.1, part)})
+    assert repair(spelt(text), heard, keywords.texts) == expected
+
+
+def test_keywords_that_cannot_be_scored_are_always_used() -> None:
+    # Given a keyword that is heard, one that is not, and one without a letter that could be
+    prepared = prepare(
+        [("zelgad", None), ("timbado", None), ("2024", 3.0)],
+        Biasing(boost=6.0),
+        Tokenizer(make_tokenizer().to_str()),
+        348,
+    )
+
+    # When one is heard, at half the threshold
+    heard = [Heard(0, -0.75, 0, 10)]
+
+    # Then the automaton is that of the first, less boosted, and the last
+    expected = [p._replace(boost=p.boost * 0.75) for p in prepared.phrases[0]] + list(prepared.phrases[2])
+    for found, wanted in zip(trie_of(prepared, heard, -1.5), build(expected), strict=True):
+        assert set(np.atleast_1d(found).tolist()) == set(np.atleast_1d(wanted).tolist())
+    assert trie_of(prepared, [], -1.5) is prepared.trie
+    without = prepare([("zelgad", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348)
+    assert trie_of(without, [], -1.5) is None
+
+
+@pytest.mark.parametrize(("lower_case", "written"), [(True, {"kai"}), (False, {"Kai"}), (None, {"Kai", "kai"})])
+def test_the_case_is_that_of_the_task(lower_case: bool | None, written: set[str]) -> None:
+    # Then keywords are written in it, after a space, or without one where the text begins
+    tokenizer = Tokenizer(make_tokenizer().to_str())
+    (ways,) = prepare([("Kai", None)], Biasing(lower_case=lower_case), tokenizer, 348).phrases
+    assert {tokenizer.decode(way.tokens) for way in ways if way.anywhere} == {f" {text}" for text in written}
+    assert {tokenizer.decode(way.tokens) for way in ways if not way.anywhere} == written
+
+
+def test_scripts_without_spaces_need_none() -> None:
+    (ways,) = prepare([("\u6771\u4eac", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348).phrases
+    assert all(way.anywhere for way in ways)
+
+
+# What callers may ask for.
+
+
+def test_one_list_for_all_or_a_list_for_each() -> None:
+    assert keywords_of(["Kai", ("Zoe", 2)], 2) == [(("Kai", None), ("Zoe", 2.0))] * 2
+    assert keywords_of([["Kai", "Kai"], None, []], 3) == [(("Kai", None),), (), ()]
+    assert keywords_of(None, 1) == keywords_of([], 1) == [()]
+    assert keywords_of(("  New\u3000 York ",), 1) == [(("New York", None),)]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ("Kai", "keywords must be a list"),
+        (7, "keywords must be a list"),
+        (["Kai", ["Zoe"]], "a list of keywords for all inputs, or a list with a list for every input"),
+        ([["Kai"]], "keywords has 1 lists for 2 inputs"),
+        (["a", " "], "keyword is empty"),
+        (["a\x00b"], "control character"),
+        (["a\ud800"], "control character"),
+        ([3], "keyword must be a string, not int"),
+        (["x" * 101], "keyword 'xxx.* has 101 characters, at most 100"),
+        ([f"x{i}" for i in range(2049)], "2049 keywords for one input, at most 2048"),
+        ([("Kai", -1)], "the boost of keyword 'Kai' is -1, not a number of nats from 0 to 50"),
+        ([("Kai", float("nan"))], "the boost of keyword 'Kai' is nan"),
+        ([("Kai", "3")], "the boost of keyword 'Kai' is '3'"),
+    ],
+)
+def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
+    with pytest.raises(gj.GraniteError, match=message):
+        keywords_of(keywords, 2)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((-1, None, "decoder"), "keyword_boost is -1"),
+        ((math.inf, None, "decoder"), "keyword_boost is inf"),
+        ((None, 0.5, "decoder"), "keyword_gate is 0.5, not a number below 0, or False"),
+        ((None, True, "decoder"), "keyword_gate is True"),
+        ((None, None, "nowhere"), "keywords_in is one of decoder, prompt, both"),
+    ],
+)
+def test_wrong_options_are_named(options: tuple, message: str) -> None:
+    with pytest.raises(gj.GraniteError, match=message):
+        biasing(*options, True)
+
+
+def test_special_tokens_in_keywords_are_plain_text() -> None:
+    # Given keywords that spell special tokens
+    tokenizer = Tokenizer(make_tokenizer().to_str())
+    prepared = prepare([("<|end_of_text|>", None), ("<|audio|>", None)], Biasing(), tokenizer, 348)
+    assert not tokenizer.special_ids & {token for ways in prepared.phrases for way in ways for token in way.tokens}
+
+
+def test_a_file_of_keywords() -> None:
+    assert read_keywords("Kai\n\n New York\t2.5\r\n#1\n") == ["Kai", (" New York", 2.5), "#1"]
+    with pytest.raises(gj.GraniteError, match="line 2: keyword 'Zoe': its boost is 'much', not a number"):
+        read_keywords("Kai\nZoe\tmuch")
+    with pytest.raises(gj.GraniteError, match="line 1: keyword 'Zoe': its boost is 99.0, not a number of nats from 0"):
+        read_keywords("Zoe\t99")
+
+
+# The whole pipeline, on a random checkpoint.
+
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    directory = tmp_path_factory.mktemp("random")
+    write_random_checkpoint(directory, seed=1)
+    asr = gj.Transcriber.from_pretrained(
+        directory, dtype="float32", batch_size=4, buckets=[Bucket(4, 48_000, 140, 170)], compilation_cache=False
+    )
+    rng = np.random.default_rng(0)
+    audio = [0.1 * rng.standard_normal(int(16_000 * s)).astype(np.float32) for s in (1.0, 2.0, 1.5, 2.5, 0.7, 3.0)]
+    run = functools.partial(asr.transcribe, audio, max_new_tokens=LIMIT)
+    return SimpleNamespace(asr=asr, audio=audio, run=run, plain=run())
+
+
+def tokens_of(transcripts: list[gj.Transcript]) -> list[tuple[int, ...]]:
+    return [t.tokens for t in transcripts]
+
+
+def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeline: SimpleNamespace) -> None:
+    # Given lists of keywords from none to hundreds, one each, and strong boosts
+    rng = np.random.default_rng(1)
+    words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(400)]
+    lists = [words[:3], None, words, ["2024", "the", "speech"], words[:40], words]
+    options = {"keywords": lists, "keyword_boost": 9.0, "keyword_gate": False}
+
+    # When they are used, heard or not
+    greedy, lossless = pipeline.run(speculative=False, **options), pipeline.run(**options)
+
+    # Then both write the same, in which the keywords have left their mark, but not in the row without
+    assert tokens_of(lossless) == tokens_of(greedy)
+    changed = [a.tokens != b.tokens for a, b in zip(greedy, pipeline.plain, strict=True)]
+    assert sum(changed) >= 4 and not changed[1]
+    # And each writes what it writes alone, with a gate, too
+    alone = [pipeline.asr.transcribe(a, max_new_tokens=LIMIT, **(options | {"keywords": k or []}))[0].tokens
+             for a, k in zip(pipeline.audio, lists, strict=True)]  # fmt: skip
+    assert alone == tokens_of(greedy)
+    gated = {"keywords": lists, "keyword_boost": 9.0, "keyword_gate": -4.0}
+    assert tokens_of(pipeline.run(**gated)) == tokens_of(pipeline.run(speculative=False, **gated))
+    assert pipeline.asr.compilations == 3
+
+
+def test_no_keywords_change_nothing(pipeline: SimpleNamespace) -> None:
+    # Given empty lists, keywords without boost, and keywords of which none is heard
+    for options in ({"keywords": []}, {"keywords": [[]] * 6}, {"keywords": ["speech"], "keyword_boost": 0.0},
+                    {"keywords": ["speech"], "keyword_gate": -1e-6}):  # fmt: skip
+        # Then the tokens are those without biasing
+        assert tokens_of(pipeline.run(**options)) == tokens_of(pipeline.plain)
+
+
+def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given room for the states of one row's list only
+    lists = [[f"{chr(97 + i)}{n}" for n in range(100, 130)] for i in range(6)]
+    options = {"keywords": lists, "keyword_gate": False, "keyword_boost": 9.0}
+    expected = tokens_of(pipeline.run(**options))
+    monkeypatch.setattr("granite_jax.pipeline.pool", functools.partial(limited_pool, edges=80))
+
+    # When transcribed, then batches are split, and the tokens stay
+    pipeline.asr._pipeline._pools.clear()
+    assert tokens_of(pipeline.run(**options)) == expected
+
+
+def limited_pool(tries, rows, edges: int):
+    if sum(len(trie.tokens) for trie in tries) > edges:
+        raise FullError("full")
+    return pool(tries, rows)
+
+
+def test_keywords_in_the_prompt_are_the_released_models(pipeline: SimpleNamespace) -> None:
+    # Given keywords for the prompt, then the result is that of the prompt with its clause, decoded without biasing
+    by_hand = pipeline.run(prompt="transcribe the speech to text. Keywords: Kai, Zoe", speculative=False)
+    assert tokens_of(pipeline.run(keywords=["Kai", "Zoe"], keywords_in="prompt")) == tokens_of(by_hand)
+    both = pipeline.run(keywords=["Kai", "Zoe"], keywords_in="both", keyword_gate=False, keyword_boost=20.0)
+    assert tokens_of(both) != tokens_of(by_hand)
+    with pytest.raises(gj.PromptError, match="101 keywords are too many for a prompt, at most 100"):
+        pipeline.run(keywords=[f"x{i}" for i in range(101)], keywords_in="prompt")
+
+
+def test_repaired_drafts_are_the_result_where_no_language_model_runs(pipeline: SimpleNamespace) -> None:
+    # Given a word of the encoder's text, misspelt by a letter, as a keyword, and a gate that lets it pass
+    row, word = max(
+        ((i, word) for i, t in enumerate(pipeline.plain) for word in t.ctc_text.split() if sounds(word, 348)),
+        key=lambda pair: len(pair[1]),
+    )
+    keyword = word + "x"
+
+    # When every CTC text is final
+    options = {"speculative": "relaxed", "ctc_threshold": 100.0}
+    found = pipeline.run(keywords=[keyword], keyword_gate=-1e4, **options)
+
+    # Then it is what the text holds, while the encoder's own text is reported as it was
+    assert found[row].stats["route"] == "ctc"
+    assert found[row].ctc_text == pipeline.plain[row].ctc_text
+    assert found[row].stats["keywords"] == (keyword,)
+
+
+def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Given a file of keywords, and a transcriber that notes what it is asked for
+    asked: dict = {}
+
+    def transcribe(files, **options):
+        asked.update(options)
+        return [gj.Transcript("a.wav", "text", (1,), 1.0, "text", {})]
+
+    monkeypatch.setattr(gj.Transcriber, "from_pretrained", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
+    (tmp_path / "names.txt").write_text("\ufeffKai\nZoe\t2.5\n", encoding="utf-8")
+
+    # When run with keywords, then they arrive
+    options = ["--keywords-file", str(tmp_path / "names.txt"), "--keyword", "Ada", "--keyword", "B C"]
+    CliRunner().invoke(app, ["transcribe", "a.wav", *options, "--keyword-boost", "3", "--keywords-in", "both"])
+    assert asked["keywords"] == ["Kai", ("Zoe", 2.5), "Ada", "B C"]
+    assert (asked["keyword_boost"], asked["keywords_in"]) == (3.0, "both")
+    # And a bad line is named with its file
+    (tmp_path / "names.txt").write_text("Kai\tmuch\n")
+    result = CliRunner().invoke(app, ["transcribe", "a.wav", *options[:2]])
+    assert result.exit_code == 2
+    assert "names.txt: line 1: keyword 'Kai': its boost is 'much', not a number" in result.output

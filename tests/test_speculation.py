@@ -155,7 +155,7 @@ def boosts_after(text: list[int], phrases: tuple[Phrase, ...]) -> np.ndarray:
 def keyword_lists(draw: st.DrawFn) -> tuple[Phrase, ...]:
     """Phrases that share prefixes, are each other's suffixes, repeat themselves: of few tokens, so that they match."""
     token = st.integers(0, 4) | st.integers(0, VOCABULARY - 1)
-    boost = st.floats(0.1, 8, width=16)
+    boost = st.floats(0.125, 8, width=16)
     return tuple(
         Phrase(tuple(tokens), draw(boost), draw(st.booleans()))
         for tokens in draw(st.lists(st.lists(token, min_size=1, max_size=4), max_size=5))
