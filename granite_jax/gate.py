@@ -24,7 +24,7 @@ from granite_jax.ctc import BLANK
 MAX_KEYWORDS = 2048  # of one utterance
 WIDTH = 32  # characters of a keyword that are scored
 KEPT = 64  # best keywords of an utterance that are returned
-_WIDTHS = (8, 16, WIDTH)
+_SHORT = 12  # characters up to which keywords cost less
 _CHUNK = 256  # keywords scored together
 
 
@@ -75,15 +75,14 @@ def support(logits: CTCLogits, lengths: Lengths, keywords: Candidates) -> Suppor
     last = lengths.max()
     total = keywords.counts.max()
 
-    def scores_of(width: int, chunk: jax.Array) -> jax.Array:
-        return _align(relative, last, chunk[..., -width:])[0]
-
     def add(carry):
         start, scores = carry
         chunk = jax.lax.dynamic_slice_in_dim(labels, start, _CHUNK, axis=1)
-        longest = (chunk > 0).sum(axis=2).max()
-        branch = sum((longest > width).astype(jnp.int32) for width in _WIDTHS[:-1])
-        found = jax.lax.switch(branch, [lambda x, w=w: scores_of(w, x) for w in _WIDTHS], chunk)
+        found = jax.lax.cond(
+            (chunk[..., : WIDTH - _SHORT] > 0).any(),
+            lambda: _align(relative, last, chunk)[0],
+            lambda: _align(relative, last, chunk[..., -_SHORT:])[0],
+        )
         return start + _CHUNK, jax.lax.dynamic_update_slice_in_dim(scores, found, start, axis=1)
 
     # Derived from an input, so that under shard_map the carry varies with it.

@@ -23,7 +23,7 @@ from granite_jax.errors import GraniteError, PromptError
 from granite_jax.tokenizer import Tokenizer
 
 BOOST = 5.0  # nats: measured by benchmarks/keywords.py
-THRESHOLD = -1.5  # nats a character: likewise
+THRESHOLD = -2.0  # nats a character: likewise
 MAX_BOOST = 50.0
 MAX_KEYWORDS = gate.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help

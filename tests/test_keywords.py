@@ -126,7 +126,7 @@ def test_scores_are_those_of_the_best_of_all_alignments(data: st.DataObject, see
     # Then
     for row, words in enumerate(lists):
         relative = (logits[row] - logits[row].max(axis=-1, keepdims=True))[: lengths[row]]
-        assert np.all(np.diff(found.scores[row][: len(words)]) <= 0)
+        assert found.scores[row].tolist() == sorted(found.scores[row].tolist(), reverse=True)
         assert not np.isfinite(found.scores[row][len(words) :]).any()
         for column, score, start, end in list(zip(*(np.asarray(x[row]) for x in vars(found).values()), strict=True))[
             : len(words)
@@ -228,7 +228,7 @@ def test_of_rivals_in_one_place_the_better_is_heard() -> None:
     # When the gate decides
     keywords, heard = heard_in(text, scores)
 
-    # Then only what sounds best in its place is heard, of which the beginning of a word is a worse account than the word
+    # Then only what sounds best in its place is heard; the beginning of a word is a worse account of it than the word
     assert [keywords.texts[one.keyword] for one in heard] == ["timbado"]
     # And it takes the misheard name's place in the draft
     assert repair(spelt(text), heard, keywords.texts) == "call timbado now"
