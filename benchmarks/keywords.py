@@ -1,7 +1,7 @@
 """What keywords bring and cost: word error rates with lists of true names and distractors, and time and memory.
 
     python -m granite_jax.training.synthesis generate DIR --split heldout --count 1600 --seed 5
-    python benchmarks/keywords.py DIR [--checkpoint demo] [--curve] [--cost] [--limit N]
+    python benchmarks/keywords.py DIR [--checkpoint demo] [--ctc] [--curve] [--cost] [--limit N]
 
 Prints Markdown. Utterances hold invented names unseen in training. Each utterance's list is its own names and N
 distractors: names invented by the same grammar, so that many sound alike, drawn anew for every utterance. Words are
@@ -11,12 +11,15 @@ aligned as in training/evaluate.py.
     U-WER      errors on all other words, a hundred of these
     deleted    words of the references that are missing, a hundred words
     false      keywords of the list written where they were not spoken, a hundred utterances
+    heard      names of the utterances that pass the gate, a hundred names; other names, a hundred utterances
 
+`--ctc` measures the gate and the repair of drafts by themselves: the encoder's text is final, no language model runs.
 Intervals are 95 % bootstrap intervals over utterances; of changes, over the same utterances with and without keywords.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -34,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.decoding import Automata, Trie, no_keywords, pool
 from granite_jax.keywords import BOOST, THRESHOLD, Biasing, prepare
-from granite_jax.programs import make_bucket
+from granite_jax.programs import make_bucket, pad_drafts
 from granite_jax.training.corpus import invent_name
 from granite_jax.training.synthesis import Corpus
 from granite_jax.transcriber import Transcriber, Transcript
@@ -129,42 +132,48 @@ def changed(ours: list[Transcript], base: list[Transcript]) -> str:
     return f"{100 * sum(a.tokens != b.tokens for a, b in zip(ours, base, strict=True)) / len(ours):.1f} %"
 
 
-def table(asr: Transcriber, speech: Speech, gates: dict[str, Any]) -> None:
+def heard(speech: Speech, found: list[Transcript]) -> str:
+    pairs = [(set(t.stats["keywords"]), set(names)) for t, names in zip(found, speech.names, strict=True)]
+    spoken = sum(len(names) for _, names in pairs)
+    right, wrong = sum(len(kept & names) for kept, names in pairs), sum(len(kept - names) for kept, names in pairs)
+    return f"{100 * right / max(spoken, 1):.1f}; {100 * wrong / len(pairs):.2f}"
+
+
+def table(transcribe: Callable[..., list[Transcript]], speech: Speech, gates: dict[str, Any]) -> None:
     """Prints rates for all numbers of distractors, and what lists without any spoken name change."""
-    base = asr.transcribe(speech.audio)
-    print("\n| gate | distractors | B-WER | change | U-WER | change | deleted, change | false | changed texts |")
-    print("| --- |" + " --- |" * 8)
+    base = transcribe()
+    print(
+        "\n| gate | distractors | heard | B-WER | change | U-WER | change | deleted, change | false | changed texts |"
+    )
+    print("| --- |" + " --- |" * 9)
     for (name, gate), distractors in itertools.product(gates.items(), COUNTS):
         lists = lists_of(speech, distractors, seed=distractors)
         none = counts_of(speech, base, lists)
         if (name, distractors) == (next(iter(gates)), 0):
-            print(f"| no keywords | | {interval(none, 'B-WER')} | | {interval(none, 'U-WER')} | | "
+            print(f"| no keywords | | | {interval(none, 'B-WER')} | | {interval(none, 'U-WER')} | | "
                   f"{interval(none, 'deleted')} | | |")  # fmt: skip
-        found = asr.transcribe(speech.audio, keywords=lists, keyword_gate=gate)
+        found = transcribe(keywords=lists, keyword_gate=gate)
         ours = counts_of(speech, found, lists)
         relative = 100 * (ours.rate("B-WER") / none.rate("B-WER") - 1)
-        cells = [name, distractors, interval(ours, "B-WER"), f"{relative:+.0f} %", interval(ours, "U-WER"),
-                 interval(ours, "U-WER", none), interval(ours, "deleted", none), f"{ours.rate('false'):.2f}",
-                 changed(found, base)]  # fmt: skip
+        cells = [name, distractors, heard(speech, found), interval(ours, "B-WER"), f"{relative:+.0f} %",
+                 interval(ours, "U-WER"), interval(ours, "U-WER", none), interval(ours, "deleted", none),
+                 f"{ours.rate('false'):.2f}", changed(found, base)]  # fmt: skip
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     unrelated = [others[len(names) :] for others, names in zip(lists_of(speech, 500, 9), speech.names, strict=True)]
-    found = asr.transcribe(speech.audio, keywords=unrelated)
+    found = transcribe(keywords=unrelated)
     print(f"\n500 names none of which was spoken change {changed(found, base)} of the texts; "
-          f"an empty list, {changed(asr.transcribe(speech.audio, keywords=[]), base)}")  # fmt: skip
-    greedy = asr.transcribe(speech.audio, keywords=lists_of(speech, 100, 100), speculative=False)
-    lossless = asr.transcribe(speech.audio, keywords=lists_of(speech, 100, 100))
-    print(f"\n100 distractors: speculative and greedy decoding differ in {changed(lossless, greedy)} of the texts")
+          f"an empty list, {changed(transcribe(keywords=[]), base)}")  # fmt: skip
 
 
-def curve(asr: Transcriber, speech: Speech, distractors: int) -> None:
+def curve(transcribe: Callable[..., list[Transcript]], speech: Speech, distractors: int) -> None:
     """Prints rates over boosts and thresholds."""
-    base = asr.transcribe(speech.audio)
+    base = transcribe()
     lists = lists_of(speech, distractors, seed=distractors)
     none = counts_of(speech, base, lists)
     print(f"\n{distractors} distractors\n\n| gate | boost | B-WER | U-WER | deleted | false |\n" + "| --- " * 6 + "|")
     print(f"| | none | {' | '.join(f'{none.rate(m):.2f}' for m in MEASURES)} |", flush=True)
     for gate, boost in itertools.product((*THRESHOLDS, False), BOOSTS):
-        found = asr.transcribe(speech.audio, keywords=lists, keyword_gate=gate, keyword_boost=boost)
+        found = transcribe(keywords=lists, keyword_gate=gate, keyword_boost=boost)
         ours = counts_of(speech, found, lists)
         print(
             f"| {gate or 'off'} | {boost:g} | {' | '.join(f'{ours.rate(m):.2f}' for m in MEASURES)} |",
@@ -205,7 +214,7 @@ def cost(asr: Transcriber, params: Any, batch: int, turns: int) -> None:
     length = 20 + int(config.num_audio_tokens(bucket.samples // 320))
     tokens = np.full((batch, bucket.prompt), 5, np.int32)
     tokens[:, 10 : length - 10] = config.audio_token_id
-    draft = jax.tree.map(np.asarray, asr_draft(batch, bucket.draft))
+    draft = pad_drafts([()] * batch, bucket.draft)
 
     def decode(automata: Automata) -> float:
         verified, cache = programs.prefill(
@@ -220,6 +229,14 @@ def cost(asr: Transcriber, params: Any, batch: int, turns: int) -> None:
         steps = int(np.asarray(state.passes).max()) - 1
         return (time.perf_counter() - start) / steps
 
+    def compiled_bytes(automata: Automata) -> int:
+        verified, cache = programs.prefill(
+            params, tokens, np.full(batch, length, np.int32), encoded.audio, draft, automata, capacity=bucket.capacity
+        )
+        rest = draft, lengths, np.full(batch, np.inf, np.float32), pipeline._spelling, automata
+        memory = programs.decode.lower(params, verified, cache, *rest, room=bucket.room).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
     def automata(trie: Trie | None) -> Automata:
         pooled = pool([trie] if trie else [], [0 if trie else -1] * batch)
         return jax.tree.map(jax.numpy.asarray, pooled)
@@ -232,21 +249,16 @@ def cost(asr: Transcriber, params: Any, batch: int, turns: int) -> None:
     modes = {name: lambda table=table: decode(table) for name, table in tables.items()}
     for run in modes.values():
         run()
-    print(f"\n| decode step, batch {batch} | time |\n| --- | --- |")
+    sizes = {name: compiled_bytes(table) for name, table in tables.items()}
+    print(f"\n| decode step, batch {batch} | time | compiled bytes |\n| --- | --- | --- |")
     for name, ratio in ratios(modes, turns).items():
-        print(f"| {name} | {ratio:.3f} |", flush=True)
+        print(f"| {name} | {ratio:.3f} | {sizes[name] / next(iter(sizes.values())):.3f} |", flush=True)
     modes = {"no keywords": lambda: encode(None), "2,000 keywords": lambda: encode(gated)}
     for run in modes.values():
         run()
     print(f"\n| encode and gate, batch {batch}, 5 s | time |\n| --- | --- |")
     for name, ratio in ratios(modes, turns).items():
         print(f"| {name} | {ratio:.3f} |", flush=True)
-
-
-def asr_draft(batch: int, width: int) -> Any:
-    from granite_jax.decoding import Draft
-
-    return Draft(np.zeros((batch, width), np.int32), np.zeros(batch, np.int32))  # pyright: ignore
 
 
 def main() -> None:
@@ -257,6 +269,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--turns", type=int, default=11, help="of timing")
     parser.add_argument("--distractors", type=int, default=500, help="of the curve")
+    parser.add_argument("--ctc", action="store_true", help="the gate and repaired drafts alone")
     parser.add_argument("--curve", action="store_true", help="boosts and thresholds instead of distractors")
     parser.add_argument("--cost", action="store_true", help="time and memory instead of error rates")
     args = parser.parse_args()
@@ -267,10 +280,18 @@ def main() -> None:
     speech = read_speech(args.audio, args.limit)
     print(f"{len(speech.audio)} utterances, {sum(map(len, speech.names))} names, {args.checkpoint}, float32, "
           f"boost {BOOST:g}, gate {THRESHOLD:g}")  # fmt: skip
+    options = {"speculative": "relaxed", "ctc_threshold": 1e6} if args.ctc else {}
+    transcribe = functools.partial(asr.transcribe, speech.audio, **options)
     if args.curve:
-        curve(asr, speech, args.distractors)
+        curve(transcribe, speech, args.distractors)
+    elif args.ctc:
+        table(transcribe, speech, {"on": None})
     else:
-        table(asr, speech, {"on": None, "off": False})
+        table(transcribe, speech, {"on": None, "off": False})
+        lists = lists_of(speech, 100, seed=100)
+        greedy = transcribe(keywords=lists, speculative=False)
+        differing = changed(transcribe(keywords=lists), greedy)
+        print(f"\n100 distractors: speculative and greedy decoding differ in {differing} of the texts")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,6 @@ def support(logits: CTCLogits, lengths: Lengths, keywords: Candidates) -> Suppor
         )
         return start + _CHUNK, jax.lax.dynamic_update_slice_in_dim(scores, found, start, axis=1)
 
-    # Derived from an input, so that under shard_map the carry varies with it.
     scores = jnp.where(labels[..., -1] < 0, 0.0, -jnp.inf)
     scores = jax.lax.while_loop(lambda carry: carry[0] < total, add, (jnp.int32(0), scores))[1]
     scores, columns = jax.lax.top_k(scores, KEPT)
@@ -127,8 +126,9 @@ def _align(
             jnp.where(better, frame + 1, end),
         )
 
+    # Derived from an input, so that under shard_map the carry varies with it.
     none = jnp.where(real, -jnp.inf, 0.0)
-    worst, zeros = none - jnp.inf, jnp.zeros_like(labels)
+    worst, zeros = none - jnp.inf, labels * 0
     scores = (none, worst, worst[..., 0])
     spans = (zeros, zeros, zeros[..., 0], zeros[..., 0])
     (_, _, best), (_, _, start, end) = jax.lax.fori_loop(0, frames, step, (scores, spans))
