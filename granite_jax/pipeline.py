@@ -141,10 +141,9 @@ class Pipeline:
         jax.block_until_ready(self._decode(bucket, [row], audio, math.inf).tokens)
 
     def run(
-        self, requests: Iterable[Request], accept: Acceptance, biasing: Biasing | None = None
+        self, requests: Iterable[Request], accept: Acceptance, biasing: Biasing
     ) -> Iterator[tuple[int, Transcript]]:
         """Results in the order in which batches finish."""
-        biasing = biasing or Biasing()
         encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
         decoding: collections.deque[Callable[[], Results]] = collections.deque()
         survivors: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
@@ -260,7 +259,7 @@ class Pipeline:
             places = {id(trie): place for place, trie in enumerate(distinct)}
             pooled = jax.tree.map(jax.numpy.asarray, pool(distinct, [places.get(one, -1) for one in key]))
             kept = pooled, distinct  # which keeps the ids from being taken by others
-            if len(distinct) <= 1:
+            if not distinct or key.count(id(distinct[0])) > 1:
                 self._pools = {} if len(self._pools) > _LISTS_KEPT else self._pools
                 self._pools[key] = kept
         return kept[0]

@@ -141,18 +141,14 @@ class Automata:
     def advance(self, states: Lengths, tokens: Lengths) -> tuple[Lengths, Float[Array, "b"]]:
         """The states after one more token, and the boosts that these tokens had, in nats."""
 
-        def step(carry):
-            states, boosts, _ = carry
-            edge = self._edge(states, tokens)
-            found, failed = edge >= 0, self.failures[states]
-            searching = ~found & (failed != states)
-            boosts = jnp.where(found, self.boosts[edge], boosts)
-            return jnp.where(found, self.targets[edge], failed), boosts, searching
-
         def search(carry):
             states, boosts, searching = carry
-            found, lifts, still = step(carry)
-            return jnp.where(searching, found, states), jnp.where(searching, lifts, boosts), searching & still
+            edge, failed = self._edge(states, tokens), self.failures[states]
+            found = searching & (edge >= 0)
+            states = jnp.where(found, self.targets[edge], jnp.where(searching, failed, states))
+            boosts = jnp.where(found, self.boosts[edge], boosts)
+            # A root that fails to itself has been searched.
+            return states, boosts, searching & ~found & (failed != carry[0])
 
         return jax.lax.while_loop(lambda carry: carry[2].any(), search, (states, states * 0.0, states > 0))[:2]
 

@@ -89,14 +89,7 @@ def choose(
     return jnp.where(unbiased == end_of_text, unbiased, bias.best(logits, states))
 
 
-def verify(
-    logits: Logits,
-    proposed: "Proposed",
-    bias: Bias,
-    *,
-    end_of_text: int,
-    never: Sequence[int] = (),
-) -> Verified:
+def verify(logits: Logits, proposed: Proposed, bias: Bias, *, end_of_text: int, never: Sequence[int] = ()) -> Verified:
     """Choices, and likelihoods of what is proposed, at these positions."""
     logits = _allowed(logits, never)
     scores = jnp.take_along_axis(logits, proposed.tokens[..., None], axis=-1)[..., 0]
