@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -121,14 +121,14 @@ class Keywords:
 
     Fields:
       texts: each keyword as it is written in a draft.
-      phrases: the ways to write each, with full boosts.
+      phrases: the ways to write a keyword, by its index, with full boosts: of the few that are heard.
       heard: the keywords that can be scored, shortest first: the gate's columns.
       labels: int16 `[len(heard), gate.WIDTH]`, their CTC labels, zeros before them.
-      always: the trie of the keywords that are used whatever is heard.
+      always: the keywords that are used whatever is heard.
     """
 
     texts: tuple[str, ...]
-    phrases: tuple[tuple[Phrase, ...], ...]
+    phrases: Callable[[int], tuple[Phrase, ...]]
     heard: tuple[int, ...]
     labels: np.ndarray
     always: tuple[int, ...]
@@ -136,7 +136,7 @@ class Keywords:
     @functools.cached_property
     def trie(self) -> Trie:
         """Of the keywords that are used whatever is heard."""
-        return build(phrase for keyword in self.always for phrase in self.phrases[keyword])
+        return build(phrase for keyword in self.always for phrase in self.phrases(keyword))
 
 
 def prepare(
@@ -145,23 +145,28 @@ def prepare(
     """Tokens and labels of a list of `keywords_of`.
 
     Raises:
-      PromptError: the list takes more states than there are, or the tokenizer makes special tokens of a keyword.
+      PromptError: the list takes more states than there are.
     """
-    phrases, labels = [], []
-    for text, boost in entries:
-        phrases.append(tuple(_phrases(text, options.boost if boost is None else boost, options.lower_case, tokenizer)))
-        labels.append(sounds(text, num_labels) if options.threshold is not None else [])
+
+    @functools.lru_cache(maxsize=4 * gate.KEPT)
+    def phrases(keyword: int) -> tuple[Phrase, ...]:
+        text, boost = entries[keyword]
+        return tuple(_phrases(text, options.boost if boost is None else boost, options.lower_case, tokenizer))
+
+    labels = [sounds(text, num_labels) if options.threshold is not None else [] for text, _ in entries]
     heard = sorted((i for i in range(len(entries)) if labels[i]), key=lambda i: len(labels[i][: gate.WIDTH]))
     matrix = np.zeros((len(heard), gate.WIDTH), np.int16)
     for row, i in enumerate(heard):
         matrix[row, -len(labels[i][: gate.WIDTH]) :] = labels[i][: gate.WIDTH]
     always = tuple(i for i in range(len(entries)) if not labels[i])
-    sizes = [sum(len(phrase.tokens) for phrase in ways) for ways in phrases]
-    used = sum(sizes[i] for i in always) + sum(sorted((sizes[i] for i in heard), reverse=True)[: gate.KEPT])
+    # No way to write a keyword has more tokens than bytes.
+    texts = (entries[i][0] for i in heard)
+    longest = sorted((2 * len({text, text.lower()}) * (1 + len(text.encode())) for text in texts), reverse=True)
+    used = sum(longest[: gate.KEPT]) + sum(len(phrase.tokens) for i in always for phrase in phrases(i))
     if used + 4 > STATES:
-        raise PromptError(f"{len(entries)} keywords take {used} tokens, at most {STATES - 4} are accepted")
+        raise PromptError(f"{len(entries)} keywords may take {used} tokens, at most {STATES - 4} are accepted")
     written = tuple(text.lower() if options.lower_case else text for text, _ in entries)
-    return Keywords(written, tuple(phrases), tuple(heard), matrix, always)
+    return Keywords(written, phrases, tuple(heard), matrix, always)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +186,7 @@ def select(keywords: Keywords, support: gate.Support, row: int, labels: np.ndarr
       labels: best label of every frame, `[t]`, of the utterance: a keyword that is only part of a word scores less.
     """
     found = []
-    for column, score, start, end in zip(*(x[row] for x in dataclasses.astuple(support)), strict=True):
+    for column, score, start, end in zip(*(x[row] for x in vars(support).values()), strict=True):
         if score < threshold:
             break
         spelt = keywords.labels[column]
@@ -214,10 +219,10 @@ def trie_of(keywords: Keywords, heard: Sequence[Heard], threshold: float) -> Tri
     """The automaton of the keywords heard and of those that cannot be scored. None if there are none."""
     if not heard:
         return keywords.trie if keywords.always else None
-    phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases[keyword]]
+    phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases(keyword)]
     for one in heard:
         share = 1 - 0.5 * one.score / threshold
-        phrases += [phrase._replace(boost=phrase.boost * share) for phrase in keywords.phrases[one.keyword]]
+        phrases += [phrase._replace(boost=phrase.boost * share) for phrase in keywords.phrases(one.keyword)]
     return build(phrases)
 
 
@@ -302,11 +307,10 @@ def _phrases(text: str, boost: float, lower_case: bool | None, tokenizer: Tokeni
     for written in cased:
         for lead in (" ", ""):
             tokens = tuple(tokenizer.encode(lead + written))
-            if not tokenizer.special_ids.isdisjoint(tokens):
-                raise PromptError(f"keyword {text!r:.60}: the tokenizer makes special tokens of it")
             # Scripts that write no spaces between words.
             unspaced = unicodedata.category(written[0]) == "Lo"
-            if boost > 0:
+            # An odd tokenizer may make special tokens of ordinary text: these are never written.
+            if boost > 0 and tokenizer.special_ids.isdisjoint(tokens):
                 yield Phrase(tokens, boost, anywhere=bool(lead) or unspaced)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from granite_jax.audio import Audio, load_audio, printable
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
 from granite_jax.errors import ContextError, GraniteError, PromptError
-from granite_jax.keywords import MAX_PROMPT_KEYWORDS, Biasing, Entry, biasing, keywords_of, prepare
+from granite_jax.keywords import MAX_PROMPT_KEYWORDS, Biasing, Entry, Keywords, biasing, keywords_of, prepare
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
@@ -22,6 +23,8 @@ from granite_jax.speculation import Acceptance, acceptance, drafts_of
 from granite_jax.tokenizer import Tokenizer
 
 __all__ = ["Transcriber", "Transcript", "enable_compilation_cache"]
+
+_LISTS = 16  # lists of keywords that are kept ready
 
 
 class Transcriber:
@@ -192,11 +195,13 @@ class Transcriber:
             entries: self._prompt(instruction(task, to=to, prompt=prompt, keywords=_prompted(entries, options)))
             for entries in {(), *lists}
         }
-        prepared = {
-            entries: prepare(entries, options, self.tokenizer, self.config.encoder.output_dim)
-            for entries in set(lists)
-            if entries and options.decoder
-        }
+
+        @functools.lru_cache(maxsize=_LISTS)
+        def prepared(entries: tuple[tuple[str, float | None], ...]) -> Keywords | None:
+            if not entries or not options.decoder:
+                return None
+            return prepare(entries, options, self.tokenizer, self.config.encoder.output_dim)
+
         results: dict[int, Transcript] = {}
 
         def finish(index: int, transcript: Transcript) -> None:
@@ -210,7 +215,7 @@ class Transcriber:
                 try:
                     entries = lists[index]
                     request = self._request(index, source, sampling_rate, name, prompts[entries], max_new_tokens)
-                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared.get(entries))
+                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries))
                 except GraniteError as error:
                     if on_error == "raise":
                         raise

@@ -264,7 +264,7 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     heard = [Heard(0, -0.75, 0, 10)]
 
     # Then the automaton is that of the first, less boosted, and the last
-    expected = [p._replace(boost=p.boost * 0.75) for p in prepared.phrases[0]] + list(prepared.phrases[2])
+    expected = [p._replace(boost=p.boost * 0.75) for p in prepared.phrases(0)] + list(prepared.phrases(2))
     for found, wanted in zip(trie_of(prepared, heard, -1.5), build(expected), strict=True):
         assert set(np.atleast_1d(found).tolist()) == set(np.atleast_1d(wanted).tolist())
     assert trie_of(prepared, [], -1.5) is prepared.trie
@@ -276,13 +276,13 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
 def test_the_case_is_that_of_the_task(lower_case: bool | None, written: set[str]) -> None:
     # Then keywords are written in it, after a space, or without one where the text begins
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    (ways,) = prepare([("Kai", None)], Biasing(lower_case=lower_case), tokenizer, 348).phrases
+    ways = prepare([("Kai", None)], Biasing(lower_case=lower_case), tokenizer, 348).phrases(0)
     assert {tokenizer.decode(way.tokens) for way in ways if way.anywhere} == {f" {text}" for text in written}
     assert {tokenizer.decode(way.tokens) for way in ways if not way.anywhere} == written
 
 
 def test_scripts_without_spaces_need_none() -> None:
-    (ways,) = prepare([("\u6771\u4eac", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348).phrases
+    ways = prepare([("\u6771\u4eac", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348).phrases(0)
     assert all(way.anywhere for way in ways)
 
 
@@ -338,7 +338,7 @@ def test_special_tokens_in_keywords_are_plain_text() -> None:
     # Given keywords that spell special tokens
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("<|end_of_text|>", None), ("<|audio|>", None)], Biasing(), tokenizer, 348)
-    assert not tokenizer.special_ids & {token for ways in prepared.phrases for way in ways for token in way.tokens}
+    assert not tokenizer.special_ids & {token for i in range(2) for way in prepared.phrases(i) for token in way.tokens}
 
 
 def test_a_file_of_keywords() -> None:
