@@ -86,14 +86,14 @@ def keywords_of(
         return [()] * inputs
     if isinstance(keywords, str) or not isinstance(keywords, Iterable):
         raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    keywords = list(keywords)
-    if not any(entry is None or isinstance(entry, list) for entry in keywords):
-        return [_checked(keywords)] * inputs
-    if not all(entry is None or isinstance(entry, list) for entry in keywords):
+    entries: list[Any] = list(keywords)
+    if not any(entry is None or isinstance(entry, list) for entry in entries):
+        return [_checked(entries)] * inputs
+    if not all(entry is None or isinstance(entry, list) for entry in entries):
         raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
-    if len(keywords) != inputs:
-        raise GraniteError(f"keywords has {len(keywords)} lists for {inputs} inputs")
-    return [_checked(entry or []) for entry in keywords]
+    if len(entries) != inputs:
+        raise GraniteError(f"keywords has {len(entries)} lists for {inputs} inputs")
+    return [_checked(entry or []) for entry in entries]
 
 
 def read_keywords(text: str) -> list[Entry]:
@@ -317,6 +317,7 @@ def _phrases(text: str, boost: float, lower_case: bool | None, tokenizer: Tokeni
 def _checked(entries: Iterable[Any]) -> tuple[tuple[str, float | None], ...]:
     boosts: dict[str, float | None] = {}
     for entry in entries:
+        text: Any
         text, boost = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
         text = unicodedata.normalize("NFC", " ".join(check_text("keyword", text).split()))
         if len(text) > MAX_CHARACTERS:

@@ -137,6 +137,7 @@ def greedy(
         chosen = int(np.argmax(odds))
         if chosen == END:
             break
+        odds[END] = 0  # no boost causes an end
         text.append(int(np.argmax(odds * np.exp(boosts_after(text, phrases)))))
     return text
 

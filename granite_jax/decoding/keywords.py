@@ -19,7 +19,7 @@ of which there may be many or none, a chunk of edges at a time, in a loop that r
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,7 @@ def pool(tries: Sequence[Trie], rows: Sequence[int], states: int = STATES) -> Au
     sources, tokens = joined("sources", edges), joined("tokens", states, states_of=False)
     slots, seed = _hash_table(sources, tokens[:edges], 4 * states)
     starts = [0 if row < 0 else int(offsets[row]) + tries[row].start for row in rows]
-    return Automata(
+    fields: dict[str, Any] = dict(  # numpy arrays, which jax takes for its own
         starts=np.array(starts, np.int32),
         failures=joined("failures", states, first=1),
         first=np.searchsorted(sources, np.arange(states + 1)).astype(np.int32),
@@ -214,7 +214,8 @@ def pool(tries: Sequence[Trie], rows: Sequence[int], states: int = STATES) -> Au
         boosts=joined("boosts", states, np.float32, states_of=False),
         slots=slots,
         seed=np.array(seed, np.uint32),
-    )  # pyright: ignore[reportArgumentType]  # jax takes numpy's arrays
+    )
+    return Automata(**fields)
 
 
 def no_keywords(batch: int, states: int = STATES) -> Automata:

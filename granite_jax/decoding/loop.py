@@ -86,7 +86,8 @@ def choose(
     """
     logits = _allowed(logits, never)
     unbiased = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jnp.where(unbiased == end_of_text, unbiased, bias.best(logits, states))
+    lifted = bias.best(_allowed(logits, (end_of_text,)), states)
+    return jnp.where(unbiased == end_of_text, unbiased, lifted)
 
 
 def verify(logits: Logits, proposed: Proposed, bias: Bias, *, end_of_text: int, never: Sequence[int] = ()) -> Verified:
