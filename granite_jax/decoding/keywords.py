@@ -205,16 +205,16 @@ def pool(tries: Sequence[Trie], rows: Sequence[int], states: int = STATES) -> Au
     sources, tokens = joined("sources", edges), joined("tokens", states, states_of=False)
     slots, seed = _hash_table(sources, tokens[:edges], 4 * states)
     starts = [0 if row < 0 else int(offsets[row]) + tries[row].start for row in rows]
-    fields: dict[str, Any] = dict(  # numpy arrays, which jax takes for its own
-        starts=np.array(starts, np.int32),
-        failures=joined("failures", states, first=1),
-        first=np.searchsorted(sources, np.arange(states + 1)).astype(np.int32),
-        tokens=tokens,
-        targets=joined("targets", states),
-        boosts=joined("boosts", states, np.float32, states_of=False),
-        slots=slots,
-        seed=np.array(seed, np.uint32),
-    )
+    fields: dict[str, Any] = {  # numpy arrays, which jax takes for its own
+        "starts": np.array(starts, np.int32),
+        "failures": joined("failures", states, first=1),
+        "first": np.searchsorted(sources, np.arange(states + 1)).astype(np.int32),
+        "tokens": tokens,
+        "targets": joined("targets", states),
+        "boosts": joined("boosts", states, np.float32, states_of=False),
+        "slots": slots,
+        "seed": np.array(seed, np.uint32),
+    }
     return Automata(**fields)
 
 
