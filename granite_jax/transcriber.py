@@ -153,7 +153,7 @@ class Transcriber:
           keywords: names and terms that may be spoken, up to 2,048 an input, in the letter case of the text wanted (raw
             transcripts are lower case whatever it is): a list for all inputs, or a list with a list (or None) for each.
             An entry is a text, or a pair (text, boost of its own).
-          keyword_boost: nats by which decoding lifts the last token of a keyword, and half as much the first; the
+          keyword_boost: nats by which decoding lifts the last token of a keyword, a quarter as much the first; the
             default is measured (benchmarks/keywords.py). 0 lifts nothing.
           keyword_gate: nats a character, below 0: keywords that sound worse than this by the encoder's CTC head are
             left out, so that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are never

@@ -27,6 +27,7 @@ from granite_jax.decoding import (
     pool,
     verify,
 )
+from granite_jax.decoding.keywords import FIRST
 
 VOCABULARY, PROMPT, DRAFT, ROOM, END, NEVER = 11, 6, 30, 20, 5, 2
 CAPACITY = PROMPT + DRAFT + 1
@@ -148,7 +149,7 @@ def boosts_after(text: list[int], phrases: tuple[Phrase, ...]) -> np.ndarray:
     for tokens, boost, anywhere in phrases:
         for place, token in enumerate(tokens):
             if text == list(tokens[:place]) or (anywhere and text[len(text) - place :] == list(tokens[:place])):
-                boosts[token] = max(boosts[token], boost * (1 + place / max(len(tokens) - 1, 1)) / 2)
+                boosts[token] = max(boosts[token], boost * (FIRST + (1 - FIRST) * place / max(len(tokens) - 1, 1)))
     return boosts
 
 
