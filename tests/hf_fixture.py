@@ -19,6 +19,12 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% if not loop.last %}{{ '\n' }}{% endif %}{% endif %}"
     "{% endfor %}"
 )
+# Overrides for the smallest that has every kind of tensor: tests of files need no more.
+TINY: dict[str, Any] = {
+    "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
+    "projector_config": {"encoder_hidden_size": 8, "num_hidden_layers": 1},
+    "text_config": {"num_hidden_layers": 2},
+}
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|audio|>")
 _TEXT = (
     "can you transcribe the speech into a written format? "

@@ -3,12 +3,12 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import hf_fixture
 import ml_dtypes
 import numpy as np
 import pytest
+from hf_fixture import TINY
 from safetensors.numpy import load_file
 
 from granite_jax._tree import expected_shapes, flatten, unflatten
@@ -19,12 +19,6 @@ from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import CheckpointError
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "benchmarks" / "granite-4.0-1b-speech.json").read_text())
-# The smallest that has every kind of tensor: most tests need no more.
-TINY: dict[str, Any] = {
-    "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
-    "projector_config": {"encoder_hidden_size": 8, "num_hidden_layers": 1},
-    "text_config": {"num_hidden_layers": 2},
-}
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

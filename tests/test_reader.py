@@ -10,6 +10,7 @@ from typing import Any
 import hf_fixture
 import numpy as np
 import pytest
+from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
 
 from granite_jax._tree import flatten, unflatten
@@ -20,11 +21,6 @@ from granite_jax.convert.reader import read_leaves
 from granite_jax.convert.safetensors_file import StoredTensor
 from granite_jax.errors import CheckpointError
 
-TINY: dict[str, Any] = {
-    "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
-    "projector_config": {"encoder_hidden_size": 8, "num_hidden_layers": 1},
-    "text_config": {"num_hidden_layers": 2},
-}
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

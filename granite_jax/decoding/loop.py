@@ -19,7 +19,9 @@ from granite_jax.array_types import Lengths, Logits, Tokens
 from granite_jax.decoding.draft import Draft, Realign, give_up, nearest_token
 from granite_jax.decoding.state import DecodeState
 
-WINDOW = 4  # with 64 rows a TPU computes such a step in about the time in which it reads the weights
+# By a TPU v5e's data sheet (197 TFLOP/s, 819 GB/s) 64 rows of 5 positions take about as long to compute as weights and
+# cache take to read. Not measured on one.
+WINDOW = 4
 
 Step = Callable[[Int[Array, "b p"], Any], tuple[Logits, Any]]
 
