@@ -103,6 +103,10 @@ class Pipeline:
         samples = len(request.audio.samples)
         return choose_bucket(self._buckets, batch, samples, request.prompt_length, request.limit)
 
+    def rows(self, bucket: Bucket) -> int:
+        """Rows of a batch over all devices."""
+        return bucket.batch * self.programs.devices.replicas
+
     def fits(self, request: Request) -> bool:
         """Whether there is any bucket for a request."""
         return any(self.bucket(request, batch) is not None for batch in {1, self._batch_size})
@@ -138,13 +142,14 @@ class Pipeline:
             audio = np.asarray(found.audio)
             passed = [row.entropy < accept.ctc_threshold for row in rows]
             survivors[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
-            if len(survivors[bucket]) >= bucket.batch:
+            if len(survivors[bucket]) >= self.rows(bucket):
                 repack(bucket)
             return [(row.request.index, self._ctc_transcript(row)) for i, row in enumerate(rows) if passed[i]]
 
         def repack(bucket: Bucket) -> None:
-            taken, survivors[bucket] = survivors[bucket][: bucket.batch], survivors[bucket][bucket.batch :]
-            padded = [*taken, *[taken[0]] * (bucket.batch - len(taken))]
+            size = self.rows(bucket)
+            taken, survivors[bucket] = survivors[bucket][:size], survivors[bucket][size:]
+            padded = [*taken, *[taken[0]] * (size - len(taken))]
             rows, audio = [row for row, _ in taken], np.stack([audio for _, audio in padded])
             decoding.append(self._submit(bucket, rows, audio, prompt, accept))
 
@@ -167,7 +172,7 @@ class Pipeline:
         held: list[Request] = []
         for request in requests:
             held.append(request)
-            if len(held) >= _READ_AHEAD * self._batch_size:
+            if len(held) >= _READ_AHEAD * self._batch_size * self.programs.devices.replicas:
                 yield from self._group(held)
                 held = []
         yield from self._group(held)
@@ -179,20 +184,21 @@ class Pipeline:
             assert bucket is not None, "checked when the request was made"
             by_bucket[bucket].append(request)
         for bucket, rows in by_bucket.items():
-            while rows:
-                batch, rows = rows[: bucket.batch], rows[bucket.batch :]
-                singles = [self.bucket(request, 1) for request in batch]
-                # Mostly empty batches run row by row: their cost is that of all rows.
-                if bucket.batch > 1 and 4 * len(batch) <= bucket.batch and None not in singles:
-                    yield from ((single, [request]) for single, request in zip(singles, batch, strict=True) if single)
+            for batch in _chunks(rows, self.rows(bucket)):
+                # Mostly empty batches run a row a device: their cost is that of all rows.
+                single = self.bucket(batch[-1], 1)  # of the longest
+                if bucket.batch > 1 and 4 * len(batch) <= self.rows(bucket) and single is not None:
+                    for part in _chunks(batch, self.rows(single)):
+                        yield self.bucket(part[-1], 1) or single, part
                 else:
                     yield bucket, batch
 
     def _encode(self, bucket: Bucket, batch: list[Request]) -> Encoded:
         """Dispatches a batch to the encoder. Rows that only fill it up repeat its first one."""
-        samples = np.zeros((bucket.batch, bucket.samples), np.float32)
-        lengths = np.full(bucket.batch, len(batch[0].audio.samples), np.int32)
-        for row, request in enumerate([*batch, *[batch[0]] * (bucket.batch - len(batch))]):
+        size = self.rows(bucket)
+        samples = np.zeros((size, bucket.samples), np.float32)
+        lengths = np.full(size, len(batch[0].audio.samples), np.int32)
+        for row, request in enumerate([*batch, *[batch[0]] * (size - len(batch))]):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
         return self.programs.encode(self._params, samples, lengths)
@@ -229,17 +235,18 @@ class Pipeline:
         self, bucket: Bucket, rows: list[_Row], audio: Any, prompt: PromptTokens, verify_threshold: float
     ) -> DecodeState:
         """Runs prefill and decode on a padded batch, without waiting for them."""
-        empty = bucket.batch - len(rows)
+        size = self.rows(bucket)
+        empty = size - len(rows)
         # Rows that only fill up the batch repeat its first one and generate nothing.
         requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, limit=0)] * empty
-        tokens = np.zeros((bucket.batch, bucket.prompt), np.int32)
+        tokens = np.zeros((size, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
             tokens[i, : request.prompt_length] = [*prompt.prefix, *audio_ids, *prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
         limits = np.array([request.limit for request in requests], np.int32)
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
-        thresholds = np.full(bucket.batch, verify_threshold, np.float32)
+        thresholds = np.full(size, verify_threshold, np.float32)
         verified, cache = self.programs.prefill(self._params, tokens, lengths, audio, draft, capacity=bucket.capacity)
         return self.programs.decode(self._params, verified, cache, draft, limits, thresholds, room=bucket.room)
 
@@ -272,3 +279,7 @@ class Pipeline:
     def _finished(self, row: _Row, text: str, tokens: tuple[int, ...], stats: dict[str, Any]) -> Transcript:
         audio = row.request.audio
         return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

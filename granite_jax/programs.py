@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from granite_jax import ctc, decoding, model
@@ -26,6 +27,7 @@ from granite_jax.decoder import KVCache
 from granite_jax.decoding import DecodeState, Draft, Verified
 from granite_jax.errors import GraniteError
 from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
+from granite_jax.sharding import DATA, WHOLE, Devices
 
 TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
 MIN_NEW_TOKENS = 200  # the released model's own limit
@@ -91,14 +93,27 @@ class Speculation:
 class Programs:
     """The programs of one configuration, and a count of how often each was traced."""
 
-    def __init__(self, config: Config, dtype: DTypeLike, speculation: Speculation | None = None):
+    def __init__(
+        self,
+        config: Config,
+        dtype: DTypeLike,
+        speculation: Speculation | None = None,
+        devices: Devices | None = None,
+    ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.speculation = speculation or Speculation()
         self.traces: collections.Counter[str] = collections.Counter()
-        self.encode = jax.jit(self._counted(self._encode))
-        self.prefill = jax.jit(self._counted(self._prefill), static_argnames="capacity")
-        self.decode = jax.jit(self._counted(self._decode), static_argnames="room", donate_argnames="cache")
+        self.devices = devices or Devices.make(jax.devices()[:1])
+        cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
+        fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
+        state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
+        compiled = self.devices.compile
+        self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA), DATA)
+        prompts = (WHOLE, DATA, DATA, DATA, DATA)
+        self.prefill = compiled(self._counted(self._prefill), prompts, (DATA, cache), static="capacity")
+        drafts = (WHOLE, DATA, cache, DATA, DATA, DATA)
+        self.decode = compiled(self._counted(self._decode), drafts, state, static="room", donate=2)
 
     def _counted(self, function: Callable) -> Callable:
         @functools.wraps(function)

@@ -16,6 +16,7 @@ from granite_jax.errors import ContextError, GraniteError
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
+from granite_jax.sharding import Devices, Parallel
 from granite_jax.speculation import Acceptance, acceptance, drafts_of
 from granite_jax.tokenizer import Tokenizer
 
@@ -43,15 +44,21 @@ class Transcriber:
         batch_size: int | None = None,
         buckets: Sequence[Bucket] | None = None,
         speculation: Speculation | None = None,
+        devices: Sequence[jax.Device] | Devices | None = None,
+        parallel: Parallel = "shard_map",
+        model_parallel: int = 1,
     ):
         """
         Args:
           params: the model's parameters; computation runs in `dtype`, by default theirs.
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
-          batch_size: rows of a full batch; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
+          batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
           buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `programs.default_buckets`.
           speculation: how drafts are proposed; the defaults are measured.
+          devices: to run on; default the process's own, of CPUs the first alone.
+          parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
+          model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -59,9 +66,11 @@ class Transcriber:
         self.capabilities = capabilities or Capabilities()
         self.batch_size = batch_size or {"tpu": 64, "gpu": 32}.get(jax.default_backend(), 8)
         self.buckets = tuple(buckets or default_buckets(config, self.batch_size))
-        self._params = params
-        programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation)
-        self._pipeline = Pipeline(config, params, programs, tokenizer, self.buckets, self.batch_size)
+        if not isinstance(devices, Devices):
+            devices = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
+        programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
+        placed = devices.place(params, devices.param_shardings(config))
+        self._pipeline = Pipeline(config, placed, programs, tokenizer, self.buckets, self.batch_size)
 
     @classmethod
     def from_pretrained(
@@ -71,6 +80,9 @@ class Transcriber:
         revision: str | None = None,
         dtype: Any = None,
         compilation_cache: bool = True,
+        devices: Sequence[jax.Device] | None = None,
+        parallel: Parallel = "shard_map",
+        model_parallel: int = 1,
         **options: Any,
     ) -> "Transcriber":
         """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, a Hugging Face directory or a hub id.
@@ -79,20 +91,23 @@ class Transcriber:
           revision: branch, tag or commit of a hub id.
           dtype: "bfloat16" or "float32"; default bfloat16 on accelerators that have it, else float32.
           compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
-          options: as of the constructor.
+          devices, parallel, model_parallel, options: as of the constructor. Weights are read into their places.
 
         Raises:
           CheckpointError: naming what is missing, damaged or not supported.
+          GraniteError: an option of the devices does not go with the others or with the model.
         """
         if compilation_cache:
             enable_compilation_cache()
         checkpoint = open_checkpoint(source, revision)
+        placed = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
         return cls(
             checkpoint.config,
-            checkpoint.load_params(parse_dtype(dtype)),
+            checkpoint.load_params(parse_dtype(dtype), sharding=placed.param_shardings(checkpoint.config)),
             checkpoint.tokenizer(),
             template=checkpoint.chat_template(),
             capabilities=checkpoint.capabilities,
+            devices=placed,
             **options,
         )
 
