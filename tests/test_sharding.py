@@ -1,0 +1,129 @@
+"""Eight emulated devices give the tokens of one, however rows and weights are spread."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hf_fixture
+import jax
+import numpy as np
+import pytest
+
+import granite_jax as gj
+from granite_jax._tree import expected_shapes, flatten
+from granite_jax.config import Config
+from granite_jax.programs import Bucket
+from granite_jax.sharding import Devices
+
+# Heads that four devices can share, and key/value heads that they cannot.
+MODEL: dict[str, Any] = {
+    "encoder_config": {"num_layers": 2, "num_heads": 4},
+    "projector_config": {"num_hidden_layers": 1},
+    "text_config": {"num_hidden_layers": 2},
+}
+SECONDS = (1.0, 2.0, 1.5, 2.5, 0.7, 3.0, 1.2, 2.2, 0.4, 1.9, 2.7)
+LIMIT = 8
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Eleven utterances, and what one device makes of them."""
+    directory: Path = tmp_path_factory.mktemp("random")
+    hf_fixture.write_random_checkpoint(directory, seed=1, **MODEL)
+    rng = np.random.default_rng(0)
+    audio = [0.1 * rng.standard_normal(int(16_000 * seconds)).astype(np.float32) for seconds in SECONDS]
+
+    def load(batch_size: int = 2, **options: Any) -> gj.Transcriber:
+        buckets = [Bucket(rows, 48_000, 110, 140) for rows in {1, batch_size}]
+        return gj.Transcriber.from_pretrained(
+            directory, dtype="float32", batch_size=batch_size, buckets=buckets, compilation_cache=False, **options
+        )
+
+    expected = load().transcribe(audio, max_new_tokens=LIMIT)
+    return SimpleNamespace(directory=directory, audio=audio, load=load, expected=expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"devices": 8},
+        {"devices": 8, "parallel": "pmap"},
+        {"devices": 8, "model_parallel": 2},
+        {"devices": 4, "model_parallel": 4},
+        {"devices": 3, "batch_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("speculative", ["lossless", "relaxed-fast"])
+def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[str, Any], speculative: str) -> None:
+    # Given a number of utterances that no number of devices divides, when several devices share them
+    devices = jax.devices()[: options["devices"]]
+    asr = job.load(**options | {"devices": devices})
+    found = asr.transcribe(job.audio, max_new_tokens=LIMIT, speculative=speculative)
+
+    # Then tokens and statistics are those of one device
+    expected = job.expected
+    if speculative != "lossless":
+        expected = job.load().transcribe(job.audio, max_new_tokens=LIMIT, speculative=speculative)
+    assert [t.tokens for t in found] == [t.tokens for t in expected]
+    assert [t.stats for t in found] == [t.stats for t in expected]
+    assert asr.compilations <= 6
+
+
+def test_weights_are_split_by_the_table(job: SimpleNamespace) -> None:
+    # Given two copies of the weights on four devices each, when the weights are placed
+    devices = Devices.make(jax.devices(), model_parallel=4)
+    config, params = gj.load(job.directory, dtype="float32")
+    placed = flatten(devices.place(params, devices.param_shardings(config)))
+
+    # Then heads, channels and their inverse are split over `model`; two key/value heads, norms and biases are not
+    def parts(path: str) -> tuple[int, ...]:
+        leaf = placed[path]
+        return tuple(a // b for a, b in zip(leaf.shape, leaf.sharding.shard_shape(leaf.shape), strict=True))
+
+    assert parts("decoder.layers.attention.q.kernel") == (1, 1, 4)
+    assert parts("decoder.layers.attention.k.kernel") == (1, 1, 1)
+    assert parts("decoder.layers.attention.out.kernel") == (1, 4, 1)
+    assert parts("decoder.layers.down.kernel") == (1, 4, 1)
+    assert parts("encoder.layers.convolution.up.kernel") == (1, 1, 1, 4)
+    assert parts("encoder.layers.ff1.up.bias") == (1, 4)
+    assert parts("encoder.layers.norm.scale") == (1, 1)
+    assert parts("projector.query") == (1, 1, 1)
+
+
+def test_most_of_a_big_model_is_split() -> None:
+    # Given a model of granite-speech-3.3-8b's kind, when its weights are split over eight devices
+    raw = hf_fixture.make_config(hf_fixture.make_tokenizer(), True, "float32", **MODEL)
+    raw["text_config"] |= {
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 40,
+        "vocab_size": 49160,
+    }
+    raw["text_config"] |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    raw["encoder_config"] |= {"num_heads": 8, "hidden_dim": 1024, "dim_head": 128, "num_layers": 16}
+    config = Config.from_dict(raw)
+    shardings = flatten(Devices.make(jax.devices(), model_parallel=8).param_shardings(config))
+
+    # Then a device holds little more than an eighth
+    shapes = expected_shapes(config)
+    total = sum(np.prod(shape) for shape in shapes.values())
+    held = sum(np.prod(shardings[path].shard_shape(shape)) for path, shape in shapes.items())
+    assert total > 8e9
+    assert held < 1.1 * total / 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_parallel": 3}, "model_parallel=3 does not divide 8 devices"),
+        ({"model_parallel": 8}, "model_parallel=8 does not divide the encoder's 4 attention heads"),
+        ({"model_parallel": 2, "parallel": "pmap"}, "model_parallel is for"),
+        ({"parallel": "threads"}, "parallel is"),
+        ({"devices": []}, "devices: 0 of them"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(job: SimpleNamespace, options: dict[str, Any], message: str) -> None:
+    # Given eight devices, when they are asked for what they cannot do, then the error says which option
+    with pytest.raises(gj.GraniteError, match=message):
+        job.load(**{"devices": jax.devices()} | options)
