@@ -102,6 +102,7 @@ def test_most_of_a_big_model_is_split() -> None:
     }
     raw["text_config"] |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     raw["encoder_config"] |= {"num_heads": 8, "hidden_dim": 1024, "dim_head": 128, "num_layers": 16}
+    raw["projector_config"] |= {"encoder_hidden_size": 1024}
     config = Config.from_dict(raw)
     shardings = flatten(Devices.make(jax.devices(), model_parallel=8).param_shardings(config))
 
