@@ -24,6 +24,7 @@ from granite_jax.config import Config
 from granite_jax.errors import GraniteError
 
 Parallel = Literal["shard_map", "pmap"]
+DeviceList = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  # a class that JAX declares as a variable
 
 DATA, WHOLE = PartitionSpec("data"), PartitionSpec()
 
@@ -60,7 +61,7 @@ class Devices:
 
     @classmethod
     def make(
-        cls, devices: Sequence[jax.Device] | None = None, *, parallel: Parallel = "shard_map", model_parallel: int = 1
+        cls, devices: DeviceList | None = None, *, parallel: Parallel = "shard_map", model_parallel: int = 1
     ) -> "Devices":
         """All of `devices`, `model_parallel` of them to a copy of the weights.
 

@@ -16,7 +16,7 @@ from granite_jax.errors import ContextError, GraniteError
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
-from granite_jax.sharding import Devices, Parallel
+from granite_jax.sharding import DeviceList, Devices, Parallel
 from granite_jax.speculation import Acceptance, acceptance, drafts_of
 from granite_jax.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ class Transcriber:
         batch_size: int | None = None,
         buckets: Sequence[Bucket] | None = None,
         speculation: Speculation | None = None,
-        devices: Sequence[jax.Device] | Devices | None = None,
+        devices: DeviceList | Devices | None = None,
         parallel: Parallel = "shard_map",
         model_parallel: int = 1,
     ):
@@ -80,7 +80,7 @@ class Transcriber:
         revision: str | None = None,
         dtype: Any = None,
         compilation_cache: bool = True,
-        devices: Sequence[jax.Device] | None = None,
+        devices: DeviceList | None = None,
         parallel: Parallel = "shard_map",
         model_parallel: int = 1,
         **options: Any,
