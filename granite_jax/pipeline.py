@@ -150,8 +150,8 @@ class Pipeline:
             size = self.rows(bucket)
             taken, survivors[bucket] = survivors[bucket][:size], survivors[bucket][size:]
             padded = [*taken, *[taken[0]] * (size - len(taken))]
-            rows, audio = [row for row, _ in taken], np.stack([audio for _, audio in padded])
-            decoding.append(self._submit(bucket, rows, audio, prompt, accept))
+            audio = self.programs.devices.split(np.stack([audio for _, audio in padded]))
+            decoding.append(self._submit(bucket, [row for row, _ in taken], audio, prompt, accept))
 
         for bucket, batch in self._batches(requests):
             encoded.append(((bucket, batch), self._encode(bucket, batch)))

@@ -126,6 +126,10 @@ class Devices:
         placed = jax.device_put(params, shardings)
         return jax.tree.map(self._stacked, placed) if self.parallel == "pmap" else placed
 
+    def split(self, rows: Any) -> Any:
+        """Arrays of the host, split over `data` as programs return theirs: passed on, both are one type to the tracer."""
+        return jax.device_put(rows, NamedSharding(self.mesh, DATA))
+
     def compile(
         self,
         function: Callable[..., Any],
@@ -166,7 +170,7 @@ class Devices:
             return jax.pmap(body, devices=list(self.mesh.devices.flat), donate_argnums=donated)
 
         def run(*args, **options):
-            split = lambda x: x.reshape(self.replicas, -1, *x.shape[1:])  # noqa: E731
+            split = lambda x: self.split(x.reshape(self.replicas, -1, *x.shape[1:]))  # noqa: E731
             stacked = [_on_rows(split, spec, arg) for spec, arg in zip(in_specs, args, strict=True)]
             return _on_rows(lambda x: x.reshape(-1, *x.shape[2:]), out_specs, mapped(**options)(*stacked))
 
