@@ -6,12 +6,14 @@ block by block, and decoding stops at the length limit.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from granite_jax._audio_file import decode
 from granite_jax._pcm import SAMPLE_RATE, check_channels, check_rate, mono, one_line, resample, scale
 from granite_jax.errors import AudioError
 
-__all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio"]
+__all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio", "load_segment"]
 
 MIN_SAMPLES = 257
 """Reflect padding of the 512-point STFT needs more than 256 samples."""
@@ -51,7 +53,8 @@ def load_audio(
     Args:
       source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...);
         an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
-        integers, which are scaled by the range of their type; or a pair (array, sampling rate).
+        integers, which are scaled by the range of their type; a pair (array, sampling rate); or an Audio, which is
+        returned as it is.
       sampling_rate: in Hz, of an array; 16 kHz when absent. A file says its own, which must then agree.
       name: what messages and outputs call the audio; by default the path, or "audio".
       max_seconds: the longest audio to accept, 4 hours by default.
@@ -63,6 +66,8 @@ def load_audio(
       AudioError: the input is missing, not audio, empty, too short (under 257 samples at 16 kHz), too long, damaged,
         not finite, or of an unsupported type, shape or rate.
     """
+    if isinstance(source, Audio):
+        return source
     name = name if name is not None else _default_name(source)
     try:
         limit = _check_limit(max_seconds)
@@ -109,6 +114,13 @@ def _check_samples(samples: np.ndarray) -> None:
 
 
 def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit: float) -> np.ndarray:
+    with open_regular(path) as file:
+        return decode(file, sampling_rate, limit)
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A regular file to read; AudioError, without the name, where opening it or reading it fails."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -116,13 +128,31 @@ def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit:
         if not stat.S_ISREG(mode):  # Opening a pipe would wait for a writer.
             raise AudioError("is not a regular file")
         with open(path, "rb") as file:
-            return decode(file, sampling_rate, limit)
+            yield file
     except FileNotFoundError:
         raise AudioError("no such file") from None
     except (OSError, ValueError) as error:
         if isinstance(error, AudioError):
             raise
         raise AudioError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def load_segment(
+    file: BinaryIO, name: str, *, offset: float = 0.0, duration: float | None = None, max_seconds: float | None = None
+) -> Audio:
+    """Reads part of a seekable encoded file, without decoding what is before it where the format allows.
+
+    Args:
+      offset, duration: in seconds, on the file's own clock; to its end without a duration.
+      max_seconds: the longest audio to accept, 4 hours by default.
+
+    Raises:
+      AudioError: as of `load_audio`, without the name.
+      OSError: reading the file failed.
+    """
+    samples = decode(file, None, _check_limit(max_seconds), offset, duration)
+    _check_samples(samples)
+    return Audio(name, samples)
 
 
 def _read_stream(stream: Any) -> bytes:

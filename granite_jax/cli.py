@@ -5,17 +5,19 @@ import io
 import json
 import os
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from granite_jax import convert as converter
 from granite_jax import summary
+from granite_jax._batch_command import app as batch_app
+from granite_jax._terminal import console as _console
+from granite_jax._terminal import fail as _fail
+from granite_jax._terminal import line as _line
 from granite_jax.checkpoint import open_checkpoint
 from granite_jax.errors import GraniteError
 from granite_jax.transcriber import Transcriber
@@ -27,8 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it would break the lines of long help texts
     help="Granite Speech in JAX: transcribe and translate speech, convert checkpoints.",
 )
-# Progress and errors go to stderr: stdout carries results alone.
-_console = Console(stderr=True)
+app.add_typer(batch_app, name="batch")
 
 
 Format = Literal["txt", "json"]
@@ -42,15 +43,6 @@ def _progress() -> Progress:
     """A bar on a terminal; nothing in a pipe."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=_console, disable=not _console.is_terminal, transient=True)
-
-
-def _fail(message: str) -> None:
-    print(_line(f"granite-jax: {message}"), file=sys.stderr)
-
-
-def _line(text: str) -> str:
-    """One line that a terminal does not act on, whatever file names and transcripts hold."""
-    return "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
 
 
 @app.command()

@@ -1,0 +1,14 @@
+"""Batch jobs: any number of hours of audio, by any number of workers, each of which may die at any time.
+
+In short:
+
+    from granite_jax import batch
+
+    batch.run("manifest.jsonl", "out/", "demo")       # the same again resumes
+    batch.merge("out/")
+"""
+
+from granite_jax.batch.job import Options, Progress, Summary, run
+from granite_jax.batch.merge import merge
+
+__all__ = ["Options", "Progress", "Summary", "merge", "run"]

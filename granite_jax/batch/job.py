@@ -1,0 +1,398 @@
+"""One worker of a batch job: manifest -> parts -> readers -> Transcriber -> committed parts.
+
+    readers   part 1, part 2 ...      ahead of the device, in order
+    device             part 1         in chunks of what the pipeline sorts by length, never across parts
+    commit                     part 1 while the device goes on
+
+A part is there as a whole or not at all, and is what is lost when a worker dies. Its lines depend on its entries alone.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import granite_jax
+from granite_jax.audio import Audio, printable
+from granite_jax.batch.access import PROTOCOLS, Access, retried, scheme
+from granite_jax.batch.commit import Store, open_store
+from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
+from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
+from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
+from granite_jax.checkpoint import open_checkpoint, parse_dtype
+from granite_jax.errors import GraniteError
+from granite_jax.programs import max_seconds
+from granite_jax.prompts import instruction
+from granite_jax.transcriber import Transcriber, Transcript
+
+PART_SIZE = 1024
+_CHUNK = 16  # full batches that are sorted by length together, as the pipeline does
+_LISTING = "manifest.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is asked of utterances whose manifest line does not say, and how they are decoded: as of `transcribe`."""
+
+    task: str = "transcribe"
+    to: str | None = None
+    prompt: str | None = None
+    keywords: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    speculative: str | Literal[False] = "lossless"
+    ctc_threshold: float | None = None
+    verify_threshold: float | None = None
+
+    @property
+    def ask(self) -> Ask:
+        """The part that lines may replace."""
+        return Ask(self.task, self.to, self.prompt, tuple(self.keywords))
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The part that is the same for all."""
+        names = ("max_new_tokens", "speculative", "ctc_threshold", "verify_threshold")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a worker is.
+
+    Fields:
+      entries: of its shard.
+      resumed: of these, in parts that were there when it began.
+      done: in this run, whatever became of them; `failed` of these.
+      audio_seconds: transcribed in this run.
+      read_seconds: for which the device waited for audio.
+      seconds: since the first part was begun.
+    """
+
+    entries: int = 0
+    resumed: int = 0
+    done: int = 0
+    failed: int = 0
+    audio_seconds: float = 0.0
+    read_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def rtfx(self) -> float:
+        """Seconds of audio a second."""
+        return self.audio_seconds / self.seconds if self.seconds else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a worker did.
+
+    Fields:
+      fingerprint: of the job.
+      shard, num_shards: the worker's share.
+      parts: of the share; `resumed_parts` of these were there, `parts_of_others` were committed by another worker.
+      entries, transcribed, failed: of the share, when it was finished.
+      audio_seconds, wall_seconds, read_wait_seconds, rtfx: of this run.
+      stopped: it was asked to end before its share was done; the rest is for the next run.
+    """
+
+    fingerprint: str
+    shard: int
+    num_shards: int
+    parts: int
+    resumed_parts: int
+    parts_of_others: int
+    entries: int
+    transcribed: int
+    failed: int
+    audio_seconds: float
+    wall_seconds: float
+    read_wait_seconds: float
+    rtfx: float
+    stopped: bool = False
+
+
+class _Stopped(Exception):
+    """The worker is to end."""
+
+
+def run(
+    manifest: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] = "demo",
+    *,
+    transcriber: tuple[Transcriber, str] | None = None,
+    revision: str | None = None,
+    dtype: Any = None,
+    batch_size: int | None = None,
+    shard: int | None = None,
+    num_shards: int | None = None,
+    part_size: int = PART_SIZE,
+    root: str | os.PathLike[str] | None = None,
+    allow: tuple[str, ...] = PROTOCOLS,
+    readers: Kind = "threads",
+    num_readers: int = 16,
+    storage_options: dict[str, dict[str, Any]] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Summary:
+    """Transcribes a manifest, or one shard of it, into a directory; goes on where an earlier run was interrupted.
+
+    The directory gets `part-*.jsonl`, one line an utterance in the manifest's order: `index`, `id`, `audio`, and
+    `text`, `tokens`, `duration` (in seconds), `ctc_text`, `stats`, or `error` in their place; `errors.jsonl`, the
+    failed ones alone; `summary.json`; `job.json`, which tells jobs apart. `merge` joins and checks them.
+
+    Args:
+      manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
+        `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first three may be URLs.
+      out: directory, or URL of gs or s3.
+      checkpoint, revision, dtype, batch_size: as of `Transcriber.from_pretrained`.
+      transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
+      shard, num_shards: this worker's share; default that of the environment (`parts.choose_shard`), or everything.
+      part_size: utterances of a part, which are lost together when a worker dies, and share batches.
+      root: what local files have to be below; default the manifest's directory.
+      allow: protocols that audio may come by: of "file", "gs", "s3", "https".
+      readers, num_readers: threads, or processes, which survive files that kill a decoder.
+      storage_options: arguments of fsspec's file systems, by protocol.
+      progress: called when some utterances are done.
+      stop: asked often; True ends the run without its current part.
+      options: of `Options`.
+
+    Raises:
+      GraniteError: the manifest, an option or the checkpoint is not usable, or the directory is another job's.
+      OSError: results cannot be written.
+    """
+    chosen = Options(**options)
+    source, share = os.fspath(manifest), choose_shard(shard, num_shards)
+    if num_readers < 1:
+        raise GraniteError(f"num_readers is {num_readers}, not a positive number")
+    storage = storage_options or {}
+    access = Access(os.fspath(root) if root is not None else root_of(source), tuple(allow), tuple(storage.items()))
+    store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
+    opened = open_checkpoint(checkpoint, revision) if transcriber is None else None
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-jax-")))
+        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, chosen.ask)
+        description = {
+            "version": granite_jax.__version__,
+            "weights": weights_identity(opened) if opened else transcriber[1] if transcriber else "",
+            "dtype": parse_dtype(dtype).name if opened else "",
+            "options": dataclasses.asdict(chosen),
+            "manifest": {"sha256": scanned.sha256, "source": source if is_listing(source) else ""},
+            "entries": scanned.entries,
+            "part_size": part_size,
+        }
+        worker = _Worker(scanned, store, claim(store, description), share, chosen, work, progress, stop)
+
+        def load() -> Transcriber:
+            if transcriber is not None:
+                return transcriber[0]
+            return Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype, batch_size=batch_size)
+
+        def read_with(asr: Transcriber) -> Reader:
+            dataset = split_tfds(source) if source.startswith("tfds:") else None
+            return Reader(access, max_seconds(asr.config), dataset)
+
+        return worker.run(load, read_with, readers, num_readers)
+
+
+def _local_manifest(source: str, access: Access, store: Store, work: Path) -> Path:
+    """A local file of JSON lines: the manifest, a copy of a remote one, or the listing that the first worker made."""
+    if not is_listing(source):
+        if scheme(source) is None:
+            return Path(source)
+        with retried(lambda: access.open(source)) as remote:
+            return _copy(remote, work / _LISTING)
+    if _LISTING not in store.names():
+        with open(work / _LISTING, "w", encoding="utf-8") as file:
+            file.writelines(listing(source, access))
+        if os.path.getsize(work / _LISTING) == 0:
+            raise GraniteError(f"{source}: no audio files")
+        store.create(_LISTING, work / _LISTING)
+    with store.open(_LISTING) as listed:
+        return _copy(listed, work / _LISTING)
+
+
+def _copy(file: Any, path: Path) -> Path:
+    with open(path, "wb") as copy:
+        while block := file.read(1 << 20):
+            copy.write(block)
+    return path
+
+
+@dataclasses.dataclass
+class _Worker:
+    manifest: Manifest
+    store: Store
+    fingerprint: str
+    shard: Shard
+    options: Options
+    work: Path
+    report: Callable[[Progress], None] | None
+    stop: Callable[[], bool] | None
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    _started: float = dataclasses.field(default=0.0, init=False)
+
+    def run(
+        self, load: Callable[[], Transcriber], reader: Callable[[Transcriber], Reader], kind: Kind, num_readers: int
+    ) -> Summary:
+        share = self.shard.parts(self.manifest.parts)
+        there = committed(self.store, self.fingerprint)
+        pending = [part for part in share if part not in there]
+        sizes = {part: len(self.manifest.indices(part)) for part in share}
+        self.progress.entries = sum(sizes.values())
+        self.progress.resumed = self.progress.entries - sum(sizes[part] for part in pending)
+        others, stopped = 0, False
+        if pending:
+            asr = load()
+            chunk = _CHUNK * asr.batch_size
+            source = Source(self.manifest, pending)
+            ahead = min(chunk, self.manifest.part_size)
+            with (
+                reading(source, reader(asr), kind, num_readers, ahead) as reads,
+                ThreadPoolExecutor(1) as committer,
+            ):
+                try:
+                    others = self._parts(asr, pending, reads, chunk, committer)
+                except _Stopped:
+                    stopped = True
+        failed = self._write_errors(share) if not stopped else self.progress.failed
+        summary = Summary(
+            fingerprint=self.fingerprint,
+            shard=self.shard.index,
+            num_shards=self.shard.count,
+            parts=len(share),
+            resumed_parts=len(share) - len(pending),
+            parts_of_others=others,
+            entries=self.progress.entries,
+            transcribed=self.progress.entries - failed,
+            failed=failed,
+            audio_seconds=round(self.progress.audio_seconds, 3),
+            wall_seconds=round(self.progress.seconds, 3),
+            read_wait_seconds=round(self.progress.read_seconds, 3),
+            rtfx=round(self.progress.rtfx, 1),
+            stopped=stopped,
+        )
+        if not stopped:
+            path = self.work / "summary.json"
+            path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
+            self.store.replace(self.shard.name("summary", ".json"), path)
+        return summary
+
+    def _parts(
+        self, asr: Transcriber, pending: list[int], reads: Iterator[Read], chunk: int, committer: ThreadPoolExecutor
+    ) -> int:
+        """Computes and commits parts; returns how many another worker was first to commit."""
+        asr.transcribe([], **self._arguments(asr, self.options.ask))  # what is wrong with the job's own options
+        self._started = time.monotonic()
+        others, commit = 0, None
+        for part in pending:
+            indices, name = self.manifest.indices(part), part_name(part, self.fingerprint)
+            entries = itertools.islice(reads, len(indices))
+            if self.store.exists(name):
+                for _ in entries:
+                    self._check_stop()
+                others += 1
+                continue
+            lines: dict[int, bytes] = {}
+            for ask, group in itertools.groupby(entries, key=lambda read: read.entry.ask):
+                while some := self._take(group, chunk):
+                    lines |= self._transcribe(asr, ask, some)
+            if len(lines) != len(indices):
+                raise RuntimeError(f"{name}: {len(lines)} of {len(indices)} entries were read")
+            data = b"".join(lines[index] for index in indices)
+            if commit is not None:
+                others += not commit.result()
+            commit = committer.submit(self.store.create, name, data)
+        if commit is not None:
+            others += not commit.result()
+        return others
+
+    def _take(self, reads: Iterator[Read], count: int) -> list[Read]:
+        """The next `count` of them, or what is left."""
+        taken, began = [], time.monotonic()
+        for read in itertools.islice(reads, count):
+            self._check_stop()
+            taken.append(read)
+        self.progress.read_seconds += time.monotonic() - began
+        return taken
+
+    def _transcribe(self, asr: Transcriber, ask: Ask | None, reads: list[Read]) -> dict[int, bytes]:
+        """Lines of entries that are asked the same, by index."""
+
+        def advance(count: int) -> None:
+            self.progress.done += count
+            self._report()
+
+        lines = {}
+        usable: list[tuple[Entry, Audio]] = []
+        for read in reads:
+            if read.audio is None:
+                lines[read.entry.index] = self._line(read.entry, Transcript(read.entry.audio, error=read.error))
+                advance(1)
+            else:
+                usable.append((read.entry, read.audio))
+        if not usable or ask is None:
+            return lines
+        try:
+            arguments = self._arguments(asr, ask)
+            found = asr.transcribe([audio for _, audio in usable], **arguments, on_error="return", progress=advance)
+        except GraniteError as error:  # what is asked for: the audio's own faults are returned
+            found = [Transcript(entry.audio, error=f"{printable(entry.audio)}: {error}") for entry, _ in usable]
+            advance(len(found))
+        for (entry, _), transcript in zip(usable, found, strict=True):
+            lines[entry.index] = self._line(entry, transcript)
+        return lines
+
+    def _arguments(self, asr: Transcriber, ask: Ask) -> dict[str, Any]:
+        if not ask.keywords:
+            return {**self.options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
+        if ask.prompt is None:
+            asr.capabilities.check(ask.task, ask.to)
+        prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=ask.keywords)
+        return {**self.options.decoding, "task": ask.task, "prompt": prompt}
+
+    def _line(self, entry: Entry, transcript: Transcript) -> bytes:
+        """An utterance's line, which holds nothing that another run would not write."""
+        fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
+        if entry.offset:
+            fields["offset"] = entry.offset
+        if transcript.error is not None:
+            self.progress.failed += 1
+            fields["error"] = transcript.error
+        else:
+            self.progress.audio_seconds += transcript.duration
+            values = dataclasses.asdict(transcript)
+            fields |= {key: values[key] for key in ("text", "tokens", "duration", "ctc_text", "stats")}
+        # File names need not be text: what is none stays an escape.
+        return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+    def _report(self) -> None:
+        self.progress.seconds = time.monotonic() - self._started
+        if self.report is not None:
+            self.report(self.progress)
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.stop is not None and self.stop():
+            raise _Stopped
+
+    def _write_errors(self, share: range) -> int:
+        """Writes the failed entries of a share's parts; returns how many."""
+        failed, path = 0, self.work / "errors.jsonl"
+        with open(path, "wb") as errors:
+            for part in share:
+                with self.store.open(part_name(part, self.fingerprint)) as lines:
+                    for line in lines:
+                        if "error" in json.loads(line):
+                            errors.write(line)
+                            failed += 1
+        self.store.replace(self.shard.name("errors", ".jsonl"), path)
+        return failed

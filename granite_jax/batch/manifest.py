@@ -1,0 +1,265 @@
+"""What a job is to transcribe: JSON lines, a directory, a glob or a prepared TFDS data set, in constant memory.
+
+Whatever it is, it becomes a file of JSON lines of which a job remembers one offset a part: a listing is written down
+once, so that all workers, and all restarts, see the same one.
+"""
+
+import functools
+import glob
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from granite_jax.audio import printable
+from granite_jax.batch.access import Access, scheme
+from granite_jax.errors import GraniteError
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
+"""Files of a directory that are taken to be audio."""
+MAX_LINE = 1 << 20
+"""Bytes; a longer line is no entry."""
+MAX_NAME = 4096
+"""Characters of an audio name, an id or a prompt's argument."""
+_MAX_KEYWORDS = 10_000
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked of an utterance. Utterances that are asked the same share batches."""
+
+    task: str = "transcribe"
+    to: str | None = None
+    prompt: str | None = None
+    keywords: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a manifest.
+
+    Fields:
+      index: its place among the lines that are not blank, from 0: what makes it unique.
+      id: the manifest's own name for it, or its index; carried along, not checked.
+      audio: path or URL, as the manifest has it.
+      offset, duration: the part of the file to transcribe, in seconds; to its end without a duration.
+      ask: what the line asks for; None in place of what it leaves to the job.
+      error: why the line is no entry, or None.
+    """
+
+    index: int
+    id: str
+    audio: str = ""
+    offset: float = 0.0
+    duration: float | None = None
+    ask: Ask | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A local file of JSON lines, cut into parts of `part_size` entries."""
+
+    path: Path
+    part_size: int
+    ask: Ask  # of entries that do not say
+    entries: int
+    sha256: str
+    offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every part's first entry
+    signature: tuple[int, ...] = field(repr=False)
+
+    @classmethod
+    def scan(cls, path: Path, part_size: int, ask: Ask) -> "Manifest":
+        """Reads the file once. Raises GraniteError if it cannot be read or has no entries."""
+        if part_size < 1:
+            raise GraniteError(f"part_size is {part_size}, not a positive number")
+        offsets, entries = [], 0
+        try:
+            with open(path, "rb") as file:
+                signature = _signature(file)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                file.seek(0)
+                for offset, _ in _lines(file):
+                    if entries % part_size == 0:
+                        offsets.append(offset)
+                    entries += 1
+        except OSError as error:
+            raise GraniteError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if not entries:
+            raise GraniteError(f"{path}: has no entries")
+        return cls(path, part_size, ask, entries, digest, tuple(offsets), signature)
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return len(self.offsets)
+
+    def indices(self, part: int) -> range:
+        """Indices of a part's entries."""
+        return range(part * self.part_size, min(self.entries, (part + 1) * self.part_size))
+
+    def read(self, part: int) -> list[Entry]:
+        """A part's entries, those that are asked the same side by side. Raises GraniteError if the file has changed."""
+        found = []
+        with open(self.path, "rb") as file:
+            if _signature(file) != self.signature:
+                raise GraniteError(f"{self.path}: has changed while the job runs")
+            file.seek(self.offsets[part])
+            for index, (_, line) in zip(self.indices(part), _lines(file), strict=False):
+                found.append(parse_line(line, index, self.ask))
+        order = {ask: place for place, ask in enumerate(dict.fromkeys(entry.ask for entry in found))}
+        return sorted(found, key=lambda entry: order[entry.ask])
+
+
+def parse_line(line: bytes | None, index: int, ask: Ask) -> Entry:
+    """The entry of a line; one that is none has an `error`."""
+    if line is None:
+        return Entry(index, str(index), error=f"line of entry {index}: longer than {MAX_LINE} bytes")
+    try:
+        fields = json.loads(line.decode("utf-8-sig"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"not a JSON object but {fields!r:.40}")
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        return Entry(index, str(index), error=f"line of entry {index}: {reason}")
+    return parse_entry(fields, index, ask)
+
+
+def parse_entry(fields: dict[str, Any], index: int, ask: Ask) -> Entry:
+    """The entry of a line's fields; unknown ones are ignored, as NeMo's manifests have many."""
+    identity = fields.get("id")
+    name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_NAME else str(index)
+    try:
+        if identity is not None and name != str(identity):
+            raise GraniteError(f"id must be a short string or a number, not {identity!r:.40}")
+        if "audio" in fields and "audio_filepath" in fields:
+            raise GraniteError("has both audio and audio_filepath")
+        audio = _text(fields, "audio" if "audio" in fields else "audio_filepath")
+        if audio is None:
+            raise GraniteError("has neither audio nor audio_filepath")
+        offset, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
+        if duration == 0:
+            raise GraniteError("duration is 0")
+        return Entry(index, name, audio, offset or 0.0, duration, _ask(fields, ask))
+    except GraniteError as error:
+        return Entry(index, name, error=f"entry {index}: {error}")
+
+
+def _ask(fields: dict[str, Any], default: Ask) -> Ask:
+    task, to, prompt = (_text(fields, key) for key in ("task", "to", "prompt"))
+    keywords = fields.get("keywords")
+    if keywords is None:
+        keywords = default.keywords
+    elif not isinstance(keywords, list) or not all(
+        isinstance(word, str) and len(word) <= MAX_NAME for word in keywords
+    ):
+        raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
+    elif len(keywords) > _MAX_KEYWORDS:
+        raise GraniteError(f"has {len(keywords)} keywords, at most {_MAX_KEYWORDS} are possible")
+    if task is to is prompt is None:  # a task or prompt of the line's own replaces all of the job's
+        task, to, prompt = default.task, default.to, default.prompt
+    return Ask(task or ("translate" if to else "transcribe"), to, prompt, tuple(keywords))
+
+
+def _text(fields: dict[str, Any], key: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and (not isinstance(value, str) or not value or len(value) > 2 * MAX_NAME or "\0" in value):
+        raise GraniteError(f"{key} must be a short string that is not empty, not {value!r:.40}")
+    return value
+
+
+def _seconds(fields: dict[str, Any], key: str) -> float | None:
+    value = fields.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9 or math.isnan(value):
+        raise GraniteError(f"{key} must be a number of seconds, not {value!r:.40}")
+    return float(value)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Offset and bytes of every line that is not blank; None for one that is too long."""
+    offset = file.tell()
+    while line := file.readline(MAX_LINE + 1):
+        start, offset = offset, offset + len(line)
+        if len(line) > MAX_LINE and not line.endswith(b"\n"):
+            while rest := file.readline(MAX_LINE):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+            yield start, None
+        elif not line.isspace():
+            yield start, line
+
+
+def _signature(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
+
+
+# Listings.
+
+
+def is_listing(source: str) -> bool:
+    """Whether a source is to be listed: it is a directory, a glob or a data set, not a file of JSON lines."""
+    if scheme(source) not in (None, "tfds"):
+        return source.endswith("/") or glob.has_magic(source)
+    return (
+        source.startswith("tfds:") or os.path.isdir(source) or (glob.has_magic(source) and not os.path.exists(source))
+    )
+
+
+def root_of(source: str) -> str:
+    """What names in a source are relative to, and local ones have to be below: its directory, or a glob's start."""
+    if source.startswith("tfds:"):
+        return split_tfds(source)[0]
+    fixed = source
+    while glob.has_magic(fixed):
+        fixed = fixed.rpartition("/")[0]
+    if fixed != source:
+        return fixed or ("/" if source.startswith("/") else ".")
+    if scheme(source) is None and os.path.isdir(source):
+        return source
+    return source.rstrip("/") if source.endswith("/") else source.rpartition("/")[0] or "."
+
+
+def listing(source: str, access: Access) -> Iterator[str]:
+    """JSON lines of a directory's audio files, those that a glob matches, or a data set's examples.
+
+    Raises:
+      GraniteError: the source cannot be listed.
+    """
+    if source.startswith("tfds:"):
+        from granite_jax.batch.tfds import open_dataset
+
+        names: Iterable[str] = (f"tfds:{i}" for i in range(len(open_dataset(*split_tfds(source)))))
+    elif scheme(source) is not None:
+        names = access.list_remote(source, AUDIO_SUFFIXES)
+    elif os.path.isdir(source):
+        names = _walk(source)
+    else:
+        root = root_of(source)
+        matches = (path for path in glob.iglob(source, recursive=True) if os.path.isfile(path))
+        names = (os.path.relpath(path, root) for path in sorted(matches))
+    return (json.dumps({"audio": name}) + "\n" for name in names)
+
+
+def _walk(directory: str) -> Iterator[str]:
+    for parent, directories, files in os.walk(directory):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower().endswith(AUDIO_SUFFIXES):
+                yield os.path.relpath(os.path.join(parent, name), directory)
+
+
+@functools.cache
+def split_tfds(source: str) -> tuple[str, str]:
+    """Directory and split of `tfds:DIRECTORY#SPLIT`."""
+    directory, _, split = source.removeprefix("tfds:").partition("#")
+    if not directory or not split:
+        raise GraniteError(f"{printable(source)}: a prepared data set is given as tfds:DIRECTORY#SPLIT")
+    return directory, split

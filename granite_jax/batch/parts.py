@@ -1,0 +1,143 @@
+"""Parts, shards, and the fingerprint that keeps results of different jobs apart."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from granite_jax._orbax import TENSORS
+from granite_jax._save import CHAT_TEMPLATE, CONFIG, TOKENIZER
+from granite_jax.batch.commit import Store
+from granite_jax.checkpoint import Checkpoint
+from granite_jax.errors import GraniteError
+
+JOB = "job.json"
+_PART = re.compile(r"part-(\d{6,})-([0-9a-f]{12})\.jsonl")
+_MAX_JOB = 1 << 20
+# What decides a transcript besides the weights.
+_COMPANIONS = (
+    *(CONFIG, TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE, "chat_template.json"),
+    *("processor_config.json", "adapter_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A worker's share: every `count`-th part, from the `index`-th on."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise GraniteError(f"shard {self.index} of {self.count}: the first is 0, the last {self.count - 1}")
+
+    def parts(self, total: int) -> range:
+        """Numbers of its parts, of `total` there are."""
+        return range(self.index, total, self.count)
+
+    def name(self, stem: str, suffix: str) -> str:
+        """A file of its own: `stem.suffix` where it is the only one."""
+        return f"{stem}{suffix}" if self.count == 1 else f"{stem}-{self.index:05}-of-{self.count:05}{suffix}"
+
+
+def choose_shard(index: int | None, count: int | None, environment: Mapping[str, str] = os.environ) -> Shard:
+    """The shard given, or else that of the environment, or else everything.
+
+    Kubernetes' Indexed Jobs say JOB_COMPLETION_INDEX, and how many there are is to be put in GRANITE_JAX_NUM_SHARDS;
+    Slurm's arrays say SLURM_ARRAY_TASK_ID, _MIN, _STEP and _COUNT.
+
+    Raises:
+      GraniteError: one of the two is missing, not a number or out of range.
+    """
+    if index is None and count is None:
+        if "JOB_COMPLETION_INDEX" in environment:
+            index = _number(environment, "JOB_COMPLETION_INDEX")
+            count = _number(environment, "GRANITE_JAX_NUM_SHARDS")
+        elif "SLURM_ARRAY_TASK_ID" in environment:
+            first, step = (_number(environment, f"SLURM_ARRAY_TASK_{key}", 0) for key in ("MIN", "STEP"))
+            index = (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // (step or 1)
+            count = _number(environment, "SLURM_ARRAY_TASK_COUNT")
+        else:
+            return Shard()
+    if index is None or count is None:
+        raise GraniteError("a shard's number and the number of shards belong together")
+    return Shard(index, count)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    value = environment.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not re.fullmatch(r"\d{1,9}", value, re.ASCII):
+        what = "is not set" if value is None else f"is {value!r:.40}, not a number"
+        raise GraniteError(f"the environment asks for a shard, but {name} {what}")
+    return int(value)
+
+
+def part_name(part: int, fingerprint: str) -> str:
+    """The file of a part, which carries the job's fingerprint."""
+    return f"part-{part:06}-{fingerprint}.jsonl"
+
+
+def committed(store: Store, fingerprint: str) -> set[int]:
+    """Numbers of the parts that are there. Raises GraniteError if there is one of another job."""
+    found = set()
+    for name in store.names():
+        match = _PART.fullmatch(name)
+        if match and match[2] != fingerprint:
+            raise GraniteError(f"{name} is of another job than {JOB} beside it")
+        if match:
+            found.add(int(match[1]))
+    return found
+
+
+def weights_identity(checkpoint: Checkpoint) -> str:
+    """A hash of what decides the transcripts: all tensors' hashes, or weight files, and the files beside them."""
+    digest = hashlib.sha256()
+    weights = [TENSORS] if checkpoint.kind == "orbax" else sorted(p.name for p in checkpoint.directory.glob("*.*"))
+    for name in (*_COMPANIONS, *(name for name in weights if name.endswith((TENSORS, ".safetensors", ".bin")))):
+        path = checkpoint.directory / name
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def claim(store: Store, description: Mapping[str, Any]) -> str:
+    """Makes a directory that of the job described, unless it is already; returns the job's fingerprint.
+
+    Raises:
+      GraniteError: it is another job's, naming what differs.
+    """
+    text = json.dumps(description, indent=1, sort_keys=True)
+    if not store.create(JOB, (text + "\n").encode()):
+        existing, wanted = read_job(store), json.loads(text)
+        keys = sorted(existing.keys() | wanted.keys())
+        different = [key for key in keys if existing.get(key) != wanted.get(key)]
+        if different:
+            changes = "; ".join(f"{key} was {existing.get(key)!r:.60}, is {wanted.get(key)!r:.60}" for key in different)
+            raise GraniteError(f"the output directory holds results of another job: {changes}")
+    return fingerprint_of(description)
+
+
+def fingerprint_of(description: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_job(store: Store) -> dict[str, Any]:
+    """The description of the job that a directory belongs to. Raises GraniteError if there is none."""
+    try:
+        with store.open(JOB) as file:
+            job = json.loads(file.read(_MAX_JOB))
+    except FileNotFoundError:
+        raise GraniteError(f"not the output of a batch job: {JOB} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise GraniteError(f"{JOB} cannot be read ({error})") from None
+    if not isinstance(job, dict):
+        raise GraniteError(f"{JOB} is not an object")
+    return job
