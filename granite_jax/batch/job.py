@@ -14,13 +14,13 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import granite_jax
-from granite_jax.audio import Audio, printable
+from granite_jax.audio import printable
 from granite_jax.batch.access import PROTOCOLS, Access, retried, scheme
 from granite_jax.batch.commit import Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
@@ -227,6 +227,40 @@ def _copy(file: Any, path: Path) -> Path:
     return path
 
 
+def transcribe_alike(
+    asr: Transcriber,
+    ask: Ask | None,
+    reads: Sequence[Read],
+    options: Options,
+    progress: Callable[[int], None] | None = None,
+) -> dict[int, Transcript]:
+    """Transcripts, by index, of entries that are asked the same; what fails has an error."""
+    found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
+    usable = {read.entry.index: read.audio for read in reads if read.audio is not None}
+    if progress is not None:
+        progress(len(found))
+    if not usable or ask is None:
+        return found
+    try:
+        arguments = _arguments(asr, ask, options)
+        transcripts = asr.transcribe(list(usable.values()), **arguments, on_error="return", progress=progress)
+    except GraniteError as error:  # of what is asked for: the audio's own are returned
+        if progress is not None:
+            progress(len(usable))
+        transcripts = [Transcript(a.name, error=f"{printable(a.name)}: {error}") for a in usable.values()]
+    return found | dict(zip(usable, transcripts, strict=True))
+
+
+def _arguments(asr: Transcriber, ask: Ask, options: Options) -> dict[str, Any]:
+    """Of `transcribe`."""
+    if not ask.keywords:
+        return {**options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
+    if ask.prompt is None:
+        asr.capabilities.check(ask.task, ask.to)
+    prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=ask.keywords)
+    return {**options.decoding, "task": ask.task, "prompt": prompt}
+
+
 @dataclasses.dataclass
 class _Worker:
     manifest: Manifest
@@ -290,7 +324,9 @@ class _Worker:
         self, asr: Transcriber, pending: list[int], reads: Iterator[Read], chunk: int, committer: ThreadPoolExecutor
     ) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
-        asr.transcribe([], **self._arguments(asr, self.options.ask))  # what is wrong with the job's own options
+        asr.transcribe(
+            [], **_arguments(asr, self.options.ask, self.options)
+        )  # what is wrong with the job's own options
         self._started = time.monotonic()
         others, commit = 0, None
         for part in pending:
@@ -331,33 +367,8 @@ class _Worker:
             self.progress.done += count
             self._report()
 
-        lines = {}
-        usable: list[tuple[Entry, Audio]] = []
-        for read in reads:
-            if read.audio is None:
-                lines[read.entry.index] = self._line(read.entry, Transcript(read.entry.audio, error=read.error))
-                advance(1)
-            else:
-                usable.append((read.entry, read.audio))
-        if not usable or ask is None:
-            return lines
-        try:
-            arguments = self._arguments(asr, ask)
-            found = asr.transcribe([audio for _, audio in usable], **arguments, on_error="return", progress=advance)
-        except GraniteError as error:  # what is asked for: the audio's own faults are returned
-            found = [Transcript(entry.audio, error=f"{printable(entry.audio)}: {error}") for entry, _ in usable]
-            advance(len(found))
-        for (entry, _), transcript in zip(usable, found, strict=True):
-            lines[entry.index] = self._line(entry, transcript)
-        return lines
-
-    def _arguments(self, asr: Transcriber, ask: Ask) -> dict[str, Any]:
-        if not ask.keywords:
-            return {**self.options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
-        if ask.prompt is None:
-            asr.capabilities.check(ask.task, ask.to)
-        prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=ask.keywords)
-        return {**self.options.decoding, "task": ask.task, "prompt": prompt}
+        found = transcribe_alike(asr, ask, reads, self.options, advance)
+        return {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in reads}
 
     def _line(self, entry: Entry, transcript: Transcript) -> bytes:
         """An utterance's line, which holds nothing that another run would not write."""

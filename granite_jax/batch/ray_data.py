@@ -1,0 +1,88 @@
+"""Ray Data as the engine: a class for `ray.data.Dataset.map_batches`, whose actors hold a Transcriber each.
+
+    import ray
+    from granite_jax.batch.ray_data import Transcribe
+
+    rows = ray.data.read_json("manifest.jsonl", lines=True)
+    rows.map_batches(
+        Transcribe, fn_constructor_args=("demo",), fn_constructor_kwargs={"root": "/data"}, batch_size=128, concurrency=8
+    ).write_json("out/")
+
+Ray starts actors that died again and repeats the batches they had. Needs `pip install 'granite-jax[ray]'`; Ray itself is
+not imported here.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from granite_jax.batch.access import PROTOCOLS, Access
+from granite_jax.batch.job import Options, transcribe_alike
+from granite_jax.batch.manifest import parse_entry
+from granite_jax.batch.reading import Reader
+from granite_jax.programs import max_seconds
+from granite_jax.transcriber import Transcriber
+
+
+class Transcribe:
+    """Columns of a manifest in, columns `id`, `audio`, `text`, `tokens`, `duration`, `ctc_text`, `stats`, `error` out."""
+
+    def __init__(
+        self,
+        checkpoint: str | os.PathLike[str] = "demo",
+        *,
+        root: str | os.PathLike[str] = ".",
+        allow: tuple[str, ...] = PROTOCOLS,
+        num_readers: int = 16,
+        revision: str | None = None,
+        dtype: Any = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ):
+        """
+        Args:
+          checkpoint, revision, dtype, batch_size: as of `Transcriber.from_pretrained`.
+          root, allow, num_readers: as of `batch.run`; there are threads alone.
+          options: of `batch.Options`.
+
+        Raises:
+          GraniteError: the checkpoint or an option is not usable.
+        """
+        self._options = Options(**options)
+        self._asr = Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype, batch_size=batch_size)
+        self._reader = Reader(Access(os.fspath(root), tuple(allow)), max_seconds(self._asr.config))
+        self._threads = ThreadPoolExecutor(num_readers)
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Transcribes a batch; what fails has an `error`, and no text, in its row."""
+        columns = {name: np.asarray(column).tolist() for name, column in rows.items()}
+        count = len(next(iter(columns.values()), []))
+        fields = [{name: _plain(column[i]) for name, column in columns.items()} for i in range(count)]
+        for row in fields:
+            if row.get("id") is None:
+                row["id"] = row.get("audio") or row.get("audio_filepath")
+        entries = [parse_entry(row, i, self._options.ask) for i, row in enumerate(fields)]
+        reads = list(self._threads.map(self._reader, entries))
+        found = {}
+        for ask in dict.fromkeys(entry.ask for entry in entries):
+            alike = [read for read in reads if read.entry.ask == ask]
+            found |= transcribe_alike(self._asr, ask, alike, self._options)
+        return {
+            "id": [entry.id for entry in entries],
+            "audio": [entry.audio for entry in entries],
+            "text": [found[i].text for i in range(count)],
+            "tokens": [list(found[i].tokens) for i in range(count)],
+            "duration": [found[i].duration for i in range(count)],
+            "ctc_text": [found[i].ctc_text for i in range(count)],
+            "stats": [found[i].stats for i in range(count)],
+            "error": [found[i].error for i in range(count)],
+        }
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON has it: columns with gaps hold NaN for None."""
+    if isinstance(value, float) and value != value:
+        return None
+    return value.tolist() if isinstance(value, np.ndarray) else value

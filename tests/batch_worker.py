@@ -1,0 +1,82 @@
+"""A stand-in for the Transcriber, whose text is a hash of the audio, and workers of it that may be killed."""
+
+import dataclasses
+import hashlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from granite_jax import batch
+from granite_jax.batch.manifest import Entry
+from granite_jax.batch.reading import Read, Reader
+from granite_jax.checkpoint import open_checkpoint
+from granite_jax.prompts import Capabilities, instruction
+from granite_jax.transcriber import Transcript
+
+HELDOUT = Path(__file__).parent / "data" / "heldout"
+
+
+class StandIn:
+    """Takes `seconds` an utterance. Records the batches it was given."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.batch_size = 2
+        self.config = open_checkpoint("demo").config
+        self.capabilities = Capabilities()
+        self.seconds = seconds
+        self.calls: list[tuple[int, dict[str, Any]]] = []
+
+    def transcribe(
+        self, audio: list, *, on_error: str = "raise", progress: Callable[[int], None] | None = None, **options: Any
+    ) -> list[Transcript]:
+        asked = instruction(options["task"], to=options.get("to"), prompt=options["prompt"])
+        self.calls.append((len(audio), options))
+        results = []
+        for each in audio:
+            time.sleep(self.seconds)
+            digest = hashlib.sha256(each.samples.tobytes() + asked.encode())
+            stats = {"route": "greedy"}
+            results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, "heard", stats))
+            if progress is not None:
+                progress(1)
+        return results
+
+
+def run(manifest: Any, out: Any, seconds: float = 0.0, **options: Any) -> batch.Summary:
+    """`batch.run` with the stand-in."""
+    asr: Any = StandIn(seconds)
+    return batch.run(manifest, out, transcriber=(asr, "stand-in"), **{"num_readers": 2, **options})
+
+
+def run_with_quota(quota: int, *arguments: Any, **options: Any) -> None:
+    """No file can grow beyond `quota` bytes, as on a disk that is full. Exits with 3 if that was an OSError."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (quota, resource.RLIM_INFINITY))
+    try:
+        run(*arguments, **options)
+    except OSError:
+        sys.exit(3)
+
+
+def run_command(arguments: list[str], seconds: float) -> None:
+    """The command, with the stand-in for every checkpoint."""
+    from granite_jax import cli
+    from granite_jax.batch import job
+
+    asr = StandIn(seconds)
+    job.Transcriber.from_pretrained = lambda *_, **__: asr  # pyright: ignore[reportAttributeAccessIssue]
+    cli.app(arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadlyReader(Reader):
+    """Dies of files that are named so."""
+
+    def __call__(self, entry: Entry) -> Read:
+        if "deadly" in entry.audio:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(entry)

@@ -1,0 +1,276 @@
+"""Batch jobs under everything that goes wrong: killed workers, races, a full disk, a failing store, bad files."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import batch_worker
+import fsspec
+import numpy as np
+import pytest
+import soundfile
+from batch_worker import HELDOUT
+from fsspec.implementations.memory import MemoryFileSystem
+
+from granite_jax import batch
+
+UTTERANCES = 300
+PART = 5
+RATE = 16000
+DEADLINE = 120.0
+# Forked from a process that has imported everything: a worker starts within milliseconds.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["batch_worker", "granite_jax.cli"])
+
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The parts of a run that nothing happens to."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert batch_worker.run(HELDOUT, out, part_size=PART).transcribed == UTTERANCES
+    return parts(out)
+
+
+@pytest.fixture(autouse=True)
+def temporary_files_are_the_tests_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What killed workers leave in the temporary directory goes with the test's."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+
+
+def parts(out: Path) -> Files:
+    return {path.name: path.read_bytes() for path in out.glob("part-*")}
+
+
+def start(target: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    process = CONTEXT.Process(target=target, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def indices(files: Files) -> list[int]:
+    return [json.loads(line)["index"] for name in sorted(files) for line in files[name].splitlines()]
+
+
+def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files, tmp_path: Path) -> None:
+    # Given a job of 300 recordings, whose worker is killed at random instants and started again
+    out, kills, moments = tmp_path / "out", 0, random.Random(0)
+    while True:
+        before = len(parts(out))
+        worker = start(batch_worker.run, HELDOUT, out, seconds=0.003, part_size=PART)
+        wait_for(lambda: len(parts(out)) > before or not worker.is_alive())  # noqa: B023
+        worker.join(moments.uniform(0, 0.05))
+        # Nothing but whole parts is there, at any time
+        assert parts(out).items() <= undisturbed.items()
+        if not worker.is_alive():
+            break
+        worker.kill()
+        worker.join()
+        kills += 1
+    # When it ends by itself, then every utterance is there once, byte by byte as undisturbed
+    assert worker.exitcode == 0
+    assert kills >= 10
+    assert parts(out) == undisturbed
+    assert indices(undisturbed) == list(range(UTTERANCES))
+    assert batch.merge(out)["transcribed"] == UTTERANCES
+
+
+def test_workers_racing_for_a_shard_write_what_one_does(undisturbed: Files, tmp_path: Path) -> None:
+    # Given three workers of one shard, when they race and one of them is killed on the way
+    out = tmp_path / "out"
+    workers = [start(batch_worker.run, HELDOUT, out, seconds=0.001, part_size=PART) for _ in range(3)]
+    wait_for(lambda: len(parts(out)) > 10)
+    workers[0].kill()
+    for worker in workers:
+        worker.join(DEADLINE)
+    # Then the others end well, with the same parts
+    assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0]
+    assert parts(out) == undisturbed
+    assert batch.merge(out)["transcribed"] == UTTERANCES
+
+
+def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
+    # Given a directory whose files come and go while eight workers start
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    soundfile.write(corpus / "0.wav", np.zeros(RATE // 4), RATE)
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            for i in range(1, 50):
+                os.link(corpus / "0.wav", corpus / f"{i}.wav")
+            for i in range(1, 50):
+                os.unlink(corpus / f"{i}.wav")
+
+    with ThreadPoolExecutor(9) as pool:
+        disturbance = pool.submit(disturb)
+        out = tmp_path / "out"
+        options = {"part_size": PART, "num_shards": 8}
+        workers = [pool.submit(batch_worker.run, corpus, out, shard=shard, **options) for shard in range(8)]
+        summaries = [worker.result() for worker in workers]
+        done.set()
+        disturbance.result()
+    # Then they agree on one listing, and do all of it
+    assert len({summary.fingerprint for summary in summaries}) == 1
+    assert batch.merge(out)["entries"] == sum(summary.entries for summary in summaries)
+
+
+def test_a_full_disk_loses_nothing_that_was_committed(undisturbed: Files, tmp_path: Path) -> None:
+    # Given a disk that takes the listing, but not all parts: those of longer names of the quota
+    out = tmp_path / "out"
+    worker = start(batch_worker.run, HELDOUT, out, seconds=0.002, part_size=PART)
+    wait_for(lambda: len(parts(out)) > 5)
+    worker.kill()
+    worker.join()
+    before = parts(out)
+    # When the job is run with room for less than a part, then it ends with an error, and leaves nothing half written
+    worker = start(batch_worker.run_with_quota, min(map(len, undisturbed.values())) - 1, HELDOUT, out, part_size=PART)
+    worker.join(DEADLINE)
+    assert worker.exitcode == 3
+    assert parts(out) == before
+    # And with room again, it goes on to the same end
+    assert batch_worker.run(HELDOUT, out, part_size=PART).resumed_parts == len(before)
+    assert parts(out) == undisturbed
+
+
+class FailingStore(MemoryFileSystem):
+    """Fails at random, before or after it did what was asked."""
+
+    protocol = "s3"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    chance = random.Random(0)
+    rate = 0.0
+    failures = 0
+
+    def _fail(self) -> None:
+        if self.chance.random() < self.rate:
+            type(self).failures += 1
+            raise OSError("the store is having a bad day")
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        self._fail()
+        file = super().open(path, mode, **options)
+        if mode != "rb":
+            file.close()
+            self._fail()
+        return file
+
+    def ls(self, *arguments: Any, **options: Any) -> Any:
+        self._fail()
+        return super().ls(*arguments, **options)
+
+
+@pytest.fixture
+def failing_store() -> Iterator[FailingStore]:
+    fsspec.register_implementation("s3", FailingStore, clobber=True)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    FailingStore.store.clear()
+    yield store
+    FailingStore.rate = 0.0
+
+
+def test_a_store_that_fails_at_random_costs_nothing(
+    undisturbed: Files, failing_store: FailingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given audio and results on a store that fails a fifth of all calls
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    failing_store.put(str(HELDOUT), "/bucket/heldout", recursive=True)
+    FailingStore.rate = 0.2
+    # When the job is run until it ends
+    for _ in range(20):
+        try:
+            summary = batch_worker.run("s3://bucket/heldout/", "s3://bucket/out", part_size=PART)
+            break
+        except OSError as error:
+            assert "bad day" in str(error)
+    FailingStore.rate = 0.0
+    # Then it has the results of the undisturbed run, but for audio that failed five times in a row, which says so
+    assert FailingStore.failures > 100
+    assert summary.failed <= 3
+    paths = sorted(path for path in failing_store.ls("/bucket/out", detail=False) if "/part-" in path)
+    found = [json.loads(line) for path in paths for line in failing_store.cat_file(path).splitlines()]
+    expected = [json.loads(line) for name in sorted(undisturbed) for line in undisturbed[name].splitlines()]
+    assert len(found) == len(expected)
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == wanted or "bad day" in line["error"]
+    assert batch.merge("s3://bucket/out")["entries"] == UTTERANCES
+
+
+def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path) -> None:
+    # Given every kind of bad file and URL, each between good ones
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
+    soundfile.write(corpus / "good.flac", noise, RATE)
+    whole = (corpus / "good.flac").read_bytes()
+    soundfile.write(corpus / "hours.flac", np.zeros(3600 * RATE, np.int16), RATE)
+    soundfile.write(corpus / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    soundfile.write(corpus / "short.wav", noise[:100], RATE)
+    contents = {
+        "empty.wav": b"",
+        "corrupt.flac": whole[:2000] + bytes(2000) + whole[4000:],
+        "truncated.flac": whole[:40],
+        "text.wav": b"this is no audio\n" * 100,
+        "zip.flac": b"PK\x03\x04" + bytes(100),
+    }
+    for name, content in contents.items():
+        (corpus / name).write_bytes(content)
+    # A header that promises 2^36 - 1 samples
+    (corpus / "bomb.flac").write_bytes(whole[:21] + bytes([whole[21] | 0x0F]) + b"\xff" * 4 + whole[26:])
+    (corpus / "directory.wav").mkdir()
+    os.mkfifo(corpus / "pipe.wav")
+    (corpus / "loop.wav").symlink_to("loop.wav")
+    urls = ["s3://bucket/none.wav", "https://example.com/a.wav", "https://169.254.169.254/", "zip://a::s3://b/c"]
+    bad = [path.name for path in corpus.iterdir() if path.name != "good.flac"] + [*urls, "missing.wav", "/etc/passwd"]
+    manifest = corpus / "m.jsonl"
+    with open(manifest, "w", encoding="utf-8") as file:
+        for name in bad:
+            file.write(f"{json.dumps({'audio': name})}\n" + '{"audio": "good.flac"}\n')
+    # When they are run, then each bad one has an error that names it, and each good one its text
+    summary = batch_worker.run(manifest, tmp_path / "out", part_size=PART)
+    lines = [json.loads(line) for data in dict(sorted(parts(tmp_path / "out").items())).values()
+             for line in data.splitlines()]  # fmt: skip
+    for name, failed, good in zip(bad, lines[::2], lines[1::2], strict=True):
+        assert failed["error"].startswith(f"{name}: "), failed
+        assert "\n" not in failed["error"]
+        assert good["text"] == lines[1]["text"]
+    assert (summary.failed, summary.transcribed) == (len(bad), len(bad))
+
+
+def test_sigterm_ends_the_command_between_parts(undisturbed: Files, tmp_path: Path) -> None:
+    # Given the command amid a job, when it is told to end
+    out = tmp_path / "out"
+    arguments = ["batch", str(HELDOUT), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
+    worker = start(batch_worker.run_command, arguments, seconds=0.003)
+    wait_for(lambda: len(parts(out)) > 3)
+    worker.terminate()
+    worker.join(DEADLINE)
+    # Then it ends soon, as engines expect it, with whole parts, and nothing is left of what it was writing
+    assert worker.exitcode == 128 + signal.SIGTERM
+    texts = {json.loads(line)["text"] for data in parts(out).values() for line in data.splitlines()}
+    assert texts <= {json.loads(line)["text"] for data in undisturbed.values() for line in data.splitlines()}
+    assert 0 < len(texts) < UTTERANCES
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    # And the same command does the rest
+    worker = start(batch_worker.run_command, arguments, seconds=0.0)
+    worker.join(DEADLINE)
+    assert worker.exitcode == 0
+    assert batch.merge(out)["transcribed"] == UTTERANCES
