@@ -86,8 +86,8 @@ def run(
         str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
     ] = None,
     allow: Annotated[
-        list[Literal["file", "gs", "s3", "https"]] | None,
-        typer.Option(help="protocols of audio; repeatable; default: file, gs, s3", show_default=False),
+        list[str] | None,
+        typer.Option(help="protocols of audio: file, gs, s3 (the default), https; repeatable", show_default=False),
     ] = None,
     readers: Annotated[
         Literal["threads", "processes"], typer.Option(help="processes survive files that kill a decoder")

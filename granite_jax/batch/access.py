@@ -73,6 +73,8 @@ class Access:
         if scheme(url) is None:
             return open_regular(url)
         protocol, path = self._split(url)
+        if protocol == "https":
+            check_address(url)
         return self.filesystem(protocol).open(path, "rb", cache_type="readahead", block_size=1 << 22)
 
     def resolve(self, name: str) -> str:
@@ -113,9 +115,9 @@ class Access:
         files: Any = self.filesystem(protocol)
         is_directory = source.endswith("/")
         found = retried(lambda: files.find(path) if is_directory else files.glob(path))
-        root = files._strip_protocol(self.root)
+        root = self._split(self.root)[1].strip("/")
         for name in sorted(name for name in found if not is_directory or name.lower().endswith(tuple(suffixes))):
-            yield os.path.relpath(name, root)
+            yield os.path.relpath(name.strip("/"), root)
 
     def filesystem(self, protocol: str) -> fsspec.AbstractFileSystem:
         """fsspec's file system of a protocol. Raises GraniteError if its package is missing."""
@@ -134,7 +136,8 @@ class Access:
         return protocol, url if protocol == "https" else url[len(protocol) + 3 :]
 
 
-# https: servers of the public Internet alone, wherever names and redirects lead.
+# https: servers of the public Internet alone, wherever names and redirects lead. The client resolves names again, and
+# may be told something else then.
 
 
 def check_host(url: str) -> None:
@@ -154,6 +157,19 @@ def check_host(url: str) -> None:
             if ipaddress.ip_address(host).is_global:
                 return
         raise AudioError(f"host {host} is not on the public Internet")
+
+
+def check_address(url: str) -> None:
+    """Raises AudioError for a host whose name leads to another place than the public Internet, or nowhere."""
+    from yarl import URL
+
+    parsed = URL(url)
+    try:
+        found = socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise AudioError(f"host {parsed.host} is not found ({one_line(error.strerror)})") from None
+    if not all(ipaddress.ip_address(address[0]).is_global for *_, address in found):
+        raise AudioError(f"host {parsed.host} is not on the public Internet")
 
 
 async def _guarded_client(loop: Any = None, **options: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import granite_jax
 from granite_jax.audio import printable
-from granite_jax.batch.access import PROTOCOLS, Access, retried, scheme
+from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme
 from granite_jax.batch.commit import Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
@@ -171,6 +171,9 @@ def run(
     """
     chosen = Options(**options)
     source, share = os.fspath(manifest), choose_shard(shard, num_shards)
+    unknown = [protocol for protocol in allow if protocol not in KNOWN]
+    if unknown:
+        raise GraniteError(f"protocol {unknown[0]!r:.40} is not supported, only {', '.join(KNOWN)}")
     if num_readers < 1:
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
     storage = storage_options or {}

@@ -5,11 +5,11 @@
 
     rows = ray.data.read_json("manifest.jsonl", lines=True)
     rows.map_batches(
-        Transcribe, fn_constructor_args=("demo",), fn_constructor_kwargs={"root": "/data"}, batch_size=128, concurrency=8
+        Transcribe, fn_constructor_kwargs={"checkpoint": "demo", "root": "/data"}, batch_size=128, concurrency=8
     ).write_json("out/")
 
-Ray starts actors that died again and repeats the batches they had. Needs `pip install 'granite-jax[ray]'`; Ray itself is
-not imported here.
+Ray starts actors that died again and repeats the batches they had. Needs `pip install 'granite-jax[ray]'`; Ray itself
+is not imported here.
 """
 
 import os
@@ -27,7 +27,7 @@ from granite_jax.transcriber import Transcriber
 
 
 class Transcribe:
-    """Columns of a manifest in, columns `id`, `audio`, `text`, `tokens`, `duration`, `ctc_text`, `stats`, `error` out."""
+    """A manifest's columns in; `id`, `audio`, `text`, `tokens`, `duration`, `ctc_text`, `stats` and `error` out."""
 
     def __init__(
         self,

@@ -38,8 +38,8 @@ def open_dataset(directory: str, split: str) -> Examples:
         import tensorflow_datasets as tfds
 
         builder: Any = tfds.builder_from_directory(directory)
-        feature = builder.info.features.get(AUDIO)
-        if feature is None:
+        features = builder.info.features
+        if AUDIO not in features:
             raise GraniteError(f"{directory}: has no feature named {AUDIO}")
         source = builder.as_data_source(split=split)
     except GraniteError:
@@ -48,5 +48,7 @@ def open_dataset(directory: str, split: str) -> Examples:
         raise GraniteError(f"{directory}: needs TensorFlow to be read: pip install tensorflow ({error})") from None
     except Exception as error:  # whatever is wrong with the directory, and TFDS has many ways to say it
         raise GraniteError(f"{directory}#{split}: is no prepared data set ({one_line(error)})") from error
-    rate = getattr(feature, "sample_rate", None) or (builder.info.metadata or {}).get("sampling_rate", SAMPLE_RATE)
+    rate = getattr(features[AUDIO], "sample_rate", None) or (builder.info.metadata or {}).get(
+        "sampling_rate", SAMPLE_RATE
+    )
     return Examples(source, int(rate))

@@ -1,0 +1,119 @@
+"""Batch jobs on existing engines: Ray Data, and Kubernetes' Indexed Jobs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from batch_worker import HELDOUT
+from typer.testing import CliRunner
+
+from granite_jax import cli
+from granite_jax.batch.ray_data import Transcribe
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+JOBS = sorted(DEPLOY.glob("job-*.yaml"))
+# In a process of its own: Ray leaves threads and warnings in those it is started from.
+RAY = """
+import json, os, signal, sys, time
+from pathlib import Path
+import ray
+from granite_jax.batch.ray_data import Transcribe
+
+once, clips = Path(sys.argv[1]), sys.argv[2:]
+
+class Dying(Transcribe):
+    # The first actor that has done two batches dies amid the third.
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.calls = 0
+    def __call__(self, rows):
+        found = super().__call__(rows)
+        self.calls += 1
+        if self.calls == 3:
+            try:
+                os.close(os.open(once, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+ray.data.DataContext.get_current().enable_progress_bars = False
+rows = ray.data.from_items([{"audio": clip} for clip in clips]).repartition(len(clips) // 2)
+options = {"dtype": "float32", "root": "/", "num_readers": 2, "batch_size": 2}
+found = rows.map_batches(Dying, fn_constructor_kwargs=options, batch_size=2, concurrency=2).take_all()
+print(json.dumps(sorted([row["audio"], row["text"], list(row["tokens"]), row["error"]] for row in found)))
+"""
+
+
+def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
+    # Given a dozen recordings, when they go through two actors, one of which is killed midway
+    import json
+
+    clips = [str(path) for path in sorted(HELDOUT.glob("*.ogg"))[:16]]
+    once = tmp_path / "once"
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", RAY, str(once), *clips]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # Then one was, and each recording is there once, with the text that the class gives without Ray
+    assert once.exists()
+    expected = Transcribe(dtype="float32", root="/", num_readers=2, batch_size=2)({"audio": clips})
+    rows = zip(expected["audio"], expected["text"], expected["tokens"], expected["error"], strict=True)
+    assert found == sorted([list(row) for row in rows])
+    assert {row[3] for row in found} == {None}
+
+
+def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
+    # Given rows with ids, one of whose files is missing, when they are transcribed, then it alone fails
+    clip = min(HELDOUT.glob("*.ogg"))
+    found = Transcribe(root=HELDOUT, num_readers=1, dtype="float32", batch_size=2)(
+        {"audio": [clip.name, "none.wav"], "id": ["x", None], "offset": [0.0, float("nan")]}
+    )
+    assert found["id"] == ["x", "none.wav"]
+    assert found["error"] == [None, "none.wav: no such file"]
+    assert found["text"][0] and not found["text"][1]
+
+
+@pytest.fixture(params=JOBS, ids=lambda path: path.stem)
+def job(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return yaml.safe_load(request.param.read_text())
+
+
+def test_jobs_are_valid_for_kubernetes(job: dict[str, Any]) -> None:
+    # Given a manifest, then it is valid, strictly; and the checker finds a misspelt field
+    assert len(JOBS) == 2
+    kubernetes_validate.validate(job, "1.34", strict=True)
+    job["spec"]["backoffLimitPerIndexes"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(job, "1.34", strict=True)
+
+
+def test_jobs_say_how_many_shards_there_are(job: dict[str, Any]) -> None:
+    # Given a job, then its workers are told as many shards as there are indices
+    (worker,) = job["spec"]["template"]["spec"]["containers"]
+    environment = {variable["name"]: variable["value"] for variable in worker["env"]}
+    assert environment["GRANITE_JAX_NUM_SHARDS"] == str(job["spec"]["completions"])
+    assert job["spec"]["completionMode"] == "Indexed"
+
+
+def test_jobs_call_the_command_as_it_is(job: dict[str, Any], tmp_path: Path) -> None:
+    # Given a job's arguments, with places of this machine, when they are run, then the command understands them
+    (worker,) = job["spec"]["template"]["spec"]["containers"]
+    places = {"gs://BUCKET": str(tmp_path), "/checkpoint": str(tmp_path / "none")}
+    arguments = worker["args"]
+    for place, here in places.items():
+        arguments = [argument.replace(place, here) for argument in arguments]
+    (tmp_path / "manifest.jsonl").write_text('{"audio": "a.wav"}\n')
+    done = CliRunner().invoke(cli.app, arguments)
+    # And fails for the checkpoint alone
+    assert done.exit_code == 2
+    assert done.stderr == f"granite-jax: {tmp_path / 'none'}: no such directory\n"
