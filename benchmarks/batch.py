@@ -1,0 +1,116 @@
+"""What a batch job costs: its throughput against the Transcriber's own, and its memory by the manifest's length.
+
+    python benchmarks/batch.py throughput [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--rounds 3]
+    python benchmarks/batch.py memory [--entries 1000 1000000]
+
+`throughput` times, in turn and in this process, after a round that compiles: the programs on audio that is in memory
+("device only"), `transcribe()` on the list of files, the job, and one file at a time. The median of the rounds is printed,
+and the job's share of the device-only rate.
+
+`memory` runs jobs over one short recording again and again with a stand-in for the model, a process each, and prints the
+peak of resident memory: that of manifest, readers, parts and commits.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from granite_jax import Transcriber, batch
+from granite_jax.audio import load_audio
+
+HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
+
+
+def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit: int | None) -> None:
+    """Prints a Markdown table of audio seconds a second."""
+    asr = Transcriber.from_pretrained(checkpoint, dtype="float32", batch_size=batch_size)
+    files = sorted(audio.glob("*.ogg"))[:limit]
+    loaded = [load_audio(file) for file in files]
+    seconds = sum(each.duration for each in loaded)
+
+    def job() -> None:
+        with tempfile.TemporaryDirectory() as out:
+            manifest = Path(out, "manifest.jsonl")
+            manifest.write_text("".join(f"{json.dumps({'audio': str(file)})}\n" for file in files))
+            batch.run(manifest, Path(out, "out"), transcriber=(asr, "benchmark"), root=audio)
+
+    ways: dict[str, Callable[[], Any]] = {
+        "device only (audio in memory)": lambda: asr.transcribe(loaded),
+        "transcribe() on the files": lambda: asr.transcribe(list(files)),
+        "batch job": job,
+        "one file at a time": lambda: [asr.transcribe(file) for file in files],
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn:  # the first compiles
+                times[name].append(time.perf_counter() - began)
+    print(f"{len(files)} files, {seconds:.0f} s of audio, batches of {batch_size}, {rounds} rounds\n")
+    print("| way | median | audio seconds a second |\n| --- | --- | --- |")
+    for name, found in times.items():
+        print(f"| {name} | {statistics.median(found):.2f} s | {seconds / statistics.median(found):.1f} |")
+    device = times["device only (audio in memory)"]
+    shares = [alone / whole for alone, whole in zip(device, times["batch job"], strict=True)]
+    print(f"\nThe job has {100 * statistics.median(shares):.1f} % of the device-only rate.")
+
+
+def memory(entries: list[int]) -> None:
+    """Prints a Markdown table of peak resident memory."""
+    print("| entries | peak memory | seconds |\n| --- | --- | --- |")
+    for count in entries:
+        command = [sys.executable, __file__, "measure", str(count)]
+        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+
+
+def measure(count: int) -> None:
+    """Runs a job with the stand-in, and prints its row."""
+    import batch_worker
+    import numpy as np
+    import soundfile
+
+    with tempfile.TemporaryDirectory() as work:
+        soundfile.write(Path(work, "a.wav"), np.zeros(1600), 16000)
+        manifest = Path(work, "manifest.jsonl")
+        with open(manifest, "w") as file:
+            file.writelines('{"audio": "a.wav"}\n' for _ in range(count))
+        began = time.perf_counter()
+        assert batch_worker.run(manifest, Path(work, "out")).transcribed == count
+        assert batch.merge(Path(work, "out"))["transcribed"] == count
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"| {count:,} | {peak:.0f} MiB | {time.perf_counter() - began:.0f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    timed = commands.add_parser("throughput")
+    timed.add_argument("--checkpoint", default="demo")
+    timed.add_argument("--audio", type=Path, default=HELDOUT)
+    timed.add_argument("--batch", type=int, default=8)
+    timed.add_argument("--rounds", type=int, default=3)
+    timed.add_argument("--limit", type=int)
+    commands.add_parser("memory").add_argument("--entries", type=int, nargs="+", default=[1000, 1000_000])
+    commands.add_parser("measure").add_argument("count", type=int)
+    chosen = parser.parse_args()
+    if chosen.command == "throughput":
+        throughput(chosen.checkpoint, chosen.audio, chosen.batch, chosen.rounds, chosen.limit)
+    elif chosen.command == "memory":
+        memory(chosen.entries)
+    else:
+        measure(chosen.count)
+
+
+if __name__ == "__main__":
+    main()
