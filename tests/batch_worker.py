@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,12 @@ def run(manifest: Any, out: Any, seconds: float = 0.0, **options: Any) -> batch.
     """`batch.run` with the stand-in."""
     asr: Any = StandIn(seconds)
     return batch.run(manifest, out, transcriber=(asr, "stand-in"), **{"num_readers": 2, **options})
+
+
+def in_process(directory: Path, target: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Calls the target; its temporary files, which a kill would leave, go to the directory."""
+    tempfile.tempdir = str(directory)
+    target(*arguments, **options)
 
 
 def run_with_quota(quota: int, *arguments: Any, **options: Any) -> None:

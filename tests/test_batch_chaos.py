@@ -41,21 +41,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return parts(out)
 
 
-@pytest.fixture(autouse=True)
-def temporary_files_are_the_tests_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What killed workers leave in the temporary directory goes with the test's."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-
-
 def parts(out: Path) -> Files:
     return {path.name: path.read_bytes() for path in out.glob("part-*")}
 
 
-def start(target: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    process = CONTEXT.Process(target=target, args=arguments, kwargs=options)
-    process.start()
-    return process
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Any]:
+    """Starts a process."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        process = CONTEXT.Process(target=batch_worker.in_process, args=(temporary, *arguments), kwargs=options)
+        process.start()
+        return process
+
+    return start
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -69,7 +70,9 @@ def indices(files: Files) -> list[int]:
     return [json.loads(line)["index"] for name in sorted(files) for line in files[name].splitlines()]
 
 
-def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files, tmp_path: Path) -> None:
+def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
+    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
+) -> None:
     # Given a job of 300 recordings, whose worker is killed at random instants and started again
     out, kills, moments = tmp_path / "out", 0, random.Random(0)
     while True:
@@ -92,7 +95,9 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files,
     assert batch.merge(out)["transcribed"] == UTTERANCES
 
 
-def test_workers_racing_for_a_shard_write_what_one_does(undisturbed: Files, tmp_path: Path) -> None:
+def test_workers_racing_for_a_shard_write_what_one_does(
+    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
+) -> None:
     # Given three workers of one shard, when they race and one of them is killed on the way
     out = tmp_path / "out"
     workers = [start(batch_worker.run, HELDOUT, out, seconds=0.001, part_size=PART) for _ in range(3)]
@@ -133,8 +138,10 @@ def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
     assert batch.merge(out)["entries"] == sum(summary.entries for summary in summaries)
 
 
-def test_a_full_disk_loses_nothing_that_was_committed(undisturbed: Files, tmp_path: Path) -> None:
-    # Given a disk that takes the listing, but not all parts: those of longer names of the quota
+def test_a_full_disk_loses_nothing_that_was_committed(
+    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    # Given a job that was interrupted
     out = tmp_path / "out"
     worker = start(batch_worker.run, HELDOUT, out, seconds=0.002, part_size=PART)
     wait_for(lambda: len(parts(out)) > 5)
@@ -167,11 +174,11 @@ class FailingStore(MemoryFileSystem):
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         self._fail()
-        file = super().open(path, mode, **options)
-        if mode != "rb":
-            file.close()
-            self._fail()
-        return file
+        return super().open(path, mode, **options)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        super().pipe_file(path, value, mode, **options)
+        self._fail()
 
     def ls(self, *arguments: Any, **options: Any) -> Any:
         self._fail()
@@ -226,8 +233,8 @@ def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path
     soundfile.write(corpus / "short.wav", noise[:100], RATE)
     contents = {
         "empty.wav": b"",
-        "corrupt.flac": whole[:2000] + bytes(2000) + whole[4000:],
-        "truncated.flac": whole[:40],
+        "corrupt.flac": whole[:42] + np.random.default_rng(1).bytes(3000),
+        "truncated.flac": whole[:3000],
         "text.wav": b"this is no audio\n" * 100,
         "zip.flac": b"PK\x03\x04" + bytes(100),
     }
@@ -246,8 +253,8 @@ def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path
             file.write(f"{json.dumps({'audio': name})}\n" + '{"audio": "good.flac"}\n')
     # When they are run, then each bad one has an error that names it, and each good one its text
     summary = batch_worker.run(manifest, tmp_path / "out", part_size=PART)
-    lines = [json.loads(line) for data in dict(sorted(parts(tmp_path / "out").items())).values()
-             for line in data.splitlines()]  # fmt: skip
+    found = parts(tmp_path / "out")
+    lines = [json.loads(line) for name in sorted(found) for line in found[name].splitlines()]
     for name, failed, good in zip(bad, lines[::2], lines[1::2], strict=True):
         assert failed["error"].startswith(f"{name}: "), failed
         assert "\n" not in failed["error"]
@@ -255,7 +262,7 @@ def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path
     assert (summary.failed, summary.transcribed) == (len(bad), len(bad))
 
 
-def test_sigterm_ends_the_command_between_parts(undisturbed: Files, tmp_path: Path) -> None:
+def test_sigterm_ends_the_command_between_parts(undisturbed: Files, start: Callable[..., Any], tmp_path: Path) -> None:
     # Given the command amid a job, when it is told to end
     out = tmp_path / "out"
     arguments = ["batch", str(HELDOUT), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]

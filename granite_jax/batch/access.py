@@ -142,8 +142,10 @@ class Access:
 
 def check_host(url: str) -> None:
     """Raises AudioError for a host that is a number, unless it is a public one, and for user names and passwords."""
-    from yarl import URL
-
+    try:
+        from yarl import URL  # the client's own parser: two might disagree on what the host is
+    except ImportError:
+        raise AudioError("protocol https needs pip install 'granite-jax[remote]'") from None
     try:
         parsed = URL(url)
         host = parsed.host

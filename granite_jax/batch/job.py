@@ -22,7 +22,7 @@ from typing import Any, Literal
 import granite_jax
 from granite_jax.audio import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme
-from granite_jax.batch.commit import Store, open_store
+from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
@@ -219,6 +219,8 @@ def _local_manifest(source: str, access: Access, store: Store, work: Path) -> Pa
         if os.path.getsize(work / _LISTING) == 0:
             raise GraniteError(f"{source}: no audio files")
         store.create(_LISTING, work / _LISTING)
+    if isinstance(store, LocalStore):
+        return store.directory / _LISTING
     with store.open(_LISTING) as listed:
         return _copy(listed, work / _LISTING)
 

@@ -51,6 +51,8 @@ class Reader:
             return Read(entry, error=entry.error)
         try:
             return Read(entry, retried(lambda: self._load(entry)))
+        except FileNotFoundError:
+            return Read(entry, error=f"{printable(entry.audio)}: no such file")
         except Exception as error:  # a remote file system raises what it likes, and one entry must not end the job
             reason = str(error) if isinstance(error, GraniteError) else f"cannot be read ({_reason(error)})"
             return Read(entry, error=f"{printable(entry.audio)}: {reason}")
