@@ -31,6 +31,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["batch_worker", "granite_jax.cli"])
 
 Files = dict[str, bytes]
+Start = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def parts(out: Path) -> Files:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[..., Any]:
+def start(tmp_path: Path) -> Start:
     """Starts a process."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -70,9 +71,7 @@ def indices(files: Files) -> list[int]:
     return [json.loads(line)["index"] for name in sorted(files) for line in files[name].splitlines()]
 
 
-def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
-    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files, start: Start, tmp_path: Path) -> None:
     # Given a job of 300 recordings, whose worker is killed at random instants and started again
     out, kills, moments = tmp_path / "out", 0, random.Random(0)
     while True:
@@ -95,9 +94,7 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
     assert batch.merge(out)["transcribed"] == UTTERANCES
 
 
-def test_workers_racing_for_a_shard_write_what_one_does(
-    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_workers_racing_for_a_shard_write_what_one_does(undisturbed: Files, start: Start, tmp_path: Path) -> None:
     # Given three workers of one shard, when they race and one of them is killed on the way
     out = tmp_path / "out"
     workers = [start(batch_worker.run, HELDOUT, out, seconds=0.001, part_size=PART) for _ in range(3)]
@@ -138,9 +135,7 @@ def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
     assert batch.merge(out)["entries"] == sum(summary.entries for summary in summaries)
 
 
-def test_a_full_disk_loses_nothing_that_was_committed(
-    undisturbed: Files, start: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_full_disk_loses_nothing_that_was_committed(undisturbed: Files, start: Start, tmp_path: Path) -> None:
     # Given a job that was interrupted
     out = tmp_path / "out"
     worker = start(batch_worker.run, HELDOUT, out, seconds=0.002, part_size=PART)
@@ -262,7 +257,7 @@ def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path
     assert (summary.failed, summary.transcribed) == (len(bad), len(bad))
 
 
-def test_sigterm_ends_the_command_between_parts(undisturbed: Files, start: Callable[..., Any], tmp_path: Path) -> None:
+def test_sigterm_ends_the_command_between_parts(undisturbed: Files, start: Start, tmp_path: Path) -> None:
     # Given the command amid a job, when it is told to end
     out = tmp_path / "out"
     arguments = ["batch", str(HELDOUT), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
