@@ -3,12 +3,12 @@
     python benchmarks/batch.py throughput [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--rounds 3]
     python benchmarks/batch.py memory [--entries 1000 1000000]
 
-`throughput` times, in turn and in this process, after a round that compiles: the programs on audio that is in memory
-("device only"), `transcribe()` on the list of files, the job, and one file at a time. The median of the rounds is printed,
-and the job's share of the device-only rate.
+`throughput` times, in turn and in this process, after a round that compiles: `transcribe()` on audio that is in memory
+("device only"), and on the list of files, the job, and one file at a time. The median of the rounds is printed, and the
+job's share of the device-only rate.
 
-`memory` runs jobs over one short recording again and again with a stand-in for the model, a process each, and prints the
-peak of resident memory: that of manifest, readers, parts and commits.
+`memory` runs jobs over one short recording again and again with a stand-in for the model, a process each, and prints
+the peak of resident memory: that of manifest, readers, parts and commits.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax import Transcriber, batch
 from granite_jax.audio import load_audio
@@ -76,6 +76,7 @@ def memory(entries: list[int]) -> None:
 
 def measure(count: int) -> None:
     """Runs a job with the stand-in, and prints its row."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import batch_worker
     import numpy as np
     import soundfile
