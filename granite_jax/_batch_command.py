@@ -98,8 +98,8 @@ def run(
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task, to,
     keywords and prompt. DIR gets part-*.jsonl, errors.jsonl, summary.json and job.json. The exit status is 0 if the
-    shard is done, whatever single utterances failed, 2 if the job could not be run or go on, and 143 after SIGTERM,
-    which abandons the current part.
+    shard is done, whatever single utterances failed; 1 if results could not be written, and 143 after SIGTERM, which
+    abandons the current part: run again; 2 if the job cannot be run as it is.
     """
     from granite_jax import batch  # here, because it imports Grain
 
@@ -130,10 +130,12 @@ def run(
                 progress=display.show,
                 stop=terminated.is_set,
             )
-    except (GraniteError, OSError) as error:
-        reason = str(error) if isinstance(error, GraniteError) else f"{out}: cannot be written ({error})"
-        fail(f"{reason}{'' if isinstance(error, GraniteError) else '; what is committed stays: run again to resume'}")
+    except GraniteError as error:
+        fail(str(error))
         raise typer.Exit(2) from None
+    except OSError as error:  # a full disk, a store that cannot be reached: it may pass
+        fail(f"{out}: {error}; what is committed stays: run again to resume")
+        raise typer.Exit(1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
     if summary.stopped:

@@ -329,9 +329,8 @@ class _Worker:
         self, asr: Transcriber, pending: list[int], reads: Iterator[Read], chunk: int, committer: ThreadPoolExecutor
     ) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
-        asr.transcribe(
-            [], **_arguments(asr, self.options.ask, self.options)
-        )  # what is wrong with the job's own options
+        # What is wrong with the job's own options ends the job, not every utterance of it.
+        asr.transcribe([], **_arguments(asr, self.options.ask, self.options))
         self._started = time.monotonic()
         others, commit = 0, None
         for part in pending:

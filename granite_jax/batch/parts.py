@@ -142,7 +142,7 @@ def read_job(store: Store) -> dict[str, Any]:
             job = json.loads(file.read(_MAX_JOB))
     except FileNotFoundError:
         raise GraniteError(f"not the output of a batch job: {JOB} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise GraniteError(f"{JOB} cannot be read ({error})") from None
     if not isinstance(job, dict):
         raise GraniteError(f"{JOB} is not an object")
