@@ -6,13 +6,13 @@ import threading
 import time
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from granite_jax import _options as options
 from granite_jax._terminal import console, fail, line
 from granite_jax.errors import GraniteError
 
@@ -22,7 +22,7 @@ _LOG_SECONDS = 60.0  # between lines about the progress, where there is no termi
 class _DefaultGroup(typer.core.TyperGroup):
     """`batch MANIFEST` is `batch run MANIFEST`."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -52,31 +52,22 @@ def run(
         ),
     ],
     out: Annotated[str, typer.Option(metavar="DIR", help="directory, or gs:// or s3:// URL", show_default=False)],
-    checkpoint: Annotated[
-        str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
-    ] = "demo",
-    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="default: bfloat16 where the device has it", show_default=False),
-    ] = None,
-    task: Annotated[
-        Literal["transcribe", "punctuate", "translate"], typer.Option(help="of lines that do not say")
-    ] = "transcribe",
-    to: Annotated[str | None, typer.Option(help="target language of a translation")] = None,
-    prompt: Annotated[str | None, typer.Option(help="a prompt of your own, instead of the task's")] = None,
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    task: options.Task = "transcribe",
+    to: options.To = None,
+    prompt: options.Prompt = None,
     keyword: Annotated[
-        list[str] | None, typer.Option(help="a name or term to listen for; repeatable", show_default=False)
+        list[str] | None, typer.Option(help="a name or term to mention in the prompt; repeatable", show_default=False)
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
-    ] = None,
-    speculative: Annotated[
-        Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"], typer.Option(help="as of transcribe")
-    ] = "lossless",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="rows of a full batch; default by device", show_default=False)
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    batch_size: options.BatchSize = None,
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
     shard: Annotated[
         int | None, typer.Option(min=0, help="this worker's number; default: of the environment", show_default=False)
     ] = None,
@@ -97,9 +88,9 @@ def run(
     """Transcribe a manifest, or one shard of it; the same command again resumes.
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task, to,
-    keywords and prompt. DIR gets part-*.jsonl, errors.jsonl, summary.json and job.json. The exit status is 0 if the
-    shard is done, whatever single utterances failed; 1 if results could not be written, and 143 after SIGTERM, which
-    abandons the current part: run again; 2 if the job cannot be run as it is.
+    keywords and prompt; options are for lines that do not say. DIR gets part-*.jsonl, errors.jsonl, summary.json and
+    job.json. The exit status is 0 if the shard is done, whatever single utterances failed; 1 if results could not be
+    written, and 143 after SIGTERM, which abandons the current part: run again; 2 if the job cannot be run as it is.
     """
     from granite_jax import batch  # here, because it imports Grain
 
@@ -119,7 +110,11 @@ def run(
                 keywords=tuple(keyword or ()),
                 max_new_tokens=max_new_tokens,
                 speculative=False if speculative == "off" else speculative,
+                ctc_threshold=ctc_threshold,
+                verify_threshold=verify_threshold,
                 batch_size=batch_size,
+                parallel=parallel,
+                model_parallel=model_parallel,
                 shard=shard,
                 num_shards=num_shards,
                 part_size=part_size,

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from granite_jax import _options as options
 from granite_jax import convert as converter
 from granite_jax import summary
 from granite_jax._batch_command import app as batch_app
@@ -33,8 +34,6 @@ app.add_typer(batch_app, name="batch")
 
 
 Format = Literal["txt", "json"]
-Task = Literal["transcribe", "punctuate", "translate"]
-Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"]
 Dtype = Literal["float32", "bfloat16"]
 Names = Literal["released", "new"]
 
@@ -50,32 +49,19 @@ def transcribe(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
     ],
-    checkpoint: Annotated[
-        str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
-    ] = "demo",
-    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
     format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
-    task: Annotated[
-        Task, typer.Option(help="raw transcript, transcript with punctuation, or translation")
-    ] = "transcribe",
-    to: Annotated[str | None, typer.Option(help="target language of a translation, as in fr or French")] = None,
-    prompt: Annotated[str | None, typer.Option(help="a prompt of your own, instead of the task's")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
-    ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)
-    ] = None,
-    speculative: Annotated[
-        Speculative, typer.Option(help="the encoder's drafts: same text sooner, or accepted when plausible")
-    ] = "lossless",
-    ctc_threshold: Annotated[
-        float | None,
-        typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False),
-    ] = None,
-    verify_threshold: Annotated[
-        float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
-    ] = None,
+    task: options.Task = "transcribe",
+    to: options.To = None,
+    prompt: options.Prompt = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    dtype: options.Dtype = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
 ) -> None:
     """Transcribe or translate audio files.
 
@@ -84,7 +70,9 @@ def transcribe(
     all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     try:
-        asr = Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype)
+        asr = Transcriber.from_pretrained(
+            checkpoint, revision=revision, dtype=dtype, parallel=parallel, model_parallel=model_parallel
+        )
         with _progress() as bar:
             job = bar.add_task("transcribing", total=len(files))
             transcripts = asr.transcribe(
@@ -123,7 +111,7 @@ def convert(
     ],
     dtype: Annotated[Dtype | None, typer.Option(help="default: that of the source", show_default=False)] = None,
     names: Annotated[Names, typer.Option(help="tensor names of a Hugging Face destination")] = "released",
-    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
+    revision: options.Revision = None,
     verify: Annotated[bool, typer.Option("--verify", help="read everything back and compare")] = False,
 ) -> None:
     """Convert a checkpoint: Hugging Face to Orbax, or Orbax back to Hugging Face."""
@@ -153,7 +141,7 @@ def inspect(
         str, typer.Argument(metavar="CHECKPOINT", help='"demo", checkpoint directory or hub id', show_default=False)
     ],
     format: Annotated[Format, typer.Option(help="lines for people, or one JSON object")] = "txt",
-    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
+    revision: options.Revision = None,
     verify: Annotated[bool, typer.Option("--verify", help="read all weights and check their hashes")] = False,
 ) -> None:
     """Print what a checkpoint is: parts, parameters, tasks, languages, limits, configuration."""

@@ -107,6 +107,11 @@ class Pipeline:
         """Rows of a batch over all devices."""
         return bucket.batch * self.programs.devices.replicas
 
+    @property
+    def read_ahead(self) -> int:
+        """Requests that are sorted by length together."""
+        return _READ_AHEAD * self._batch_size * self.programs.devices.replicas
+
     def fits(self, request: Request) -> bool:
         """Whether there is any bucket for a request."""
         return any(self.bucket(request, batch) is not None for batch in {1, self._batch_size})
@@ -172,7 +177,7 @@ class Pipeline:
         held: list[Request] = []
         for request in requests:
             held.append(request)
-            if len(held) >= _READ_AHEAD * self._batch_size * self.programs.devices.replicas:
+            if len(held) >= self.read_ahead:
                 yield from self._group(held)
                 held = []
         yield from self._group(held)

@@ -116,6 +116,11 @@ class Transcriber:
         """How many programs have been compiled so far: at most three a bucket."""
         return self._pipeline.programs.traces.total()
 
+    @property
+    def read_ahead(self) -> int:
+        """How many inputs are sorted by length together: lists that are multiples of it fill the most batches."""
+        return self._pipeline.read_ahead
+
     def warmup(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Compiles the programs of all buckets (or those given) by running them on silence."""
         prompt = self._prompt(instruction())

@@ -26,7 +26,7 @@ class StandIn:
     """Takes `seconds` an utterance. Records the batches it was given."""
 
     def __init__(self, seconds: float = 0.0):
-        self.batch_size = 2
+        self.read_ahead = 32
         self.config = open_checkpoint("demo").config
         self.capabilities = Capabilities()
         self.seconds = seconds

@@ -371,7 +371,7 @@ def test_processes_survive_files_that_kill_them(corpus: Path) -> None:
     manifest = Manifest.scan(write_manifest(corpus / "m.jsonl", *({"audio": n} for n in names)), 4, ASK)
     reader = DeadlyReader(Access(str(corpus)), 10.0)
     # When they are read by processes, then each other file is read, in order, and these two have an error
-    with reading(Source(manifest, range(manifest.parts)), reader, "processes", 1, 8) as reads:
+    with reading(Source(manifest, range(manifest.parts)), reader, "processes", 1) as reads:
         found = list(reads)
     assert [read.entry.audio for read in found] == names
     assert {read.entry.audio: read.error for read in found if read.audio is None} == {

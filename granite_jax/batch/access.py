@@ -5,7 +5,6 @@ Manifests are untrusted. URLs are never handed to `fsspec.open`, which would fol
 
 import contextlib
 import ipaddress
-import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ import fsspec
 import tenacity
 
 from granite_jax._pcm import one_line
-from granite_jax.audio import open_regular
+from granite_jax.audio import open_regular, printable
 from granite_jax.errors import AudioError, GraniteError
 
 PROTOCOLS = ("file", "gs", "s3")
@@ -33,6 +32,11 @@ def scheme(name: str) -> str | None:
     """The protocol of a URL; None for a path. Data sets have `tfds`, which is none of fsspec's."""
     match = _SCHEME.match(name)
     return match[1].lower() if match else "tfds" if name.startswith("tfds:") else None
+
+
+def without_file_scheme(name: str) -> str:
+    """A path in place of a file URL."""
+    return name[len("file://") :] if scheme(name) == "file" else name
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -83,7 +87,7 @@ class Access:
             raise AudioError("is a chained URL, which is not allowed")
         protocol = scheme(name)
         if protocol == "file":
-            name, protocol = name[len("file://") :], None
+            name, protocol = without_file_scheme(name), None
             if not name.startswith("/"):
                 raise AudioError("is a file URL of another machine")
         if protocol is None and scheme(self.root) is not None:
@@ -108,16 +112,16 @@ class Access:
         return str(path)
 
     def list_remote(self, source: str, suffixes: Sequence[str]) -> Iterator[str]:
-        """Names, relative to the root, of the audio files below a URL that ends in a slash, or that a glob matches."""
+        """URLs of the audio files below a URL that ends in a slash, or that a glob matches."""
         protocol, path = self._split(source)
-        if protocol not in self.protocols or protocol == "https":
-            raise GraniteError(f"{source}: cannot be listed")
+        if protocol not in self.protocols:
+            raise GraniteError(f"{printable(source)}: protocol {protocol!r:.40} is not allowed")
         files: Any = self.filesystem(protocol)
         is_directory = source.endswith("/")
         found = retried(lambda: files.find(path) if is_directory else files.glob(path))
-        root = self._split(self.root)[1].strip("/")
-        for name in sorted(name for name in found if not is_directory or name.lower().endswith(tuple(suffixes))):
-            yield os.path.relpath(name.strip("/"), root)
+        for name in sorted(found):
+            if not is_directory or name.lower().endswith(tuple(suffixes)):
+                yield f"{protocol}://{name.lstrip('/')}"
 
     def filesystem(self, protocol: str) -> fsspec.AbstractFileSystem:
         """fsspec's file system of a protocol. Raises GraniteError if its package is missing."""

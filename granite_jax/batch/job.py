@@ -1,6 +1,6 @@
 """One worker of a batch job: manifest -> parts -> readers -> Transcriber -> committed parts.
 
-    readers   part 1, part 2 ...      ahead of the device, in order
+    readers   part 1, part 2 ...      a chunk ahead of the device, in order
     device             part 1         in chunks of what the pipeline sorts by length, never across parts
     commit                     part 1 while the device goes on
 
@@ -21,19 +21,20 @@ from typing import Any, Literal
 
 import granite_jax
 from granite_jax.audio import printable
-from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme
+from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
 from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
-from granite_jax.errors import GraniteError
+from granite_jax.errors import AudioError, GraniteError
 from granite_jax.programs import max_seconds
 from granite_jax.prompts import instruction
+from granite_jax.sharding import DeviceList, Parallel
 from granite_jax.transcriber import Transcriber, Transcript
 
 PART_SIZE = 1024
-_CHUNK = 16  # full batches that are sorted by length together, as the pipeline does
+_CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read
 _LISTING = "manifest.jsonl"
 
 
@@ -122,6 +123,15 @@ class _Stopped(Exception):
     """The worker is to end."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """Entries of one part that are asked the same, with their audio."""
+
+    part: int
+    ask: Ask | None = None
+    reads: Sequence[Read] = ()
+
+
 def run(
     manifest: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -131,6 +141,9 @@ def run(
     revision: str | None = None,
     dtype: Any = None,
     batch_size: int | None = None,
+    devices: DeviceList | None = None,
+    parallel: Parallel = "shard_map",
+    model_parallel: int = 1,
     shard: int | None = None,
     num_shards: int | None = None,
     part_size: int = PART_SIZE,
@@ -153,7 +166,8 @@ def run(
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
         `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first three may be URLs.
       out: directory, or URL of gs or s3.
-      checkpoint, revision, dtype, batch_size: as of `Transcriber.from_pretrained`.
+      checkpoint, revision, dtype, batch_size, devices, parallel, model_parallel: as of `Transcriber.from_pretrained`.
+        Results do not depend on devices and batch size: a job may go on with others.
       transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
       shard, num_shards: this worker's share; default that of the environment (`parts.choose_shard`), or everything.
       part_size: utterances of a part, which are lost together when a worker dies, and share batches.
@@ -170,14 +184,15 @@ def run(
       OSError: results cannot be written.
     """
     chosen = Options(**options)
-    source, share = os.fspath(manifest), choose_shard(shard, num_shards)
+    source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
     unknown = [protocol for protocol in allow if protocol not in KNOWN]
     if unknown:
         raise GraniteError(f"protocol {unknown[0]!r:.40} is not supported, only {', '.join(KNOWN)}")
     if num_readers < 1:
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
     storage = storage_options or {}
-    access = Access(os.fspath(root) if root is not None else root_of(source), tuple(allow), tuple(storage.items()))
+    below = root_of(source) if root is None else without_file_scheme(os.fspath(root))
+    access = Access(below, tuple(allow), tuple(storage.items()))
     store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
     opened = open_checkpoint(checkpoint, revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
@@ -197,7 +212,15 @@ def run(
         def load() -> Transcriber:
             if transcriber is not None:
                 return transcriber[0]
-            return Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype, batch_size=batch_size)
+            return Transcriber.from_pretrained(
+                checkpoint,
+                revision=revision,
+                dtype=dtype,
+                batch_size=batch_size,
+                devices=devices,
+                parallel=parallel,
+                model_parallel=model_parallel,
+            )
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
@@ -211,8 +234,12 @@ def _local_manifest(source: str, access: Access, store: Store, work: Path) -> Pa
     if not is_listing(source):
         if scheme(source) is None:
             return Path(source)
-        with retried(lambda: access.open(source)) as remote:
-            return _copy(remote, work / _LISTING)
+        try:
+            with retried(lambda: access.open(source)) as remote:
+                return _copy(remote, work / _LISTING)
+        except (AudioError, FileNotFoundError, PermissionError) as error:
+            reason = error if isinstance(error, AudioError) else "no such file, or not to be read"
+            raise GraniteError(f"{printable(source)}: {reason}") from None
     if _LISTING not in store.names():
         with open(work / _LISTING, "w", encoding="utf-8") as file:
             file.writelines(listing(source, access))
@@ -291,17 +318,11 @@ class _Worker:
         others, stopped = 0, False
         if pending:
             asr = load()
-            chunk = _CHUNK * asr.batch_size
-            source = Source(self.manifest, pending)
-            ahead = min(chunk, self.manifest.part_size)
-            with (
-                reading(source, reader(asr), kind, num_readers, ahead) as reads,
-                ThreadPoolExecutor(1) as committer,
-            ):
-                try:
-                    others = self._parts(asr, pending, reads, chunk, committer)
-                except _Stopped:
-                    stopped = True
+            try:
+                with reading(Source(self.manifest, pending), reader(asr), kind, num_readers) as reads:
+                    others = self._parts(asr, pending, reads)
+            except _Stopped:
+                stopped = True
         failed = self._write_errors(share) if not stopped else self.progress.failed
         summary = Summary(
             fingerprint=self.fingerprint,
@@ -325,54 +346,65 @@ class _Worker:
             self.store.replace(self.shard.name("summary", ".json"), path)
         return summary
 
-    def _parts(
-        self, asr: Transcriber, pending: list[int], reads: Iterator[Read], chunk: int, committer: ThreadPoolExecutor
-    ) -> int:
+    def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[Read]) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
         # What is wrong with the job's own options ends the job, not every utterance of it.
         asr.transcribe([], **_arguments(asr, self.options.ask, self.options))
         self._started = time.monotonic()
-        others, commit = 0, None
+        others, lines = 0, {}
+        chunks = self._chunks(pending, reads, asr.read_ahead)
+        with ThreadPoolExecutor(1) as committer, ThreadPoolExecutor(1) as taker:
+            commit, coming = committer.submit(bool, True), taker.submit(next, chunks, None)
+            while True:
+                began = time.monotonic()
+                chunk = coming.result()
+                self.progress.read_seconds += time.monotonic() - began
+                if chunk is None:
+                    break
+                coming = taker.submit(next, chunks, None)
+                others += not chunk.reads
+                lines |= self._transcribe(asr, chunk)
+                indices = self.manifest.indices(chunk.part)
+                if len(lines) == len(indices):
+                    data = b"".join(lines[index] for index in indices)
+                    others, lines = others + (not commit.result()), {}
+                    commit = committer.submit(self.store.create, part_name(chunk.part, self.fingerprint), data)
+            if lines:
+                raise RuntimeError(f"part {pending[-1]}: {len(lines)} entries were read, not all")
+            return others + (not commit.result())
+
+    def _chunks(self, pending: list[int], reads: Iterator[Read], size: int) -> Iterator[_Chunk]:
+        """What the device gets at a time; nothing of a part that another worker has committed in the meantime."""
         for part in pending:
-            indices, name = self.manifest.indices(part), part_name(part, self.fingerprint)
-            entries = itertools.islice(reads, len(indices))
-            if self.store.exists(name):
+            entries = itertools.islice(reads, len(self.manifest.indices(part)))
+            if self.store.exists(part_name(part, self.fingerprint)):
                 for _ in entries:
                     self._check_stop()
-                others += 1
-                continue
-            lines: dict[int, bytes] = {}
+                yield _Chunk(part)
             for ask, group in itertools.groupby(entries, key=lambda read: read.entry.ask):
-                while some := self._take(group, chunk):
-                    lines |= self._transcribe(asr, ask, some)
-            if len(lines) != len(indices):
-                raise RuntimeError(f"{name}: {len(lines)} of {len(indices)} entries were read")
-            data = b"".join(lines[index] for index in indices)
-            if commit is not None:
-                others += not commit.result()
-            commit = committer.submit(self.store.create, name, data)
-        if commit is not None:
-            others += not commit.result()
-        return others
+                while chunk := self._take(group, size):
+                    yield _Chunk(part, ask, chunk)
 
-    def _take(self, reads: Iterator[Read], count: int) -> list[Read]:
-        """The next `count` of them, or what is left."""
-        taken, began = [], time.monotonic()
-        for read in itertools.islice(reads, count):
+    def _take(self, reads: Iterator[Read], size: int) -> list[Read]:
+        """The next `size` of them, or fewer if they are long."""
+        taken, seconds = [], 0.0
+        for read in reads:
             self._check_stop()
             taken.append(read)
-        self.progress.read_seconds += time.monotonic() - began
+            seconds += read.audio.duration if read.audio is not None else 0.0
+            if len(taken) == size or seconds > _CHUNK_SECONDS:
+                break
         return taken
 
-    def _transcribe(self, asr: Transcriber, ask: Ask | None, reads: list[Read]) -> dict[int, bytes]:
-        """Lines of entries that are asked the same, by index."""
+    def _transcribe(self, asr: Transcriber, chunk: _Chunk) -> dict[int, bytes]:
+        """A chunk's lines, by index."""
 
         def advance(count: int) -> None:
             self.progress.done += count
             self._report()
 
-        found = transcribe_alike(asr, ask, reads, self.options, advance)
-        return {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in reads}
+        found = transcribe_alike(asr, chunk.ask, chunk.reads, self.options, advance)
+        return {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
 
     def _line(self, entry: Entry, transcript: Transcript) -> bytes:
         """An utterance's line, which holds nothing that another run would not write."""
@@ -384,8 +416,7 @@ class _Worker:
             fields["error"] = transcript.error
         else:
             self.progress.audio_seconds += transcript.duration
-            values = dataclasses.asdict(transcript)
-            fields |= {key: values[key] for key in ("text", "tokens", "duration", "ctc_text", "stats")}
+            fields |= {key: getattr(transcript, key) for key in ("text", "tokens", "duration", "ctc_text", "stats")}
         # File names need not be text: what is none stays an escape.
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 

@@ -8,7 +8,6 @@ import functools
 import glob
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,8 +22,8 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".a
 """Files of a directory that are taken to be audio."""
 MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
-MAX_NAME = 4096
-"""Characters of an audio name, an id or a prompt's argument."""
+MAX_TEXT = 8192
+"""Characters of an audio name, an id, a prompt or a keyword."""
 _MAX_KEYWORDS = 10_000
 
 
@@ -132,7 +131,7 @@ def parse_line(line: bytes | None, index: int, ask: Ask) -> Entry:
 def parse_entry(fields: dict[str, Any], index: int, ask: Ask) -> Entry:
     """The entry of a line's fields; unknown ones are ignored, as NeMo's manifests have many."""
     identity = fields.get("id")
-    name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_NAME else str(index)
+    name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_TEXT else str(index)
     try:
         if identity is not None and name != str(identity):
             raise GraniteError(f"id must be a short string or a number, not {identity!r:.40}")
@@ -155,7 +154,7 @@ def _ask(fields: dict[str, Any], default: Ask) -> Ask:
     if keywords is None:
         keywords = default.keywords
     elif not isinstance(keywords, list) or not all(
-        isinstance(word, str) and len(word) <= MAX_NAME for word in keywords
+        isinstance(word, str) and len(word) <= MAX_TEXT for word in keywords
     ):
         raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
     elif len(keywords) > _MAX_KEYWORDS:
@@ -167,7 +166,7 @@ def _ask(fields: dict[str, Any], default: Ask) -> Ask:
 
 def _text(fields: dict[str, Any], key: str) -> str | None:
     value = fields.get(key)
-    if value is not None and (not isinstance(value, str) or not value or len(value) > 2 * MAX_NAME or "\0" in value):
+    if value is not None and (not isinstance(value, str) or not value or len(value) > MAX_TEXT or "\0" in value):
         raise GraniteError(f"{key} must be a short string that is not empty, not {value!r:.40}")
     return value
 
@@ -176,7 +175,7 @@ def _seconds(fields: dict[str, Any], key: str) -> float | None:
     value = fields.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9 or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise GraniteError(f"{key} must be a number of seconds, not {value!r:.40}")
     return float(value)
 
@@ -206,25 +205,21 @@ def _signature(file: BinaryIO) -> tuple[int, ...]:
 
 def is_listing(source: str) -> bool:
     """Whether a source is to be listed: it is a directory, a glob or a data set, not a file of JSON lines."""
-    if scheme(source) not in (None, "tfds"):
-        return source.endswith("/") or glob.has_magic(source)
-    return (
-        source.startswith("tfds:") or os.path.isdir(source) or (glob.has_magic(source) and not os.path.exists(source))
-    )
+    if scheme(source) is None:
+        return os.path.isdir(source) or (glob.has_magic(source) and not os.path.exists(source))
+    return scheme(source) == "tfds" or (scheme(source) != "https" and (source.endswith("/") or glob.has_magic(source)))
 
 
 def root_of(source: str) -> str:
     """What names in a source are relative to, and local ones have to be below: its directory, or a glob's start."""
     if source.startswith("tfds:"):
         return split_tfds(source)[0]
-    fixed = source
-    while glob.has_magic(fixed):
-        fixed = fixed.rpartition("/")[0]
-    if fixed != source:
-        return fixed or ("/" if source.startswith("/") else ".")
     if scheme(source) is None and os.path.isdir(source):
         return source
-    return source.rstrip("/") if source.endswith("/") else source.rpartition("/")[0] or "."
+    root = os.path.dirname(source)
+    while is_listing(source) and glob.has_magic(root):
+        root = os.path.dirname(root)
+    return root or "."
 
 
 def listing(source: str, access: Access) -> Iterator[str]:
@@ -249,7 +244,10 @@ def listing(source: str, access: Access) -> Iterator[str]:
 
 
 def _walk(directory: str) -> Iterator[str]:
-    for parent, directories, files in os.walk(directory):
+    def fail(error: OSError) -> None:
+        raise GraniteError(f"{printable(str(error.filename))}: cannot be listed ({error.strerror})") from error
+
+    for parent, directories, files in os.walk(directory, onerror=fail):
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(AUDIO_SUFFIXES):

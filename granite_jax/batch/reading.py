@@ -117,20 +117,19 @@ class _PartCache:
 
 
 @contextlib.contextmanager
-def reading(source: Source, reader: Reader, kind: Kind, workers: int, ahead: int) -> Iterator[Iterator[Read]]:
-    """The entries of a source, read in order.
+def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[Read]]:
+    """The entries of a source, read in order, some ahead for each worker.
 
     Args:
       kind: threads of this process; or processes, slower to start, which may die of a file: one that kills a second
         process, which reads it alone, is given up.
       workers: how many.
-      ahead: entries that threads hold read.
 
     Raises:
       GraniteError: when reading: the manifest has changed.
     """
     if kind == "threads":
-        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(workers, ahead))
+        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
         iterator = iter(grain.MapDataset.source(source).map(reader).to_iter_dataset(options))
         try:
             yield iterator
