@@ -9,6 +9,7 @@ from typing import Any
 
 import batch_worker
 import fsspec
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -419,9 +420,14 @@ def test_a_manifest_and_its_audio_may_be_on_an_object_store(corpus: Path, tmp_pa
     found = [json.loads(line) for line in files.cat(part).splitlines()]
     assert [f.get("text") for f in found] == [text_of(corpus / "a/1.wav"), text_of(corpus / "b/2.wav"), None]
     assert batch.merge("s3://bucket/out")["transcribed"] == 2
-    # And so is a listing
-    summary, _ = run("s3://bucket/corpus/", "s3://bucket/listed")  # pyright: ignore[reportArgumentType]
+    # And so is a listing, whatever the root of local files is
+    summary, _ = run("s3://bucket/corpus/", "s3://bucket/listed", root=tmp_path)  # pyright: ignore[reportArgumentType]
     assert summary.transcribed == 10
+    # And a manifest that is not there, or may not be read, is named
+    with pytest.raises(GraniteError, match="s3://bucket/none.jsonl: no such file"):
+        run("s3://bucket/none.jsonl", tmp_path / "none")
+    with pytest.raises(GraniteError, match="https://example.com/m.jsonl: protocol 'https' is not allowed"):
+        run("https://example.com/m.jsonl", tmp_path / "none")
 
 
 def test_the_command_runs_and_merges(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,6 +474,13 @@ def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
     found = results(tmp_path / "out")
     assert summary.transcribed == 6
     assert [(f["text"], tuple(f["tokens"])) for f in found] == [(t.text, t.tokens) for t in expected]
+    # And the job goes on with other devices and batches, to the same end
+    part = max((tmp_path / "out").glob("part-*"))
+    before = part.read_bytes()
+    part.unlink()
+    options: dict[str, Any] = {"devices": jax.devices()[:2], "parallel": "pmap", "batch_size": 1}
+    batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=HELDOUT, part_size=4, **options)
+    assert part.read_bytes() == before
     # And the same job of other weights or another dtype is refused
     with pytest.raises(GraniteError, match="dtype was 'float32', is 'bfloat16'"):
         batch.run(manifest, tmp_path / "out", "demo", dtype="bfloat16", root=HELDOUT, part_size=4)

@@ -173,14 +173,32 @@ def test_a_process_in_a_pipe(checkpoint: Path, recordings: list[str], tmp_path: 
     assert all(len(o["tokens"]) == 3 for o in objects)
 
 
-@pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"], ["inspect"]])
+def test_commands_take_options_of_devices(checkpoint: Path, recordings: list[str], tmp_path: Path) -> None:
+    # Given the one device that CPUs are by default, when it is used by pmap, then the text is the same
+    few = ["--checkpoint", checkpoint, "--max-new-tokens", "3"]
+    assert invoke("transcribe", recordings[0], *few, "--parallel", "pmap").stdout == (
+        invoke("transcribe", recordings[0], *few).stdout
+    )
+    # And weights that are to be split over more devices than there are is one line, for batch jobs, too
+    for command in (["transcribe", recordings[0]], ["batch", Path(recordings[0]).parent, "--out", tmp_path / "out"]):
+        result = invoke(*command, *few, "--model-parallel", "2")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr == "granite-jax: model_parallel=2 does not divide 1 devices\n"
+
+
+@pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"], ["inspect"], ["batch"], ["batch", "run"]])
 def test_help(command: list[str]) -> None:
     # Given a command, when its help is asked for, then it says what there is
     result = invoke(*command, "--help")
     assert result.exit_code == 0
-    expected = {"": "transcribe", "transcribe": "--checkpoint", "convert": "SRC", "inspect": "--verify"}[
-        " ".join(command)
-    ]
+    expected = {
+        "": "transcribe",
+        "transcribe": "--checkpoint",
+        "convert": "SRC",
+        "inspect": "--verify",
+        "batch": "merge",
+        "batch run": "--num-shards",
+    }[" ".join(command)]
     assert expected in result.stdout
 
 

@@ -17,7 +17,7 @@ _SHOWN = 10
 def merge(
     out: str | os.PathLike[str], *, storage_options: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, int | float | str]:
-    """Writes `transcripts.jsonl` and `errors.jsonl`, in the manifest's order, and `summary.json` of all of a job.
+    """Writes `transcripts.jsonl` and `errors.jsonl`, in the manifest's order, and `merged.json`, a summary of the job.
 
     Returns:
       That summary: `fingerprint`, `parts`, `entries`, `transcribed`, `failed`, `audio_seconds`.
@@ -50,7 +50,7 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {sorted(there)[-1]}")
     failed, seconds = 0, 0.0
     with tempfile.TemporaryDirectory(prefix="granite-jax-") as work:
-        good, bad, summary = (Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "summary.json"))
+        good, bad, summary = (Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "merged.json"))
         with open(good, "wb") as transcripts, open(bad, "wb") as errors:
             for part in parts:
                 name = part_name(part, fingerprint)

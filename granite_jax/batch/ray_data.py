@@ -23,6 +23,7 @@ from granite_jax.batch.job import Options, transcribe_alike
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
 from granite_jax.programs import max_seconds
+from granite_jax.sharding import Parallel
 from granite_jax.transcriber import Transcriber
 
 
@@ -39,11 +40,13 @@ class Transcribe:
         revision: str | None = None,
         dtype: Any = None,
         batch_size: int | None = None,
+        parallel: Parallel = "shard_map",
+        model_parallel: int = 1,
         **options: Any,
     ):
         """
         Args:
-          checkpoint, revision, dtype, batch_size: as of `Transcriber.from_pretrained`.
+          checkpoint, revision, dtype, batch_size, parallel, model_parallel: as of `Transcriber.from_pretrained`.
           root, allow, num_readers: as of `batch.run`; there are threads alone.
           options: of `batch.Options`.
 
@@ -51,7 +54,14 @@ class Transcribe:
           GraniteError: the checkpoint or an option is not usable.
         """
         self._options = Options(**options)
-        self._asr = Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype, batch_size=batch_size)
+        self._asr = Transcriber.from_pretrained(
+            checkpoint,
+            revision=revision,
+            dtype=dtype,
+            batch_size=batch_size,
+            parallel=parallel,
+            model_parallel=model_parallel,
+        )
         self._reader = Reader(Access(os.fspath(root), tuple(allow)), max_seconds(self._asr.config))
         self._threads = ThreadPoolExecutor(num_readers)
 
