@@ -186,6 +186,15 @@ def test_commands_take_options_of_devices(checkpoint: Path, recordings: list[str
         assert result.stderr == "granite-jax: model_parallel=2 does not divide 1 devices\n"
 
 
+def test_planning_without_the_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given an environment without libtpu, when a plan is asked for, then a line says what to install
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = invoke("plan", "--topology", "v5e:2x4")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("granite-jax: planning needs the TPU compiler: pip install 'granite-jax[plan]'")
+
+
 @pytest.mark.parametrize("command", [[], ["transcribe"], ["convert"], ["inspect"], ["batch"], ["batch", "run"]])
 def test_help(command: list[str]) -> None:
     # Given a command, when its help is asked for, then it says what there is

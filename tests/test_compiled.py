@@ -67,7 +67,27 @@ def test_decoding_updates_the_cache_in_place(reports: dict[str, dict]) -> None:
     # Then its result takes the argument's memory, and nothing of the cache's size is copied or held besides
     assert decode["alias_bytes"] >= decode["cache_bytes"]
     assert decode["temporary_bytes"] < 0.5 * decode["cache_bytes"]
-    assert decode["cache_sized_copies"] == 0
+    assert decode["cache_copies"] == 0
+
+
+def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
+    # Given the embedded checkpoint, when it is planned with a batch that fits and one that no chip has memory for
+    environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu())}
+    command = [sys.executable, "-m", "granite_jax.cli", "plan", "--topology", "v5e:2x2", "--checkpoint", "demo"]
+    runs = [
+        subprocess.run(
+            [*command, "--seconds", "5", "--batch", batch, *options],
+            env=environment, capture_output=True, text=True, check=False,
+        )
+        for batch, *options in (("2", "--format", "json"), ("500000",))
+    ]  # fmt: skip
+
+    # Then it says so, of each program and by its exit status, without what libtpu has to say
+    assert [(run.returncode, run.stderr) for run in runs] == [(0, ""), (1, "")]
+    fitting = [json.loads(line) for line in runs[0].stdout.splitlines()]
+    assert [(line["program"], line["fits"]) for line in fitting] == [(n, True) for n in ("encode", "prefill", "decode")]
+    assert {line["limit_bytes"] for line in fitting} == {V5E_BYTES}
+    assert runs[1].stdout.splitlines()[0] == "encode: takes more than the 15.75 GiB that programs have of a chip"
 
 
 def test_logits_are_never_held_for_all_draft_positions(reports: dict[str, dict]) -> None:

@@ -18,7 +18,7 @@ from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import CheckpointError
 
-FULL_SIZE = json.loads((Path(__file__).parents[1] / "benchmarks" / "granite-4.0-1b-speech.json").read_text())
+FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "granite-4.0-1b-speech.json").read_text())
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

@@ -150,6 +150,8 @@ def test_the_core_runs_without_the_extras(tmp_path: Path) -> None:
         "gcsfs",
         "s3fs",
         "aiohttp",
+        "yarl",
+        "kubernetes_validate",
     ]
     code = (
         f"sys.modules.update(dict.fromkeys({absent}));"  # None there makes an import fail
@@ -159,3 +161,6 @@ def test_the_core_runs_without_the_extras(tmp_path: Path) -> None:
     # When a file is transcribed on the command line, then there is a line of text
     arguments = ["transcribe", tmp_path / "a.wav", "--checkpoint", tmp_path / "hf", "--max-new-tokens", "4"]
     assert len(run(code, *arguments, path=ROOT).splitlines()) == 1
+    # And a batch job finds it, too
+    arguments = ["batch", tmp_path, "--out", tmp_path / "out", "--checkpoint", tmp_path / "hf", "--max-new-tokens", "4"]
+    assert run(code, *arguments, path=ROOT) == f"{tmp_path / 'out'}: 1 of 1 utterances, 0 failed\n"
