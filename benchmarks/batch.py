@@ -5,7 +5,9 @@
 
 `throughput` times, in turn and in this process, after a round that compiles: `transcribe()` on audio that is in memory
 ("device only"), and on the list of files, the job, and one file at a time. The median of the rounds is printed, and the
-job's share of the device-only rate.
+job's share of the device-only rate. A CPU as the device takes all cores, those that decode files, too; to leave it one:
+
+    NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/batch.py throughput
 
 `memory` runs jobs over one short recording again and again with a stand-in for the model, a process each, and prints
 the peak of resident memory: that of manifest, readers, parts and commits.
@@ -51,16 +53,19 @@ def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit
         "one file at a time": lambda: [asr.transcribe(file) for file in files],
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
+    busy = dict.fromkeys(ways, 0.0)
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             way()
             if turn:  # the first compiles
                 times[name].append(time.perf_counter() - began)
+                busy[name] += (time.process_time() - cpu) / rounds
     print(f"{len(files)} files, {seconds:.0f} s of audio, batches of {batch_size}, {rounds} rounds\n")
-    print("| way | median | audio seconds a second |\n| --- | --- | --- |")
+    print("| way | median | CPU time, mean | audio seconds a second |\n| --- | --- | --- | --- |")
     for name, found in times.items():
-        print(f"| {name} | {statistics.median(found):.2f} s | {seconds / statistics.median(found):.1f} |")
+        middle = statistics.median(found)
+        print(f"| {name} | {middle:.2f} s | {busy[name]:.2f} s | {seconds / middle:.1f} |")
     device = times["device only (audio in memory)"]
     shares = [alone / whole for alone, whole in zip(device, times["batch job"], strict=True)]
     print(f"\nThe job has {100 * statistics.median(shares):.1f} % of the device-only rate.")
