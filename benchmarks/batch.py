@@ -9,8 +9,9 @@ job's share of the device-only rate. A CPU as the device takes all cores, those 
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/batch.py throughput
 
-`memory` runs jobs over one short recording again and again with a stand-in for the model, a process each, and prints
-the peak of resident memory: that of manifest, readers, parts and commits.
+`memory` runs jobs over one short recording again and again with a stand-in for the model, a process for each shard of a
+quarter of a million lines and one for `merge`, and prints the peak of resident memory: that of manifest, readers, parts
+and commits.
 """
 
 import argparse
@@ -27,9 +28,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
+import soundfile
+
 from granite_jax import Transcriber, batch
 from granite_jax.audio import load_audio
 
+SHARD = 250_000  # entries
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
 
 
@@ -73,29 +78,37 @@ def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit
 
 def memory(entries: list[int]) -> None:
     """Prints a Markdown table of peak resident memory."""
-    print("| entries | peak memory | seconds |\n| --- | --- | --- |")
+    print("| entries | peak of workers | peak of merge | seconds |\n| --- | --- | --- | --- |")
     for count in entries:
-        command = [sys.executable, __file__, "measure", str(count)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as work:
+            prepare(Path(work), count)
+            shards = -(-count // SHARD)
+            workers = [in_process("work", work, str(shard), str(shards)) for shard in range(shards)]
+            merged = in_process("merge", work, str(count))
+        print(
+            f"| {count:,} | {max(workers):.0f} MiB | {merged:.0f} MiB | {time.perf_counter() - began:.0f} |", flush=True
+        )
 
 
-def measure(count: int) -> None:
-    """Runs a job with the stand-in, and prints its row."""
+def in_process(*arguments: str) -> float:
+    """The peak memory of a command of this script, in MiB."""
+    command = [sys.executable, __file__, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def prepare(work: Path, count: int) -> None:
+    soundfile.write(work / "a.wav", np.zeros(1600), 16000)
+    with open(work / "manifest.jsonl", "w") as file:
+        file.writelines('{"audio": "a.wav"}\n' for _ in range(count))
+
+
+def work(directory: Path, shard: int, shards: int) -> None:
+    """A worker's share with the stand-in."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import batch_worker
-    import numpy as np
-    import soundfile
 
-    with tempfile.TemporaryDirectory() as work:
-        soundfile.write(Path(work, "a.wav"), np.zeros(1600), 16000)
-        manifest = Path(work, "manifest.jsonl")
-        with open(manifest, "w") as file:
-            file.writelines('{"audio": "a.wav"}\n' for _ in range(count))
-        began = time.perf_counter()
-        assert batch_worker.run(manifest, Path(work, "out")).transcribed == count
-        assert batch.merge(Path(work, "out"))["transcribed"] == count
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"| {count:,} | {peak:.0f} MiB | {time.perf_counter() - began:.0f} |")
+    batch_worker.run(directory / "manifest.jsonl", directory / "out", shard=shard, num_shards=shards)
 
 
 def main() -> None:
@@ -108,14 +121,24 @@ def main() -> None:
     timed.add_argument("--rounds", type=int, default=3)
     timed.add_argument("--limit", type=int)
     commands.add_parser("memory").add_argument("--entries", type=int, nargs="+", default=[1000, 1000_000])
-    commands.add_parser("measure").add_argument("count", type=int)
+    for name, numbers in {"prepare": ["count"], "work": ["shard", "shards"], "merge": ["count"]}.items():
+        step = commands.add_parser(name)  # of `memory`
+        step.add_argument("directory", type=Path)
+        for number in numbers:
+            step.add_argument(number, type=int)
     chosen = parser.parse_args()
     if chosen.command == "throughput":
         throughput(chosen.checkpoint, chosen.audio, chosen.batch, chosen.rounds, chosen.limit)
     elif chosen.command == "memory":
         memory(chosen.entries)
+    elif chosen.command == "prepare":
+        prepare(chosen.directory, chosen.count)
     else:
-        measure(chosen.count)
+        if chosen.command == "work":
+            work(chosen.directory, chosen.shard, chosen.shards)
+        else:
+            assert batch.merge(chosen.directory / "out")["transcribed"] == chosen.count
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 if __name__ == "__main__":

@@ -70,24 +70,16 @@ def test_decoding_updates_the_cache_in_place(reports: dict[str, dict]) -> None:
     assert decode["cache_copies"] == 0
 
 
-def test_the_command_says_what_does_not_fit(tmp_path: Path) -> None:
-    # Given the embedded checkpoint, when it is planned with a batch that fits and one that no chip has memory for
+def test_the_command_says_what_does_not_fit() -> None:
+    # Given the embedded checkpoint, when it is planned with batches that no chip has memory for
     environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu())}
     command = [sys.executable, "-m", "granite_jax.cli", "plan", "--topology", "v5e:2x2", "--checkpoint", "demo"]
-    runs = [
-        subprocess.run(
-            [*command, "--seconds", "5", "--batch", batch, *options],
-            env=environment, capture_output=True, text=True, check=False,
-        )
-        for batch, *options in (("2", "--format", "json"), ("500000",))
-    ]  # fmt: skip
+    options = ["--seconds", "5", "--batch", "500000"]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
 
-    # Then it says so, of each program and by its exit status, without what libtpu has to say
-    assert [(run.returncode, run.stderr) for run in runs] == [(0, ""), (1, "")]
-    fitting = [json.loads(line) for line in runs[0].stdout.splitlines()]
-    assert [(line["program"], line["fits"]) for line in fitting] == [(n, True) for n in ("encode", "prefill", "decode")]
-    assert {line["limit_bytes"] for line in fitting} == {V5E_BYTES}
-    assert runs[1].stdout.splitlines()[0] == "encode: takes more than the 15.75 GiB that programs have of a chip"
+    # Then it says so, by its exit status, too, and what libtpu has to say is not there
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[0] == "encode: takes more than the 15.75 GiB that programs have of a chip"
 
 
 def test_logits_are_never_held_for_all_draft_positions(reports: dict[str, dict]) -> None:

@@ -4,6 +4,7 @@ Manifests are untrusted. URLs are never handed to `fsspec.open`, which would fol
 """
 
 import contextlib
+import functools
 import ipaddress
 import re
 import socket
@@ -102,14 +103,17 @@ class Access:
             if protocol == "https":
                 check_host(name)
             return name
-        root = Path(self.root).resolve()
         try:
-            path = (root / name).resolve()
+            path = (self._directory / name).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
             raise AudioError(f"cannot be read ({one_line(error)})") from error
-        if not path.is_relative_to(root):
-            raise AudioError(f"is not below {root}, the root that was given")
+        if not path.is_relative_to(self._directory):
+            raise AudioError(f"is not below {self._directory}, the root that was given")
         return str(path)
+
+    @functools.cached_property
+    def _directory(self) -> Path:
+        return Path(self.root).resolve()
 
     def list_remote(self, source: str, suffixes: Sequence[str]) -> Iterator[str]:
         """URLs of the audio files below a URL that ends in a slash, or that a glob matches."""
