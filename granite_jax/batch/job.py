@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import granite_jax
-from granite_jax.audio import printable
+from granite_jax.audio import Audio, printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
 from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
@@ -54,7 +54,7 @@ class Options:
     @property
     def ask(self) -> Ask:
         """The part that lines may replace."""
-        return Ask(self.task, self.to, self.prompt, tuple(self.keywords))
+        return Ask(self.task, self.to, self.prompt)
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -267,29 +267,32 @@ def transcribe_alike(
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, Transcript]:
     """Transcripts, by index, of entries that are asked the same; what fails has an error."""
+    report = progress or (lambda count: None)
     found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
-    usable = {read.entry.index: read.audio for read in reads if read.audio is not None}
-    if progress is not None:
-        progress(len(found))
-    if not usable or ask is None:
-        return found
-    try:
-        arguments = _arguments(asr, ask, options)
-        transcripts = asr.transcribe(list(usable.values()), **arguments, on_error="return", progress=progress)
-    except GraniteError as error:  # of what is asked for: the audio's own are returned
-        if progress is not None:
-            progress(len(usable))
-        transcripts = [Transcript(a.name, error=f"{printable(a.name)}: {error}") for a in usable.values()]
-    return found | dict(zip(usable, transcripts, strict=True))
+    report(len(found))
+    usable: dict[tuple[str, ...], dict[int, Audio]] = {}
+    for read in reads:
+        if read.audio is not None:
+            keywords = options.keywords if read.entry.keywords is None else read.entry.keywords
+            usable.setdefault(tuple(keywords), {})[read.entry.index] = read.audio
+    for keywords, audio in usable.items():
+        try:
+            arguments = _arguments(asr, ask or options.ask, keywords, options)
+            transcripts = asr.transcribe(list(audio.values()), **arguments, on_error="return", progress=progress)
+        except GraniteError as error:  # of what is asked for: the audio's own are returned
+            report(len(audio))
+            transcripts = [Transcript(a.name, error=f"{printable(a.name)}: {error}") for a in audio.values()]
+        found |= zip(audio, transcripts, strict=True)
+    return found
 
 
-def _arguments(asr: Transcriber, ask: Ask, options: Options) -> dict[str, Any]:
+def _arguments(asr: Transcriber, ask: Ask, keywords: Sequence[str], options: Options) -> dict[str, Any]:
     """Of `transcribe`."""
-    if not ask.keywords:
+    if not keywords:
         return {**options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
     if ask.prompt is None:
         asr.capabilities.check(ask.task, ask.to)
-    prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=ask.keywords)
+    prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=keywords)
     return {**options.decoding, "task": ask.task, "prompt": prompt}
 
 
@@ -349,7 +352,7 @@ class _Worker:
     def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[Read]) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
         # What is wrong with the job's own options ends the job, not every utterance of it.
-        asr.transcribe([], **_arguments(asr, self.options.ask, self.options))
+        asr.transcribe([], **_arguments(asr, self.options.ask, self.options.keywords, self.options))
         self._started = time.monotonic()
         others, lines = 0, {}
         chunks = self._chunks(pending, reads, asr.read_ahead)

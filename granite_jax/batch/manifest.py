@@ -34,7 +34,6 @@ class Ask:
     task: str = "transcribe"
     to: str | None = None
     prompt: str | None = None
-    keywords: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Entry:
       id: the manifest's own name for it, or its index; carried along, not checked.
       audio: path or URL, as the manifest has it.
       offset, duration: the part of the file to transcribe, in seconds; to its end without a duration.
-      ask: what the line asks for; None in place of what it leaves to the job.
+      ask: what is asked for; None of a line that is no entry.
+      keywords: the line's own; None if it leaves them to the job.
       error: why the line is no entry, or None.
     """
 
@@ -56,6 +56,7 @@ class Entry:
     offset: float = 0.0
     duration: float | None = None
     ask: Ask | None = None
+    keywords: tuple[str, ...] | None = None
     error: str | None = None
 
 
@@ -143,25 +144,28 @@ def parse_entry(fields: dict[str, Any], index: int, ask: Ask) -> Entry:
         offset, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
         if duration == 0:
             raise GraniteError("duration is 0")
-        return Entry(index, name, audio, offset or 0.0, duration, _ask(fields, ask))
+        return Entry(index, name, audio, offset or 0.0, duration, _ask(fields, ask), _keywords(fields))
     except GraniteError as error:
         return Entry(index, name, error=f"entry {index}: {error}")
 
 
 def _ask(fields: dict[str, Any], default: Ask) -> Ask:
     task, to, prompt = (_text(fields, key) for key in ("task", "to", "prompt"))
+    if task is to is prompt is None:
+        return default
+    # A task or prompt of the line's own replaces all of the job's.
+    return Ask(task or ("translate" if to else "transcribe"), to, prompt)
+
+
+def _keywords(fields: dict[str, Any]) -> tuple[str, ...] | None:
     keywords = fields.get("keywords")
     if keywords is None:
-        keywords = default.keywords
-    elif not isinstance(keywords, list) or not all(
-        isinstance(word, str) and len(word) <= MAX_TEXT for word in keywords
-    ):
+        return None
+    if not isinstance(keywords, list) or not all(isinstance(word, str) and len(word) <= MAX_TEXT for word in keywords):
         raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    elif len(keywords) > _MAX_KEYWORDS:
+    if len(keywords) > _MAX_KEYWORDS:
         raise GraniteError(f"has {len(keywords)} keywords, at most {_MAX_KEYWORDS} are possible")
-    if task is to is prompt is None:  # a task or prompt of the line's own replaces all of the job's
-        task, to, prompt = default.task, default.to, default.prompt
-    return Ask(task or ("translate" if to else "transcribe"), to, prompt, tuple(keywords))
+    return tuple(keywords)
 
 
 def _text(fields: dict[str, Any], key: str) -> str | None:
