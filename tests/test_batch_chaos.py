@@ -1,9 +1,11 @@
 """Batch jobs under everything that goes wrong: killed workers, races, a full disk, a failing store, bad files."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -22,8 +24,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from granite_jax import batch
 
-UTTERANCES = 300
 PART = 5
+ALLOW = ("file", "https")
 RATE = 16000
 DEADLINE = 120.0
 # Forked from a process that has imported everything: a worker starts within milliseconds.
@@ -34,16 +36,73 @@ Files = dict[str, bytes]
 Start = Callable[..., Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A manifest of 300 recordings, with bad files and URLs among them."""
+
+    manifest: Path
+    good: list[str]
+    bad: list[str]
+
+    @property
+    def entries(self) -> int:
+        return len(self.good) + len(self.bad)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Files:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    directory = tmp_path_factory.mktemp("corpus")
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
+    soundfile.write(directory / "whole.flac", noise, RATE)
+    whole = (directory / "whole.flac").read_bytes()
+    (directory / "whole.flac").unlink()
+    soundfile.write(directory / "hours.flac", np.zeros(3600 * RATE, np.int16), RATE)
+    soundfile.write(directory / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    soundfile.write(directory / "short.wav", noise[:100], RATE)
+    contents = {
+        "empty.wav": b"",
+        "corrupt.flac": whole[:42] + np.random.default_rng(1).bytes(3000),
+        "truncated.flac": whole[:3000],
+        "text.wav": b"this is no audio\n" * 100,
+        "zip.flac": b"PK\x03\x04" + bytes(100),
+        # A header that promises 2^36 - 1 samples
+        "bomb.flac": whole[:21] + bytes([whole[21] | 0x0F]) + b"\xff" * 4 + whole[26:],
+    }
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)
+    (directory / "directory.wav").mkdir()
+    os.mkfifo(directory / "pipe.wav")
+    (directory / "loop.wav").symlink_to("loop.wav")
+    urls = [
+        "https://169.254.169.254/a.wav",
+        "https://localhost:9/a.wav",
+        "http://example.com/a.wav",
+        "zip://a::s3://b/c",
+    ]
+    bad = [*sorted(path.name for path in directory.iterdir()), *urls, "missing.wav", "/etc/passwd"]
+    shutil.copytree(HELDOUT, directory, dirs_exist_ok=True)
+    good = sorted(path.name for path in HELDOUT.glob("*.ogg"))
+    names = [*good, *bad]
+    random.Random(0).shuffle(names)
+    manifest = directory / "manifest.jsonl"
+    manifest.write_text("".join(f"{json.dumps({'audio': name})}\n" for name in names))
+    return Corpus(manifest, good, bad)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The parts of a run that nothing happens to."""
     out = tmp_path_factory.mktemp("undisturbed")
-    assert batch_worker.run(HELDOUT, out, part_size=PART).transcribed == UTTERANCES
+    batch_worker.run(corpus.manifest, out, part_size=PART, allow=ALLOW)
     return parts(out)
 
 
 def parts(out: Path) -> Files:
     return {path.name: path.read_bytes() for path in out.glob("part-*")}
+
+
+def lines(files: Files) -> list[dict[str, Any]]:
+    return [json.loads(line) for name in sorted(files) for line in files[name].splitlines()]
 
 
 @pytest.fixture
@@ -67,16 +126,27 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.002)
 
 
-def indices(files: Files) -> list[int]:
-    return [json.loads(line)["index"] for name in sorted(files) for line in files[name].splitlines()]
+def test_bad_files_lose_nothing_else(corpus: Corpus, undisturbed: Files) -> None:
+    # Given 300 recordings with every kind of bad file and URL among them, when they are run
+    found = {line["audio"]: line for line in lines(undisturbed)}
+
+    # Then each bad one has an error that names it, and each good one its text
+    assert len(corpus.good) == 300
+    assert sorted(found) == sorted([*corpus.good, *corpus.bad])
+    for name in corpus.bad:
+        assert found[name]["error"].startswith(f"{name}: ")
+        assert "\n" not in found[name]["error"]
+    assert len({found[name]["text"] for name in corpus.good}) == 300
 
 
-def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files, start: Start, tmp_path: Path) -> None:
-    # Given a job of 300 recordings, whose worker is killed at random instants and started again
+def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+) -> None:
+    # Given a job whose worker is killed at random instants and started again
     out, kills, moments = tmp_path / "out", 0, random.Random(0)
     while True:
         before = len(parts(out))
-        worker = start(batch_worker.run, HELDOUT, out, seconds=0.003, part_size=PART)
+        worker = start(batch_worker.run, corpus.manifest, out, seconds=0.003, part_size=PART, allow=ALLOW)
         if kills % 2:  # from its start on, or when it has done something, so that there is an end
             wait_for(lambda: len(parts(out)) > before or not worker.is_alive())  # noqa: B023
         worker.join(moments.uniform(0, 0.05 if kills % 2 else 0.3))
@@ -91,14 +161,18 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(undisturbed: Files,
     assert worker.exitcode == 0
     assert kills >= 10
     assert parts(out) == undisturbed
-    assert indices(undisturbed) == list(range(UTTERANCES))
-    assert batch.merge(out)["transcribed"] == UTTERANCES
+    assert [line["index"] for line in lines(undisturbed)] == list(range(corpus.entries))
+    assert batch.merge(out)["transcribed"] == 300
 
 
-def test_workers_racing_for_a_shard_write_what_one_does(undisturbed: Files, start: Start, tmp_path: Path) -> None:
+def test_workers_racing_for_a_shard_write_what_one_does(
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+) -> None:
     # Given three workers of one shard, when they race and one of them is killed on the way
     out = tmp_path / "out"
-    workers = [start(batch_worker.run, HELDOUT, out, seconds=0.001, part_size=PART) for _ in range(3)]
+    workers = [
+        start(batch_worker.run, corpus.manifest, out, seconds=0.001, part_size=PART, allow=ALLOW) for _ in range(3)
+    ]
     wait_for(lambda: len(parts(out)) > 10)
     workers[0].kill()
     for worker in workers:
@@ -106,7 +180,7 @@ def test_workers_racing_for_a_shard_write_what_one_does(undisturbed: Files, star
     # Then the others end well, with the same parts
     assert [worker.exitcode for worker in workers] == [-signal.SIGKILL, 0, 0]
     assert parts(out) == undisturbed
-    assert batch.merge(out)["transcribed"] == UTTERANCES
+    assert batch.merge(out)["transcribed"] == 300
 
 
 def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
@@ -136,21 +210,24 @@ def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
     assert batch.merge(out)["entries"] == sum(summary.entries for summary in summaries)
 
 
-def test_a_full_disk_loses_nothing_that_was_committed(undisturbed: Files, start: Start, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing_that_was_committed(
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+) -> None:
     # Given a job that was interrupted
     out = tmp_path / "out"
-    worker = start(batch_worker.run, HELDOUT, out, seconds=0.002, part_size=PART)
+    worker = start(batch_worker.run, corpus.manifest, out, seconds=0.002, part_size=PART, allow=ALLOW)
     wait_for(lambda: len(parts(out)) > 5)
     worker.kill()
     worker.join()
     before = parts(out)
     # When the job is run with room for less than a part, then it ends with an error, and leaves nothing half written
-    worker = start(batch_worker.run_with_quota, min(map(len, undisturbed.values())) - 1, HELDOUT, out, part_size=PART)
+    quota = min(map(len, undisturbed.values())) - 1
+    worker = start(batch_worker.run_with_quota, quota, corpus.manifest, out, part_size=PART, allow=ALLOW)
     worker.join(DEADLINE)
     assert worker.exitcode == 3
     assert parts(out) == before
     # And with room again, it goes on to the same end
-    assert batch_worker.run(HELDOUT, out, part_size=PART).resumed_parts == len(before)
+    assert batch_worker.run(corpus.manifest, out, part_size=PART, allow=ALLOW).resumed_parts == len(before)
     assert parts(out) == undisturbed
 
 
@@ -191,7 +268,7 @@ def failing_store() -> Iterator[FailingStore]:
 
 
 def test_a_store_that_fails_at_random_costs_nothing(
-    undisturbed: Files, failing_store: FailingStore, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, undisturbed: Files, failing_store: FailingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given audio and results on a store that fails a fifth of all calls
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
@@ -208,73 +285,34 @@ def test_a_store_that_fails_at_random_costs_nothing(
     # Then it has the results of the undisturbed run, but for audio that failed five times in a row, which says so
     assert FailingStore.failures > 100
     assert summary.failed <= 3
-    paths = sorted(path for path in failing_store.ls("/bucket/out", detail=False) if "/part-" in path)
-    found = [json.loads(line) for path in paths for line in failing_store.cat_file(path).splitlines()]
-    expected = [json.loads(line) for name in sorted(undisturbed) for line in undisturbed[name].splitlines()]
-    assert len(found) == len(expected)
-    for line, wanted in zip(found, expected, strict=True):
-        wanted["audio"] = f"s3://bucket/heldout/{wanted['audio']}"
-        assert line == wanted or "bad day" in line["error"]
-    assert batch.merge("s3://bucket/out")["entries"] == UTTERANCES
+    assert batch.merge("s3://bucket/out")["entries"] == 300
+    found = failing_store.cat_file("/bucket/out/transcripts.jsonl") + failing_store.cat_file("/bucket/out/errors.jsonl")
+    expected = {line["audio"]: line for line in lines(undisturbed)}
+    for line in map(json.loads, found.splitlines()):
+        wanted = expected.pop(line["audio"].removeprefix("s3://bucket/heldout/"))
+        assert "bad day" in line["error"] if "error" in line else line["text"] == wanted["text"]
+    assert sorted(expected) == sorted(corpus.bad)
 
 
-def test_bad_files_lose_nothing_else(failing_store: FailingStore, tmp_path: Path) -> None:
-    # Given every kind of bad file and URL, each between good ones
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    noise = np.random.default_rng(0).uniform(-0.1, 0.1, RATE)
-    soundfile.write(corpus / "good.flac", noise, RATE)
-    whole = (corpus / "good.flac").read_bytes()
-    soundfile.write(corpus / "hours.flac", np.zeros(3600 * RATE, np.int16), RATE)
-    soundfile.write(corpus / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
-    soundfile.write(corpus / "short.wav", noise[:100], RATE)
-    contents = {
-        "empty.wav": b"",
-        "corrupt.flac": whole[:42] + np.random.default_rng(1).bytes(3000),
-        "truncated.flac": whole[:3000],
-        "text.wav": b"this is no audio\n" * 100,
-        "zip.flac": b"PK\x03\x04" + bytes(100),
-    }
-    for name, content in contents.items():
-        (corpus / name).write_bytes(content)
-    # A header that promises 2^36 - 1 samples
-    (corpus / "bomb.flac").write_bytes(whole[:21] + bytes([whole[21] | 0x0F]) + b"\xff" * 4 + whole[26:])
-    (corpus / "directory.wav").mkdir()
-    os.mkfifo(corpus / "pipe.wav")
-    (corpus / "loop.wav").symlink_to("loop.wav")
-    urls = ["s3://bucket/none.wav", "https://example.com/a.wav", "https://169.254.169.254/", "zip://a::s3://b/c"]
-    bad = [path.name for path in corpus.iterdir() if path.name != "good.flac"] + [*urls, "missing.wav", "/etc/passwd"]
-    manifest = corpus / "m.jsonl"
-    with open(manifest, "w", encoding="utf-8") as file:
-        for name in bad:
-            file.write(f"{json.dumps({'audio': name})}\n" + '{"audio": "good.flac"}\n')
-    # When they are run, then each bad one has an error that names it, and each good one its text
-    summary = batch_worker.run(manifest, tmp_path / "out", part_size=PART)
-    found = parts(tmp_path / "out")
-    lines = [json.loads(line) for name in sorted(found) for line in found[name].splitlines()]
-    for name, failed, good in zip(bad, lines[::2], lines[1::2], strict=True):
-        assert failed["error"].startswith(f"{name}: "), failed
-        assert "\n" not in failed["error"]
-        assert good["text"] == lines[1]["text"]
-    assert (summary.failed, summary.transcribed) == (len(bad), len(bad))
-
-
-def test_sigterm_ends_the_command_between_parts(undisturbed: Files, start: Start, tmp_path: Path) -> None:
+def test_sigterm_ends_the_command_between_parts(
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+) -> None:
     # Given the command amid a job, when it is told to end
     out = tmp_path / "out"
-    arguments = ["batch", str(HELDOUT), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
+    arguments = ["batch", str(corpus.manifest), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
+    arguments += [f"--allow={protocol}" for protocol in ALLOW]
     worker = start(batch_worker.run_command, arguments, seconds=0.003)
     wait_for(lambda: len(parts(out)) > 3)
     worker.terminate()
     worker.join(DEADLINE)
     # Then it ends soon, as engines expect it, with whole parts, and nothing is left of what it was writing
     assert worker.exitcode == 128 + signal.SIGTERM
-    texts = {json.loads(line)["text"] for data in parts(out).values() for line in data.splitlines()}
-    assert texts <= {json.loads(line)["text"] for data in undisturbed.values() for line in data.splitlines()}
-    assert 0 < len(texts) < UTTERANCES
+    texts = {line.get("text") for line in lines(parts(out))}
+    assert texts <= {line.get("text") for line in lines(undisturbed)}
+    assert 1 < len(texts) < 300
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
     # And the same command does the rest
     worker = start(batch_worker.run_command, arguments, seconds=0.0)
     worker.join(DEADLINE)
     assert worker.exitcode == 0
-    assert batch.merge(out)["transcribed"] == UTTERANCES
+    assert batch.merge(out)["transcribed"] == 300

@@ -136,10 +136,13 @@ def test_options_reach_the_model(loaded: list, recordings: list[str]) -> None:
     invoke("transcribe", recordings[0], "--max-new-tokens", "1")
     invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--checkpoint", "some/dir", "--dtype", "bfloat16")
     invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--checkpoint", "some/id", "--revision", "v2")
+    invoke("transcribe", recordings[0], "--max-new-tokens", "1", "--parallel", "pmap", "--model-parallel", "2")
+    devices = {"parallel": "shard_map", "model_parallel": 1}
     assert loaded == [
-        ("demo", {"revision": None, "dtype": None}),
-        ("some/dir", {"revision": None, "dtype": "bfloat16"}),
-        ("some/id", {"revision": "v2", "dtype": None}),
+        ("demo", {"revision": None, "dtype": None, **devices}),
+        ("some/dir", {"revision": None, "dtype": "bfloat16", **devices}),
+        ("some/id", {"revision": "v2", "dtype": None, **devices}),
+        ("demo", {"revision": None, "dtype": None, "parallel": "pmap", "model_parallel": 2}),
     ]
 
 
