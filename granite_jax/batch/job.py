@@ -343,10 +343,11 @@ class _Worker:
             rtfx=round(self.progress.rtfx, 1),
             stopped=stopped,
         )
-        if not stopped:
-            path = self.work / "summary.json"
+        name = self.shard.name("summary", ".json")
+        if not stopped and (pending or not self.store.exists(name)):  # not that of the run that did the work
+            path = self.work / name
             path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
-            self.store.replace(self.shard.name("summary", ".json"), path)
+            self.store.replace(name, path)
         return summary
 
     def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[Read]) -> int:
