@@ -101,6 +101,10 @@ def parts(out: Path) -> Files:
     return {path.name: path.read_bytes() for path in out.glob("part-*")}
 
 
+def count(out: Path) -> int:
+    return len(list(out.glob("part-*")))
+
+
 def lines(files: Files) -> list[dict[str, Any]]:
     return [json.loads(line) for name in sorted(files) for line in files[name].splitlines()]
 
@@ -145,10 +149,10 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
     # Given a job whose worker is killed at random instants and started again
     out, kills, moments = tmp_path / "out", 0, random.Random(0)
     while True:
-        before = len(parts(out))
+        before = count(out)
         worker = start(batch_worker.run, corpus.manifest, out, seconds=0.003, part_size=PART, allow=ALLOW)
         if kills % 2:  # from its start on, or when it has done something, so that there is an end
-            wait_for(lambda: len(parts(out)) > before or not worker.is_alive())  # noqa: B023
+            wait_for(lambda: count(out) > before or not worker.is_alive())  # noqa: B023
         worker.join(moments.uniform(0, 0.05 if kills % 2 else 0.3))
         # Nothing but whole parts is there, at any time
         assert parts(out).items() <= undisturbed.items()
@@ -173,7 +177,7 @@ def test_workers_racing_for_a_shard_write_what_one_does(
     workers = [
         start(batch_worker.run, corpus.manifest, out, seconds=0.001, part_size=PART, allow=ALLOW) for _ in range(3)
     ]
-    wait_for(lambda: len(parts(out)) > 10)
+    wait_for(lambda: count(out) > 10)
     workers[0].kill()
     for worker in workers:
         worker.join(DEADLINE)
@@ -216,7 +220,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(
     # Given a job that was interrupted
     out = tmp_path / "out"
     worker = start(batch_worker.run, corpus.manifest, out, seconds=0.002, part_size=PART, allow=ALLOW)
-    wait_for(lambda: len(parts(out)) > 5)
+    wait_for(lambda: count(out) > 5)
     worker.kill()
     worker.join()
     before = parts(out)
@@ -302,7 +306,7 @@ def test_sigterm_ends_the_command_between_parts(
     arguments = ["batch", str(corpus.manifest), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
     arguments += [f"--allow={protocol}" for protocol in ALLOW]
     worker = start(batch_worker.run_command, arguments, seconds=0.003)
-    wait_for(lambda: len(parts(out)) > 3)
+    wait_for(lambda: count(out) > 3)
     worker.terminate()
     worker.join(DEADLINE)
     # Then it ends soon, as engines expect it, with whole parts, and nothing is left of what it was writing
