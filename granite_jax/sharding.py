@@ -127,7 +127,7 @@ class Devices:
         return jax.tree.map(self._stacked, placed) if self.parallel == "pmap" else placed
 
     def split(self, rows: Any) -> Any:
-        """Arrays of the host, split over `data` as programs return theirs: passed on, both are one type to the tracer."""
+        """Arrays of the host, split over `data` as programs return theirs: to the tracer both are of one type."""
         return jax.device_put(rows, NamedSharding(self.mesh, DATA))
 
     def compile(
