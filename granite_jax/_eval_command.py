@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from granite_jax._batch_command import _Display
+from granite_jax import _options as options
+from granite_jax._batch_command import Display
 from granite_jax._terminal import fail, terminated
 from granite_jax.errors import GraniteError
 
@@ -25,18 +26,11 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
     ] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
-    ] = "demo",
-    revision: Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="default: bfloat16 where the device has it", show_default=False),
-    ] = None,
-    task: Annotated[
-        Literal["transcribe", "punctuate", "translate"], typer.Option(help="BLEU and chrF for translate, else WER")
-    ] = "transcribe",
-    to: Annotated[str | None, typer.Option(help="target language of a translation")] = None,
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    task: options.Task = "transcribe",
+    to: options.To = None,
     language: Annotated[str, typer.Option(help="of the references; decides on the normaliser")] = "en",
     normalizer: Annotated[
         Literal["english", "basic", "lowercase"] | None,
@@ -46,15 +40,13 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="TSV", help="LibriSpeech biasing lists, for B-WER and U-WER; repeatable"),
     ] = None,
-    speculative: Annotated[
-        Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"], typer.Option(help="as of transcribe")
-    ] = "lossless",
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="rows of a full batch; default by device", show_default=False)
-    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    batch_size: options.BatchSize = None,
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
     part_size: Annotated[int, typer.Option(min=1, help="utterances that are lost together if killed")] = 128,
     root: Annotated[
         str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
@@ -81,7 +73,7 @@ def evaluate(
         else:
             if out is None:
                 raise GraniteError("--out is missing: the directory of the run")
-            with terminated() as stop, _Display() as display:
+            with terminated() as stop, Display() as display:
                 found = evaluation.evaluate(
                     sets or [],
                     out,
@@ -89,6 +81,8 @@ def evaluate(
                     revision=revision,
                     dtype=dtype,
                     batch_size=batch_size,
+                    parallel=parallel,
+                    model_parallel=model_parallel,
                     language=language,
                     normalize=normalizer,
                     keyword_lists=keywords or (),
@@ -100,6 +94,8 @@ def evaluate(
                     to=to,
                     max_new_tokens=max_new_tokens,
                     speculative=False if speculative == "off" else speculative,
+                    ctc_threshold=ctc_threshold,
+                    verify_threshold=verify_threshold,
                 )
             if found is None:
                 fail(f"stopped by SIGTERM; run again to resume {out}")

@@ -1,6 +1,8 @@
 """Prepared TensorFlow Datasets, read without TensorFlow where their audio is a tensor of samples."""
 
+import contextlib
 import functools
+import io
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,8 @@ def open_dataset(directory: str, split: str) -> Examples:
     try:
         import tensorflow_datasets as tfds
 
-        builder: Any = tfds.builder_from_directory(directory)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that TensorFlow is missing
+            builder: Any = tfds.builder_from_directory(directory)
         features = builder.info.features
         audio = next((name for name in AUDIO if name in features), None)
         if audio is None:

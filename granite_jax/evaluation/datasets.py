@@ -106,8 +106,7 @@ def _open(spec: str, root: str | None) -> EvaluationSet:
 
 def _read_manifest(path: str) -> Iterator[Utterance]:
     """References of a manifest, all of whose lines have to be good: numbers without some of them are no numbers."""
-    ids: dict[str, int] = {}
-    segments: dict[Any, int] = {}
+    seen: dict[Any, int] = {}  # ids and segments of audio
     index = 0
     try:
         with open(path, "rb") as file:
@@ -115,7 +114,7 @@ def _read_manifest(path: str) -> Iterator[Utterance]:
                 if line.isspace():
                     continue
                 try:
-                    yield _utterance(line, index, ids, segments)
+                    yield _utterance(line, index, seen)
                 except GraniteError as error:
                     raise GraniteError(f"{printable(path)}: {error}") from None
                 index += 1
@@ -125,7 +124,7 @@ def _read_manifest(path: str) -> Iterator[Utterance]:
         raise GraniteError(f"{printable(path)}: has no entries")
 
 
-def _utterance(line: bytes, index: int, ids: dict[str, int], segments: dict[Any, int]) -> Utterance:
+def _utterance(line: bytes, index: int, seen: dict[Any, int]) -> Utterance:
     whole = len(line) <= MAX_LINE or line.endswith(b"\n")
     entry = parse_line(line if whole else None, index, Ask())
     if entry.error is not None:
@@ -134,8 +133,10 @@ def _utterance(line: bytes, index: int, ids: dict[str, int], segments: dict[Any,
     text = fields.get("text")
     if not isinstance(text, str):
         raise GraniteError(f"entry {index}: text must be a string, not {text!r:.40}")
-    segment = (entry.audio, entry.offset, entry.duration)
-    for seen, key, what in ((ids, entry.id, f"id {entry.id!r:.60}"), (segments, segment, "audio")):
+    for key, what in (
+        (entry.id, f"id {entry.id!r:.60}"),
+        ((entry.audio, entry.offset, entry.duration), "audio"),
+    ):
         first = seen.setdefault(key, index)
         if first != index:
             raise GraniteError(f"entry {index}: has the {what} of entry {first}, and would count twice")

@@ -56,21 +56,21 @@ class DemoHeldout(tfds.core.GeneratorBasedBuilder):
             yield index, {"id": clip["id"], "audio": samples, "text": clip["text"], "keywords": clip["names"]}
 
 
-def prepare(directory: Path | None = None, clips: Path = CLIPS) -> Path:
+def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
     """The directory of the prepared data set; prepares it when it is not there yet.
 
     Args:
       directory: default the user's cache, a directory for each state of the clips.
+      clips: default `CLIPS`.
 
     Raises:
       GraniteError: there are no clips: this is not a source tree.
     """
+    clips = clips or CLIPS
     try:
         digest = hashlib.sha256((clips / "heldout.jsonl").read_bytes()).hexdigest()[:12]
     except FileNotFoundError:
-        raise GraniteError(
-            f"set demo: {clips} is missing; the clips are in the source tree, not in the wheel"
-        ) from None
+        raise GraniteError(f"set demo: {clips} is missing: only the source tree has the clips") from None
     directory = directory or cache_directory() / "tfds" / digest
     builder = DemoHeldout(clips, data_dir=str(directory), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress

@@ -15,6 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
+from granite_jax._pcm import one_line
 from granite_jax.errors import GraniteError
 from granite_jax.evaluation.normalize import normalizer
 
@@ -73,7 +74,7 @@ def score(
       normalize: default Whisper's English normaliser.
     """
     counts = count(references, hypotheses, keywords, normalize)
-    return Scores(**{name: rate([each]) for name, each in counts.items() if each.total.sum()})
+    return Scores(**{name: rate([each]) for name, each in counts.items()})
 
 
 def count(
@@ -82,14 +83,14 @@ def count(
     keywords: Sequence[Iterable[str]] | None = None,
     normalize: Callable[[str], str] | None = None,
 ) -> dict[str, Counts]:
-    """What `score` is made of: `wer`, `cer`, and with keywords `b_wer`, `u_wer`."""
+    """What `score` is made of: `wer`, `cer`, and with keywords `b_wer`, `u_wer`, where there is a word of the kind."""
     normalize = normalize or normalizer("english")
     said, heard = ([" ".join(normalize(text).split()) for text in texts] for texts in (references, hypotheses))
     counts = {"wer": _count(jiwer.process_words(said, heard)), "cer": _count(jiwer.process_characters(said, heard))}
     if keywords is not None:
         words = [{word for keyword in listed for word in normalize(keyword).split()} for listed in keywords]
         counts["b_wer"], counts["u_wer"] = keyword_counts(said, heard, words)
-    return counts
+    return {name: each for name, each in counts.items() if each.total.any()}
 
 
 def _count(output: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
@@ -131,19 +132,20 @@ def difference(a: Sequence[Counts], b: Sequence[Counts]) -> Rate:
 
 def _mean(sets: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rate:
     """Of the sets' ratios, in percent; the sets are resampled independently."""
-    ratios = [100.0 * top.sum() / max(bottom.sum(), 1) for top, bottom in sets]
+    ratios = [100.0 * top.sum() / bottom.sum() for top, bottom in sets]
     resampled = [_resampled(top, bottom, seed) for seed, (top, bottom) in enumerate(sets)]
-    low, high = np.percentile(np.mean(resampled, axis=0), [2.5, 97.5])
+    low, high = np.nanpercentile(np.mean(resampled, axis=0), [2.5, 97.5])
     return Rate(float(np.mean(ratios)), float(low), float(high))
 
 
 def _resampled(top: np.ndarray, bottom: np.ndarray, seed: int) -> np.ndarray:
-    """Ratios of resampled utterances, in percent: `[RESAMPLES]`."""
-    rng, size, ratios = np.random.default_rng(seed), len(top), np.empty(RESAMPLES)
+    """Ratios of resampled utterances, in percent: `[RESAMPLES]`; not a number where none of them has a word."""
+    rng, size, ratios = np.random.default_rng(seed), len(top), np.full(RESAMPLES, np.nan)
     rows = max(1, _CHUNK // size)
     for start in range(0, RESAMPLES, rows):
         picks = rng.integers(size, size=(min(rows, RESAMPLES - start), size))
-        ratios[start : start + rows] = 100.0 * top[picks].sum(1) / np.maximum(bottom[picks].sum(1), 1)
+        words = bottom[picks].sum(1)
+        np.divide(100.0 * top[picks].sum(1), words, out=ratios[start : start + rows], where=words > 0)
     return ratios
 
 
@@ -177,17 +179,17 @@ def score_translations(
     try:
         metrics: dict[str, Any] = {"BLEU": BLEU(tokenize=_TOKENIZERS.get(language, "13a")), "chrF2": CHRF()}
     except RuntimeError as error:
-        raise GraniteError(f"BLEU for {language} needs pip install 'sacrebleu[{language}]' ({error})") from None
-    named = [(str(place), list(texts)) for place, texts in enumerate(systems)]
-    signatures, results = PairedTest(named, metrics, [list(references)], test_type="bs")()
-    found = {}
+        raise GraniteError(
+            f"BLEU for {language} needs pip install 'sacrebleu[{language}]' ({one_line(error)})"
+        ) from None
+    named: list[tuple[str, Sequence[str]]] = [(str(place), texts) for place, texts in enumerate(systems)]
+    signatures, results = PairedTest(named, metrics, [references], test_type="bs")()
+    found: dict[str, list[TranslationScore]] = {}
     for key, name in (("bleu", "BLEU"), ("chrf", "chrF2")):
-        found[key] = [
-            TranslationScore(
-                Rate(float(each.score), float(each.mean - each.ci), float(each.mean + each.ci)),
-                each.p_value,
-                str(signatures[name]),
-            )
-            for each in results[name]
-        ]
+        scores: list[Any] = results[name]
+        found[key] = [TranslationScore(_interval(each), each.p_value, str(signatures[name])) for each in scores]
     return found
+
+
+def _interval(found: Any) -> Rate:
+    return Rate(float(found.score), max(0.0, float(found.mean - found.ci)), min(100.0, float(found.mean + found.ci)))

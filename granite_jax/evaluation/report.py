@@ -53,9 +53,9 @@ def _notes(results: dict[str, Any]) -> list[str]:
     return [
         f"95 % intervals; {how}.",
         "",
-        f"RTFx is {seconds['audio']:.0f} s of audio in {seconds['steady']:.1f} s (of which {seconds['wait']:.1f} s waiting"
-        f" for audio), on {len(devices)} × {devices[0]}; {late or 'no'} programs were compiled meanwhile. Before it:"
-        f" {seconds['load']:.1f} s to load, {seconds['compile']:.1f} s to compile.",
+        f"RTFx is {seconds['audio']:.0f} s of audio in {seconds['steady']:.1f} s, {seconds['wait']:.1f} s of it waiting"
+        f" for audio, on {len(devices)} {devices[0]}; {late or 'no'} programs were compiled meanwhile. Before that,"
+        f" {seconds['load']:.1f} s to load and {seconds['compile']:.1f} s to compile.",
     ]
 
 
@@ -69,7 +69,7 @@ def comparison_to_markdown(comparison: dict[str, Any]) -> str:
                 found = each[name]
                 last = f"{found['p_value']:.3f}" if translation else _interval(found["difference"], name, sign="+")
                 rows.append([each["name"], title, _interval(found["a"], name), _interval(found["b"], name), last])
-    last = "p, sacrebleu's paired bootstrap" if translation else "B − A, paired"
+    last = "p, sacrebleu's paired bootstrap" if translation else "B - A, paired"
     table = _table(["set", "metric", f"A: {comparison['a']}", f"B: {comparison['b']}", last], rows)
     return "\n".join([*table, "", "95 % bootstrap intervals over utterances."]) + "\n"
 

@@ -35,6 +35,7 @@ from granite_jax.evaluation.transcribed import Transcribed
 from granite_jax.features import SAMPLING_RATE
 from granite_jax.programs import Bucket
 from granite_jax.prompts import language_code
+from granite_jax.sharding import Parallel
 from granite_jax.transcriber import Transcriber
 
 RESULTS = "results.json"
@@ -80,6 +81,8 @@ def evaluate(
     revision: str | None = None,
     dtype: Any = None,
     batch_size: int | None = None,
+    parallel: Parallel = "shard_map",
+    model_parallel: int = 1,
     language: str = "en",
     normalize: Name | None = None,
     keyword_lists: Sequence[str | os.PathLike[str]] = (),
@@ -97,7 +100,7 @@ def evaluate(
     Args:
       sets: as of `datasets.open_sets`.
       out: a local directory, for one checkpoint and one choice of options.
-      checkpoint, revision, dtype, batch_size: as of `Transcriber.from_pretrained`.
+      checkpoint, revision, dtype, batch_size, parallel, model_parallel: as of `Transcriber.from_pretrained`.
       transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
       language: of the references, as a code or a name; that of a translation is its target.
       normalize: as of `normalize.normalizer`; default "english" for English, "basic" for others.
@@ -125,7 +128,14 @@ def evaluate(
     if transcriber is None:
         identity = f"{weights_identity(open_checkpoint(checkpoint, revision))} {parse_dtype(dtype).name}"
         model = _Model(
-            lambda: Transcriber.from_pretrained(checkpoint, revision=revision, dtype=dtype, batch_size=batch_size)
+            lambda: Transcriber.from_pretrained(
+                checkpoint,
+                revision=revision,
+                dtype=dtype,
+                batch_size=batch_size,
+                parallel=parallel,
+                model_parallel=model_parallel,
+            )
         )
     else:
         given, identity = transcriber
@@ -160,9 +170,10 @@ def evaluate(
         "scoring": dataclasses.asdict(scoring),
         **_scores(opened, store.directory, scoring),
     }
-    transcribed.write(store.directory / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    transcribed.write(store.directory / RESULTS, f"{text}\n")
     transcribed.write(store.directory / "results.md", to_markdown(results))
-    return results
+    return json.loads(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +233,9 @@ def needed_buckets(buckets: Sequence[Bucket], utterances: Sequence[Utterance]) -
     needed = set(buckets) if None in lengths else set()
     for rows in {bucket.batch for bucket in buckets}:
         ascending = sorted((bucket for bucket in buckets if bucket.batch == rows), key=lambda bucket: bucket.samples)
-        for seconds in lengths - {None}:
-            needed |= set([bucket for bucket in ascending if bucket.samples >= seconds * SAMPLING_RATE][:1])
+        for seconds in lengths:
+            fitting = [bucket for bucket in ascending if bucket.samples >= (seconds or 0) * SAMPLING_RATE]
+            needed.update(fitting[:1])
     return [bucket for bucket in buckets if bucket in needed]
 
 
@@ -265,9 +277,7 @@ def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict
         if scoring.translation:
             description |= _translation_scores(scored, scoring.language)
         else:
-            counts = {
-                name: c for name, c in transcribed.error_counts(scored, scoring.normalize).items() if any(c.total)
-            }
+            counts = transcribed.error_counts(scored, scoring.normalize)
             counted.append(counts)
             description["words"] = int(counts["wer"].total.sum())
             description |= {name: dataclasses.asdict(rate([each])) for name, each in counts.items()}

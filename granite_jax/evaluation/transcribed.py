@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from granite_jax import batch
 from granite_jax.errors import GraniteError
@@ -76,10 +77,7 @@ def read(directory: Path) -> list[Transcribed]:
     """Reads `utterances.jsonl`. Raises GraniteError if it is missing or damaged."""
     path = directory / UTTERANCES
     try:
-        return [
-            Transcribed(**line | {"keywords": None if line["keywords"] is None else tuple(line["keywords"])})
-            for line in _read(path)
-        ]
+        return [_parse(line) for line in _read(path)]
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise GraniteError(f"{path}: is not the result of an evaluation ({error})") from None
 
@@ -95,6 +93,11 @@ def error_counts(lines: Sequence[Transcribed], normalize: Callable[[str], str]) 
     )
 
 
-def _read(path: Path) -> list[dict]:
+def _parse(fields: dict[str, Any]) -> Transcribed:
+    keywords = fields.pop("keywords")
+    return Transcribed(keywords=None if keywords is None else tuple(keywords), **fields)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8", newline="\n") as file:
         return [json.loads(line) for line in file]
