@@ -84,7 +84,7 @@ def evaluate(
                     parallel=parallel,
                     model_parallel=model_parallel,
                     language=language,
-                    normalize=normalizer,
+                    normalizer=normalizer,
                     keyword_lists=keywords or (),
                     root=root,
                     part_size=part_size,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -213,6 +214,11 @@ def test_segments_of_one_file_are_utterances_of_their_own(tmp_path: Path) -> Non
     (found,) = open_sets([f"Our calls={path}"])
     assert (found.name, found.directory, found.source) == ("Our calls", "our-calls", str(path))
     assert found.utterances == (Utterance("0", "one", ("one",), 1.0), Utterance("1", "two", None, 2.5))
+    # And lengths that the manifest does not tell are the files' own
+    soundfile.write(tmp_path / "a.wav", np.zeros(24000), 16000)
+    lines = [{"audio": name, "text": ""} for name in ("a.wav", "none.wav", "gs://bucket/a.wav", "../a.wav")]
+    (found,) = open_sets([str(write(path, *lines, {"audio": "a.wav", "offset": 1, "text": ""}))])
+    assert [utterance.seconds for utterance in found.utterances] == [1.5, 0.0, None, 0.0, 0.5]
 
 
 def test_sets_that_are_none_are_named(tmp_path: Path, manifest: Path) -> None:
@@ -332,13 +338,12 @@ def test_a_run_counts_what_fails_and_leaves_out_what_has_no_words(manifest: Path
 
 def test_only_programs_that_are_needed_are_compiled_and_times_are_apart(manifest: Path, tmp_path: Path) -> None:
     # Given lengths that fit the smallest buckets, when evaluated, then these alone are compiled, before anything else
-    long = [{"audio": name, "text": "some words", "duration": 0.5} for name in SAID]
-    results, asr = evaluate([write(manifest, *long)], tmp_path / "out")
+    results, asr = evaluate([manifest], tmp_path / "out")
     assert asr.compilations == 2
     assert set(results["seconds"]) == {"load", "compile", "steady", "wait", "audio", "late_compilations"}
     assert results["seconds"]["audio"] == 3.0 and results["seconds"]["late_compilations"] == 0
     assert results["rtfx"] == pytest.approx(3.0 / results["seconds"]["steady"])
-    # And for what is longer than a bucket the next one, and for unknown lengths all
+    # And for what is longer than a bucket the next one, and for lengths that are not known all
     assert needed_buckets(BUCKETS, [Utterance("", "", None, 2.0)]) == [BUCKETS[2]]
     assert needed_buckets(BUCKETS, [Utterance("", "", None, 0.5), Utterance("", "", None, None)]) == BUCKETS
 
@@ -359,7 +364,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(manifest: Path, tmp_path
     assert 0 < len(rest.heard) < 6
     assert numbers(resumed) == numbers(whole)
     # And a finished one is scored again, by another normaliser, without loading anything
-    again, idle = evaluate(sets, tmp_path / "out", normalize="lowercase")
+    again, idle = evaluate(sets, tmp_path / "out", normalizer="lowercase")
     assert (idle.heard, idle.compilations) == ([], 0)
     assert again["sets"][0]["wer"]["rate"] > resumed["sets"][0]["wer"]["rate"]
     # And another model's results do not go there
@@ -387,7 +392,7 @@ def test_two_runs_are_compared_utterance_by_utterance(manifest: Path, tmp_path: 
 def test_runs_that_cannot_be_compared_are_refused(manifest: Path, tmp_path: Path) -> None:
     # Given a run, and others of another normaliser, set or reference, and of nothing
     evaluate([manifest], tmp_path / "a")
-    evaluate([manifest], tmp_path / "lowercase", normalize="lowercase")
+    evaluate([manifest], tmp_path / "lowercase", normalizer="lowercase")
     evaluate([f"other={manifest}"], tmp_path / "other")
     write(manifest, *({"audio": name, "text": f"{text} sir"} for name, text in SAID.items()))
     evaluate([manifest], tmp_path / "texts")
@@ -460,6 +465,31 @@ def test_the_command_evaluates_and_compares(manifest: Path, tmp_path: Path, monk
         code, stdout, stderr = invoke(*arguments)
         assert (code, stdout, stderr.count("\n")) == (2, "", 1)
         assert message in stderr
+
+
+def test_the_command_ends_on_sigterm_and_resumes(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a listener who is told to end while it hears the third utterance
+    asr = Listener(HEARD)
+    monkeypatch.setattr("granite_jax.evaluation.run.Transcriber.from_pretrained", lambda *_, **__: asr)
+    transcribe = asr.transcribe
+
+    def interrupted(audio: list, **options: Any) -> list[Transcript]:
+        if "c.wav" in [each.name for each in audio] and "c.wav" not in asr.heard:
+            signal.raise_signal(signal.SIGTERM)
+        return transcribe(audio, **options)
+
+    monkeypatch.setattr(asr, "transcribe", interrupted)
+    # When the command runs, then it says so, and the same command again does the rest
+    arguments = (manifest, "--out", tmp_path / "out", "--part-size", 2, "--format", "json")
+    code, stdout, stderr = invoke(*arguments)
+    assert (code, stdout) == (143, "") and "stopped by SIGTERM; run again to resume" in stderr
+    assert "f.wav" not in asr.heard
+    code, stdout, _ = invoke(*arguments)
+    assert code == 0 and asr.heard.count("a.wav") == 1
+    expected, _ = evaluate([manifest], tmp_path / "whole")
+    assert json.loads(stdout)["sets"][0]["wer"] == expected["sets"][0]["wer"]
 
 
 def test_the_command_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,8 @@ def _results(directory: Path) -> dict[str, Any]:
     path = directory / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        results["scoring"]["normalizer"], results["sets"]
+        if not results["sets"] or not results["scoring"]["normalizer"]:
+            raise ValueError("it is empty")
     except FileNotFoundError:
         raise GraniteError(f"{path}: is missing: the evaluation has not been finished") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import soundfile
+
 from granite_jax._pcm import one_line
 from granite_jax.audio import printable
-from granite_jax.batch.manifest import MAX_LINE, Ask, parse_line, root_of, split_tfds
+from granite_jax.batch.access import Access, scheme
+from granite_jax.batch.manifest import MAX_LINE, Ask, Entry, parse_line, root_of, split_tfds
 from granite_jax.batch.tfds import open_dataset
 from granite_jax.errors import GraniteError
 
@@ -98,13 +101,14 @@ def _open(spec: str, root: str | None) -> EvaluationSet:
         place, split = split_tfds(source)
         directory = place if os.path.isdir(place) else _prepare(place, split)
         return _open_tfds(label or name or f"{_builder_name(place)} {split}", directory, split)
-    return EvaluationSet(label or Path(rest).stem, rest, root or root_of(rest), tuple(_read_manifest(rest)))
+    access = Access(root or root_of(rest))
+    return EvaluationSet(label or Path(rest).stem, rest, access.root, tuple(_read_manifest(rest, access)))
 
 
 # Manifests.
 
 
-def _read_manifest(path: str) -> Iterator[Utterance]:
+def _read_manifest(path: str, access: Access) -> Iterator[Utterance]:
     """References of a manifest, all of whose lines have to be good: numbers without some of them are no numbers."""
     seen: dict[Any, int] = {}  # ids and segments of audio
     index = 0
@@ -114,7 +118,7 @@ def _read_manifest(path: str) -> Iterator[Utterance]:
                 if line.isspace():
                     continue
                 try:
-                    yield _utterance(line, index, seen)
+                    yield _utterance(line, index, seen, access)
                 except GraniteError as error:
                     raise GraniteError(f"{printable(path)}: {error}") from None
                 index += 1
@@ -124,7 +128,7 @@ def _read_manifest(path: str) -> Iterator[Utterance]:
         raise GraniteError(f"{printable(path)}: has no entries")
 
 
-def _utterance(line: bytes, index: int, seen: dict[Any, int]) -> Utterance:
+def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) -> Utterance:
     whole = len(line) <= MAX_LINE or line.endswith(b"\n")
     entry = parse_line(line if whole else None, index, Ask())
     if entry.error is not None:
@@ -141,7 +145,20 @@ def _utterance(line: bytes, index: int, seen: dict[Any, int]) -> Utterance:
         if first != index:
             raise GraniteError(f"entry {index}: has the {what} of entry {first}, and would count twice")
     keywords = entry.ask.keywords if entry.ask and fields.get("keywords") is not None else None
-    return Utterance(entry.id, text, keywords, entry.duration)
+    return Utterance(entry.id, text, keywords, _seconds(entry, access))
+
+
+def _seconds(entry: Entry, access: Access) -> float | None:
+    """Length of an entry's audio, as far as its file's header is to be trusted; None if the file is remote."""
+    if entry.duration is not None:
+        return entry.duration
+    try:
+        if scheme(access.resolve(entry.audio)) is not None:
+            return None
+        with access.open(entry.audio) as file:
+            return max(0.0, soundfile.info(file).duration - entry.offset)
+    except (GraniteError, OSError, soundfile.LibsndfileError):  # the job will say so
+        return 0.0
 
 
 # TFDS.

@@ -25,11 +25,10 @@ from granite_jax.batch.job import Options
 from granite_jax.batch.parts import weights_identity
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.errors import GraniteError
-from granite_jax.evaluation import transcribed
+from granite_jax.evaluation import normalize, transcribed
 from granite_jax.evaluation.datasets import EvaluationSet, Utterance, open_sets
 from granite_jax.evaluation.keyword_lists import KeywordList, read_keyword_lists, words_of
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
-from granite_jax.evaluation.normalize import Name, default_name, normalizer
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
 from granite_jax.features import SAMPLING_RATE
@@ -84,7 +83,7 @@ def evaluate(
     parallel: Parallel = "shard_map",
     model_parallel: int = 1,
     language: str = "en",
-    normalize: Name | None = None,
+    normalizer: normalize.Name | None = None,
     keyword_lists: Sequence[str | os.PathLike[str]] = (),
     root: str | None = None,
     part_size: int = PART_SIZE,
@@ -103,7 +102,7 @@ def evaluate(
       checkpoint, revision, dtype, batch_size, parallel, model_parallel: as of `Transcriber.from_pretrained`.
       transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
       language: of the references, as a code or a name; that of a translation is its target.
-      normalize: as of `normalize.normalizer`; default "english" for English, "basic" for others.
+      normalizer: as of `normalize.normalizer`; default "english" for English, "basic" for others.
       keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER; the model is not told of them.
       root: what the manifests' local files have to be below; default each manifest's directory.
       part_size: utterances that are lost together when a run is killed.
@@ -119,7 +118,7 @@ def evaluate(
       OSError: results cannot be written.
     """
     asked = Options(**options)
-    scoring = _Scoring.choose(asked, language, normalize)
+    scoring = _Scoring.choose(asked, language, normalizer)
     lists = read_keyword_lists(keyword_lists)
     opened = [_with_lists(each, lists, scoring.normalize) for each in open_sets(sets, root)]
     if scheme(os.fspath(out)) is not None:
@@ -182,18 +181,18 @@ class _Scoring:
 
     translation: bool
     language: str
-    normalizer: Name
+    normalizer: normalize.Name
 
     @classmethod
-    def choose(cls, asked: Options, language: str, name: Name | None) -> "_Scoring":
+    def choose(cls, asked: Options, language: str, name: normalize.Name | None) -> "_Scoring":
         translation = asked.task == "translate" or asked.to is not None
         code = language_code(asked.to if translation and asked.to else language)
         if translation:
             score_translations(["a"], ["a"], language=code)  # before hours of work, for its tokeniser may be missing
-        return cls(translation, code, name or default_name(code))
+        return cls(translation, code, name or normalize.default_name(code))
 
     def normalize(self, text: str) -> str:
-        return normalizer(self.normalizer, self.language)(text)
+        return normalize.normalizer(self.normalizer, self.language)(text)
 
 
 class _Model:
