@@ -25,8 +25,8 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, A
     """
     first, second = _results(Path(a)), _results(Path(b))
     for key, value in first["scoring"].items():
-        if second["scoring"][key] != value:
-            raise GraniteError(f"the runs differ in {key}: {value} in {a}, {second['scoring'][key]} in {b}")
+        if second["scoring"].get(key) != value:
+            raise GraniteError(f"the runs differ in {key}: {value} in {a}, {second['scoring'].get(key)} in {b}")
     names, others = ([each["name"] for each in run["sets"]] for run in (first, second))
     if names != others:
         raise GraniteError(f"the runs are on other sets: {', '.join(names)} in {a}, {', '.join(others)} in {b}")
