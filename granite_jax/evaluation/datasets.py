@@ -133,8 +133,7 @@ def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) ->
     entry = parse_line(line if whole else None, index, Ask())
     if entry.error is not None:
         raise GraniteError(entry.error)
-    fields = json.loads(line.decode("utf-8-sig"))
-    text = fields.get("text")
+    text = json.loads(line.decode("utf-8-sig")).get("text")
     if not isinstance(text, str):
         raise GraniteError(f"entry {index}: text must be a string, not {text!r:.40}")
     for key, what in (
@@ -144,8 +143,7 @@ def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) ->
         first = seen.setdefault(key, index)
         if first != index:
             raise GraniteError(f"entry {index}: has the {what} of entry {first}, and would count twice")
-    keywords = entry.ask.keywords if entry.ask and fields.get("keywords") is not None else None
-    return Utterance(entry.id, text, keywords, _seconds(entry, access))
+    return Utterance(entry.id, text, entry.keywords, _seconds(entry, access))
 
 
 def _seconds(entry: Entry, access: Access) -> float | None:
