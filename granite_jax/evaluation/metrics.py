@@ -114,7 +114,9 @@ def keyword_counts(
     """
     columns = np.zeros((len(references), 2, 2), np.int64)  # utterance; keyword or not; errors, words
     for row, reference, hypothesis, listed in zip(columns, references, hypotheses, keywords, strict=True):
-        for said, heard in kaldialign.align(reference.split(), hypothesis.split(), _GAP, sclite_mode=True):
+        # Backwards, so that alignments of equal cost are, but for few, chosen as by the lists' script.
+        said_words, heard_words = reference.split()[::-1], hypothesis.split()[::-1]
+        for said, heard in kaldialign.align(said_words, heard_words, _GAP, sclite_mode=True):
             group = row[0 if (said or heard) in listed else 1]
             group += said != heard, said != _GAP
     return Counts(columns[:, 0, 0], columns[:, 0, 1]), Counts(columns[:, 1, 0], columns[:, 1, 1])
