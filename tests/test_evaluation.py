@@ -502,7 +502,7 @@ def test_the_command_without_its_packages_names_the_extra(monkeypatch: pytest.Mo
 def test_the_demo_is_evaluated_for_real(clips: Path, tmp_path: Path) -> None:
     # Given the clips as a TFDS data set, when the embedded checkpoint is evaluated on it, then hardly a word is wrong
     prepared = heldout.prepare(tmp_path, clips)
-    asr = Transcriber.from_pretrained("demo", dtype="float32", batch_size=4)
+    asr = Transcriber.from_pretrained("demo", dtype="float32")
     results = evaluation.evaluate([f"Demo=tfds:{prepared}#test"], tmp_path / "out", transcriber=(asr, "demo float32"))
     assert results is not None
     (found,) = results["sets"]
