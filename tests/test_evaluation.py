@@ -14,8 +14,9 @@ import soundfile
 from batch_worker import HELDOUT, StandIn
 from typer.testing import CliRunner
 
-from granite_jax import GraniteError, Transcriber, cli, evaluation
+from granite_jax import AudioError, GraniteError, Transcriber, cli, evaluation
 from granite_jax.batch.manifest import MAX_LINE
+from granite_jax.batch.tfds import Examples
 from granite_jax.evaluation import heldout
 from granite_jax.evaluation.datasets import Utterance, open_sets
 from granite_jax.evaluation.keyword_lists import read_keyword_lists
@@ -270,6 +271,17 @@ def test_the_demos_set_is_read_without_tensorflow(clips: Path, tmp_path: Path) -
     # And where there are no clips, that is said
     with pytest.raises(GraniteError, match="only the source tree has the clips"):
         heldout.prepare(tmp_path, tmp_path / "none")
+
+
+def test_samples_that_tfds_keeps_as_int64_are_of_16_bits() -> None:
+    # Given an example as TFDS's Audio feature makes it of a file by default, then its samples have their own range
+    samples = np.array([-32768, 0, 32767])
+    examples = Examples([{"speech": samples}, {"speech": samples * 2}], {}, "speech", 8000)
+    found, rate = examples[0]
+    assert (found.dtype, found.tolist(), rate) == (np.int16, samples.tolist(), 8000)
+    # And those that are more are refused
+    with pytest.raises(AudioError, match="is of more than 16 bits"):
+        examples[1]
 
 
 # Keyword lists.
