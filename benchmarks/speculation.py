@@ -33,9 +33,9 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
+from granite_jax.evaluation.metrics import score
 from granite_jax.programs import Speculation
 from granite_jax.prompts import instruction
-from granite_jax.training.evaluate import evaluate
 from granite_jax.transcriber import Transcriber, Transcript
 
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
@@ -45,11 +45,10 @@ MARGIN = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """Utterances with their transcripts and the invented names in these."""
+    """Utterances with their transcripts."""
 
     audio: list[np.ndarray]
     texts: list[str]
-    names: list[list[str]]
 
 
 def read_speech(directory: Path, limit: int | None) -> Speech:
@@ -57,7 +56,7 @@ def read_speech(directory: Path, limit: int | None) -> Speech:
     (index,) = directory.glob("*.jsonl")
     entries = [json.loads(line) for line in index.read_text().splitlines()][:limit]
     audio = [soundfile.read(directory / entry["audio"], dtype="float32")[0] for entry in entries]
-    return Speech(audio, [entry["text"] for entry in entries], [entry["names"] for entry in entries])
+    return Speech(audio, [entry["text"] for entry in entries])
 
 
 def corrupt(text: str, rate: float, vocabulary: Sequence[str], rng: random.Random) -> str:
@@ -165,7 +164,7 @@ def compare(ours: Transcriber, paper: Transcriber, params: Any, speech: Speech, 
         found["notebook"] = greedy
         passes["notebook"] = notebook_passes([ours.tokenizer.encode(text) for text in drafts], greedy)
         for name in ("greedy", "notebook", *list(modes)[1:]):
-            error = evaluate(speech.texts, [t.text for t in found[name]], speech.names).all_words
+            error = score(speech.texts, [t.text for t in found[name]]).wer
             ratio = f"{speed[name]:.2f}" if name in speed else ""
             each = sum(passes[name]) / len(audio)
             saved = tokens_per_pass(found[name], passes[name])

@@ -2,7 +2,6 @@
 
 import datetime
 import signal
-import threading
 import time
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from granite_jax import _options as options
-from granite_jax._terminal import console, fail, line
+from granite_jax._terminal import console, fail, line, terminated
 from granite_jax.errors import GraniteError
 
 _LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
@@ -94,10 +93,8 @@ def run(
     """
     from granite_jax import batch  # here, because it imports Grain
 
-    terminated = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     try:
-        with _Display() as display:
+        with terminated() as stop, Display() as display:
             summary = batch.run(
                 manifest,
                 out,
@@ -123,7 +120,7 @@ def run(
                 readers=readers,
                 num_readers=num_readers,
                 progress=display.show,
-                stop=terminated.is_set,
+                stop=stop,
             )
     except GraniteError as error:
         fail(str(error))
@@ -131,8 +128,6 @@ def run(
     except OSError as error:  # a full disk, a store that cannot be reached: it may pass
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     if summary.stopped:
         fail(f"stopped by SIGTERM; run again to resume {out}")
         raise typer.Exit(128 + signal.SIGTERM)
@@ -157,10 +152,10 @@ def merge(
     print(line(f"{directory}: {found['transcribed']} of {found['entries']} utterances, {found['failed']} failed"))
 
 
-class _Display:
+class Display:
     """A bar on a terminal; elsewhere a line a minute, for logs."""
 
-    def __enter__(self) -> "_Display":
+    def __enter__(self) -> "Display":
         columns = (TextColumn("transcribing"), BarColumn(), MofNCompleteColumn(), _Audio(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=console, disable=not console.is_terminal, transient=True)
         self._task = self._bar.add_task("", total=None, hours=0.0, rtfx=0.0)

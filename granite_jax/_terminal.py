@@ -1,7 +1,11 @@
 """What commands print besides results: progress and errors, on stderr."""
 
+import contextlib
+import signal
 import sys
+import threading
 import unicodedata
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
@@ -16,3 +20,14 @@ def fail(message: str) -> None:
 def line(text: str) -> str:
     """One line that a terminal does not act on, whatever file names and transcripts hold."""
     return "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
+
+
+@contextlib.contextmanager
+def terminated() -> Iterator[Callable[[], bool]]:
+    """Whether there has been a SIGTERM, which would otherwise end the process at once."""
+    received = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    try:
+        yield received.is_set
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -16,6 +16,7 @@ from granite_jax import _options as options
 from granite_jax import convert as converter
 from granite_jax import summary
 from granite_jax._batch_command import app as batch_app
+from granite_jax._eval_command import evaluate
 from granite_jax._terminal import console as _console
 from granite_jax._terminal import fail as _fail
 from granite_jax._terminal import line as _line
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Granite Speech in JAX: transcribe and translate speech, convert checkpoints.",
 )
 app.add_typer(batch_app, name="batch")
+app.command("eval")(evaluate)
 
 
 Format = Literal["txt", "json"]

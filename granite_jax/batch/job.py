@@ -137,7 +137,7 @@ def run(
     out: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] = "demo",
     *,
-    transcriber: tuple[Transcriber, str] | None = None,
+    transcriber: tuple[Transcriber | Callable[[], Transcriber], str] | None = None,
     revision: str | None = None,
     dtype: Any = None,
     batch_size: int | None = None,
@@ -168,7 +168,8 @@ def run(
       out: directory, or URL of gs or s3.
       checkpoint, revision, dtype, batch_size, devices, parallel, model_parallel: as of `Transcriber.from_pretrained`.
         Results do not depend on devices and batch size: a job may go on with others.
-      transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
+      transcriber: one that is loaded already, or what loads it when there is work, in place of a checkpoint; and a name
+        for its weights and dtype.
       shard, num_shards: this worker's share; default that of the environment (`parts.choose_shard`), or everything.
       part_size: utterances of a part, which are lost together when a worker dies, and share batches.
       root: what local files have to be below; default the manifest's directory.
@@ -211,7 +212,7 @@ def run(
 
         def load() -> Transcriber:
             if transcriber is not None:
-                return transcriber[0]
+                return transcriber[0]() if callable(transcriber[0]) else transcriber[0]
             return Transcriber.from_pretrained(
                 checkpoint,
                 revision=revision,

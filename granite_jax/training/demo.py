@@ -240,7 +240,7 @@ def export(work: Work) -> None:
 @app.command()
 def evaluate(work: Work) -> None:
     """Word error rates of WORK/demo on the held-out utterances, as a Markdown table."""
-    from granite_jax.training.evaluate import evaluate as compare
+    from granite_jax.evaluation.metrics import score
 
     corpus = synthesis.Corpus.open(work / "heldout")
     asr = Transcriber.from_pretrained(work / "demo", dtype="float32")
@@ -252,8 +252,8 @@ def evaluate(work: Work) -> None:
         "language model, greedy": [t.text for t in transcripts],
         "encoder, greedy CTC": [t.ctc_text for t in transcripts],
     }.items():
-        rates = compare(references, texts, names)
-        print(f"| {decoding} | {rates.all_words} | {rates.names} | {rates.other_words} |")
+        rates = score(references, texts, names)
+        print(f"| {decoding} | {rates.wer} | {rates.b_wer} | {rates.u_wer} |")
 
 
 @app.command("all")

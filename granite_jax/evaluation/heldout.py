@@ -1,0 +1,78 @@
+"""The embedded checkpoint's held-out clips as a TFDS data set of int16 tensors, which needs no TensorFlow."""
+
+import contextlib
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import tensorflow_datasets as tfds
+
+from granite_jax._files import cache_directory
+from granite_jax.errors import GraniteError
+from granite_jax.features import SAMPLING_RATE
+
+CLIPS = Path(__file__).parents[2] / "tests" / "data" / "heldout"
+"""300 clips of synthetic speech and `heldout.jsonl`, in a source tree."""
+SPLIT = "test"
+
+
+class DemoHeldout(tfds.core.GeneratorBasedBuilder):
+    """Samples, what is said, and the invented names in it."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, clips: Path = CLIPS, **options: Any):
+        self._clips = clips
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "audio": tfds.features.Tensor(shape=(None,), dtype=np.int16),
+                    "text": tfds.features.Text(),
+                    "keywords": tfds.features.Sequence(tfds.features.Text()),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(sampling_rate=SAMPLING_RATE),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Any:
+        lines = (self._clips / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+        for index, clip in enumerate(map(json.loads, lines)):
+            samples, rate = soundfile.read(self._clips / clip["audio"], dtype="int16")
+            assert rate == SAMPLING_RATE
+            yield index, {"id": clip["id"], "audio": samples, "text": clip["text"], "keywords": clip["names"]}
+
+
+def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
+    """The directory of the prepared data set; prepares it when it is not there yet.
+
+    Args:
+      directory: default the user's cache, a directory for each state of the clips.
+      clips: default `CLIPS`.
+
+    Raises:
+      GraniteError: there are no clips: this is not a source tree.
+    """
+    clips = clips or CLIPS
+    try:
+        digest = hashlib.sha256((clips / "heldout.jsonl").read_bytes()).hexdigest()[:12]
+    except FileNotFoundError:
+        raise GraniteError(f"set demo: {clips} is missing: only the source tree has the clips") from None
+    directory = directory or cache_directory() / "tfds" / digest
+    builder = DemoHeldout(clips, data_dir=str(directory), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress
+        builder.download_and_prepare()
+    return Path(builder.data_dir)

@@ -1,0 +1,73 @@
+"""Keyword lists in the format of the LibriSpeech biasing lists (arXiv 2104.02194), one line an utterance:
+
+    id <tab> reference <tab> ["rare", "words"] <tab> ["rare", "words", "and", "distractors"]
+
+The words of the third column are in the reference; B-WER is about them. The fourth is for the model, and may be absent.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from granite_jax.audio import printable
+from granite_jax.errors import GraniteError
+
+
+@dataclass(frozen=True)
+class KeywordList:
+    """Reference and rare words of an utterance."""
+
+    reference: str
+    words: tuple[str, ...]
+
+
+def read_keyword_lists(paths: Iterable[str | os.PathLike[str]]) -> dict[str, KeywordList]:
+    """Lists by utterance id. Raises GraniteError naming the line that is none, or an id that comes twice."""
+    lists: dict[str, KeywordList] = {}
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8", newline="\n") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        identity, entry = _parse(line.rstrip("\r\n"))
+                        if identity in lists:
+                            raise GraniteError(f"id {identity!r:.60} comes twice")
+                    except GraniteError as error:
+                        raise GraniteError(f"{printable(os.fspath(path))}: line {number}: {error}") from None
+                    lists[identity] = entry
+        except (OSError, UnicodeDecodeError) as error:
+            raise GraniteError(f"{printable(os.fspath(path))}: cannot be read ({error})") from None
+    return lists
+
+
+def _parse(line: str) -> tuple[str, KeywordList]:
+    columns = line.split("\t")
+    if len(columns) not in (3, 4):
+        raise GraniteError(f"has {len(columns)} columns, not id, reference, rare words and optionally biasing words")
+    try:
+        words = json.loads(columns[2])
+    except (ValueError, RecursionError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise GraniteError(f"rare words must be a JSON list of strings, not {columns[2]!r:.60}")
+    return columns[0], KeywordList(columns[1], tuple(words))
+
+
+def words_of(
+    lists: dict[str, KeywordList], identities: list[str], references: list[str], normalize: Callable[[str], str]
+) -> list[tuple[str, ...]] | None:
+    """The lists of a set's utterances; None if they are about none of them.
+
+    Raises:
+      GraniteError: naming an utterance that has no list while others have one, or whose list is another text's.
+    """
+    missing = [identity for identity in identities if identity not in lists]
+    if len(missing) == len(identities):
+        return None
+    if missing:
+        raise GraniteError(f"utterance {missing[0]!r:.60} and {len(missing) - 1} others have no keyword list")
+    for identity, reference in zip(identities, references, strict=True):
+        if normalize(lists[identity].reference).split() != normalize(reference).split():
+            raise GraniteError(f"the keyword list of utterance {identity!r:.60} is that of another text")
+    return [lists[identity].words for identity in identities]

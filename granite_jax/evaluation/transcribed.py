@@ -1,0 +1,103 @@
+"""The utterances of a finished job, with their references: what scores and comparisons are made of."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from granite_jax import batch
+from granite_jax.errors import GraniteError
+from granite_jax.evaluation.datasets import EvaluationSet
+from granite_jax.evaluation.metrics import Counts, count
+
+UTTERANCES = "utterances.jsonl"
+_UNSCORED = "ignore time segment in scoring"  # Tedlium's reference for what is not to be scored
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcribed:
+    """One line of `utterances.jsonl`.
+
+    Fields:
+      id, reference, keywords: of the set.
+      hypothesis: what was heard; nothing if there was an error.
+      seconds: of audio; 0 if there was an error.
+      error: of the job, or None.
+    """
+
+    id: str
+    reference: str
+    hypothesis: str
+    seconds: float
+    keywords: tuple[str, ...] | None
+    error: str | None
+
+    def is_scored(self, normalize: Callable[[str], str]) -> bool:
+        """Whether words are left of the reference: others are left out, as on the Open ASR leaderboard."""
+        words = " ".join(normalize(self.reference).split())
+        return words not in ("", _UNSCORED)
+
+
+def collect(each: EvaluationSet, directory: Path) -> list[Transcribed]:
+    """Joins the set with the results of its finished job, and writes `utterances.jsonl` beside them.
+
+    Raises:
+      GraniteError: parts are missing or damaged, or are not of this set.
+    """
+    batch.merge(directory)
+    found = {line["index"]: line for name in ("transcripts", "errors") for line in _read(directory / f"{name}.jsonl")}
+    if len(found) != len(each.utterances):
+        raise GraniteError(f"set {each.name}: has {len(each.utterances)} utterances, but {len(found)} were transcribed")
+    utterances = [
+        Transcribed(
+            utterance.id,
+            utterance.text,
+            found[index].get("text", ""),
+            found[index].get("duration", 0.0),
+            utterance.keywords,
+            found[index].get("error"),
+        )
+        for index, utterance in enumerate(each.utterances)
+    ]
+    lines = [json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n" for line in utterances]
+    write(directory / UTTERANCES, "".join(lines))
+    return utterances
+
+
+def write(path: Path, text: str) -> None:
+    """Replaces a file in one step."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read(directory: Path) -> list[Transcribed]:
+    """Reads `utterances.jsonl`. Raises GraniteError if it is missing or damaged."""
+    path = directory / UTTERANCES
+    try:
+        return [_parse(line) for line in _read(path)]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise GraniteError(f"{path}: is not the result of an evaluation ({error})") from None
+
+
+def error_counts(lines: Sequence[Transcribed], normalize: Callable[[str], str]) -> dict[str, Counts]:
+    """Counts of utterances that are all scored; those of keywords if all have a list."""
+    keywords = [line.keywords for line in lines if line.keywords is not None]
+    return count(
+        [line.reference for line in lines],
+        [line.hypothesis for line in lines],
+        keywords if len(keywords) == len(lines) else None,
+        normalize,
+    )
+
+
+def _parse(fields: dict[str, Any]) -> Transcribed:
+    keywords = fields.pop("keywords")
+    return Transcribed(keywords=None if keywords is None else tuple(keywords), **fields)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file]
