@@ -42,6 +42,8 @@ class Transcript:
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
         if the model ended the text, "length" if it ran into `max_new_tokens`.
+      draft: ids of the draft as it was proposed.
+      accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
       error: why there is no result, or None.
     """
 
@@ -51,6 +53,8 @@ class Transcript:
     duration: float = 0.0
     ctc_text: str = ""
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    draft: tuple[int, ...] = ()
+    accepted: tuple[tuple[int, int, int], ...] = ()
     error: str | None = None
 
 
@@ -227,7 +231,7 @@ class Pipeline:
         """Dispatches a batch to the language model; the function returned waits for it."""
         state = self._decode(bucket, rows, audio, prompt, accept.verify_threshold)
         # All but the cache, so that it is freed as soon as the device is done with it.
-        kept = {name: getattr(state, name) for name in ("tokens", "counts", "passes", "accepted", "ended")}
+        kept = {name: getattr(state, name) for name in ("tokens", "sources", "counts", "passes", "accepted", "ended")}
         kept["drafted"] = state.draft.lengths
 
         def collect() -> Results:
@@ -256,7 +260,8 @@ class Pipeline:
         return self.programs.decode(self._params, verified, cache, draft, limits, thresholds, room=bucket.room)
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
-        tokens = tuple(state["tokens"][i, : int(state["counts"][i])].tolist())
+        count = int(state["counts"][i])
+        tokens = tuple(state["tokens"][i, :count].tolist())
         passes, drafted, accepted = (int(state[name][i]) for name in ("passes", "drafted", "accepted"))
         verified = passes == 1 and accepted == drafted
         stats = {
@@ -266,7 +271,7 @@ class Pipeline:
             "accepted_tokens": accepted,
             "finish": "end" if state["ended"][i] else "length",
         }
-        return self._finished(row, self._tokenizer.decode(tokens).strip(), tokens, stats)
+        return self._finished(row, tokens, stats, row.draft, state["sources"][i, :count].tolist())
 
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
@@ -279,11 +284,29 @@ class Pipeline:
             "accepted_tokens": len(tokens),
             "finish": "end" if len(tokens) == len(drafted) else "length",
         }
-        return self._finished(row, self._tokenizer.decode(tokens).strip(), tokens, stats)
+        return self._finished(row, tokens, stats, tokens, range(len(tokens)))
 
-    def _finished(self, row: _Row, text: str, tokens: tuple[int, ...], stats: dict[str, Any]) -> Transcript:
-        audio = row.request.audio
-        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats)
+    def _finished(
+        self,
+        row: _Row,
+        tokens: tuple[int, ...],
+        stats: dict[str, Any],
+        draft: tuple[int, ...],
+        sources: Sequence[int],
+    ) -> Transcript:
+        audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
+        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources))
+
+
+def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Each token's place in the draft, or -1, as runs (place in the tokens, place in the draft, size)."""
+    runs: list[tuple[int, int, int]] = []
+    for place, source in enumerate(sources):
+        if runs and source == runs[-1][1] + runs[-1][2] and place == runs[-1][0] + runs[-1][2]:
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        elif source >= 0:
+            runs.append((place, source, 1))
+    return tuple(runs)
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

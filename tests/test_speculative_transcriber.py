@@ -125,6 +125,25 @@ def test_relaxed_mode_is_the_papers_three_steps(pipeline: SimpleNamespace) -> No
     assert any(t.stats["accepted_tokens"] for t in found if t.stats["route"] == "resumed")
 
 
+@pytest.mark.parametrize("mode", ["ctc", "own", "relaxed"])
+def test_what_was_accepted_is_on_record(pipeline: SimpleNamespace, mode: str) -> None:
+    # Given drafts, when transcribed, then each accepted run is the same tokens in draft and text, in the text's order
+    own = {"draft": [t.text for t in pipeline.greedy]}
+    found = pipeline.run(**{"ctc": {}, "own": own, "relaxed": {"speculative": "relaxed", "ctc_threshold": 5.5}}[mode])
+    assert any(t.accepted for t in found)
+    for t in found:
+        assert len(t.draft) == t.stats["draft_tokens"]
+        assert sum(size for _, _, size in t.accepted) == t.stats["accepted_tokens"]
+        places = [place for place, _, size in t.accepted for place in range(place, place + size)]
+        assert places == sorted(set(places))
+        for place, source, size in t.accepted:
+            assert size > 0
+            assert t.tokens[place : place + size] == t.draft[source : source + size]
+
+    # And without drafts there is none
+    assert all((t.draft, t.accepted) == ((), ()) for t in pipeline.greedy)
+
+
 def test_all_modes_share_three_programs_a_bucket(pipeline: SimpleNamespace) -> None:
     # Given one bucket, when every mode, draft and task has run, then nothing was compiled but its three programs
     pipeline.run(speculative="relaxed-fast")

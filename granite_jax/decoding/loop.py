@@ -126,6 +126,7 @@ def decode(
     zeros = jnp.zeros_like(limits)
     start = DecodeState(
         tokens=jnp.zeros((len(limits), room), jnp.int32) + zeros[:, None],
+        sources=jnp.full((len(limits), room), -1, jnp.int32) + zeros[:, None],
         counts=zeros,
         limits=limits,
         pending=zeros,

@@ -30,6 +30,7 @@ class DecodeState:
 
     Fields:
       tokens: int32 `[b, room]`, without end-of-text; zeros after `counts`.
+      sources: int32 `[b, room]`, the draft position that proposed each token; -1 for the decoder's own.
       counts: int32 `[b]`.
       limits: int32 `[b]`, the most tokens each row may generate, at most `room`.
       pending: int32 `[b]`, what the next step runs first.
@@ -42,6 +43,7 @@ class DecodeState:
     """
 
     tokens: Int[Array, "b r"]
+    sources: Int[Array, "b r"]
     counts: Lengths
     limits: Lengths
     pending: Lengths
@@ -95,6 +97,7 @@ class DecodeState:
         return dataclasses.replace(
             self,
             tokens=jnp.where((place >= 0) & (place < kept[:, None]), placed, self.tokens),
+            sources=jnp.where((place >= 0) & (place < used[:, None]), self.cursor[:, None] + place, self.sources),
             counts=self.counts + kept,
             pending=jnp.where(kept > 0, last, self.pending),
             ended=self.ended | ends.any(axis=1),
