@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import tokenizers
@@ -108,6 +108,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens and ids outside the vocabulary are left out, as the reference does."""
         return self._plain.decode([int(id) for id in ids], skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each id adds to the text of those before it; a character that several spell belongs to the last."""
+        pieces, done = [], ""
+        for end in range(1, len(ids) + 1):
+            text = self.decode(ids[:end])
+            cut = len(text) if end == len(ids) else len(text.rstrip("\ufffd"))
+            pieces.append(text[len(done) : cut])
+            done += pieces[-1]
+        return pieces
 
 
 def _build(definition: str, pre_tokenizer: PreTokenizer) -> tokenizers.Tokenizer:

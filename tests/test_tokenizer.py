@@ -46,6 +46,19 @@ def test_text_is_encoded_as_the_file_says_and_decoded_back(reference, tokenizer,
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize("text", ["", "the cat sat", " naïve 日本 🎙\n", "odd \ufffd"])
+def test_pieces_are_what_each_id_adds(tokenizer, text):
+    # Given ids, of which several may spell one character
+    ids = tokenizer.encode(text)
+    pieces = tokenizer.pieces(ids)
+    # Then there is a piece for each, and together they are the text, without halves of characters
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+    assert sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+    # And an unfinished character at the end is there as what it is
+    assert "".join(tokenizer.pieces(tokenizer.encode("日")[:-1])) == tokenizer.decode(tokenizer.encode("日")[:-1])
+
+
 def test_special_tokens_in_text_are_plain_text(reference, tokenizer):
     text = "a<|audio|>b<|end_of_text|>"
     ids = tokenizer.encode(text)
