@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Literal
 
 import typer
@@ -66,14 +67,21 @@ def transcribe(
     verify_threshold: options.VerifyThreshold = None,
     parallel: options.Parallel = "shard_map",
     model_parallel: options.ModelParallel = 1,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="draw log-mel, CTC posteriors, words and draft of one FILE: .png, .svg or .pdf", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Transcribe or translate audio files.
 
     Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
-    tokens, duration, ctc_text and stats. Files that fail are reported on stderr, one line each. The exit status is 0 if
-    all succeeded, 1 if some did not, 2 if nothing could be tried.
+    tokens, duration, ctc_text, stats, draft and accepted. Files that fail are reported on stderr, one line each. The
+    exit status is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     try:
+        plots = None if plot is None else _plots_for(plot, files)
         asr = Transcriber.from_pretrained(
             checkpoint, revision=revision, dtype=dtype, parallel=parallel, model_parallel=model_parallel
         )
@@ -104,6 +112,27 @@ def transcribe(
             print(_line(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text))
     if any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
+    if plots is not None and plot is not None:
+        # A translation or a text by a prompt of one's own was not spoken.
+        spoken = transcripts[0].text if task != "translate" and prompt is None else transcripts[0].ctc_text
+        figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
+        try:
+            figure.savefig(plot)
+        except OSError as error:
+            _fail(f"{plot}: {error.strerror or error}")
+            raise typer.Exit(1) from None
+
+
+def _plots_for(plot: Path, files: list[Path]) -> ModuleType:
+    """The module that draws, if it can draw this: asked before anything is transcribed."""
+    if len(files) > 1:
+        raise GraniteError(f"--plot draws one file, not {len(files)}")
+    try:
+        from granite_jax import plots  # here, because matplotlib is an extra
+    except ImportError as error:
+        raise GraniteError(str(error)) from None
+    plots.check_path(plot)
+    return plots
 
 
 @app.command()

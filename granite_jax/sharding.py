@@ -130,6 +130,10 @@ class Devices:
         """Arrays of the host, split over `data` as programs return theirs: to the tracer both are of one type."""
         return jax.device_put(rows, NamedSharding(self.mesh, DATA))
 
+    def unplaced(self, params: Any) -> Any:
+        """What `place` placed, in the shape it had."""
+        return jax.tree.map(lambda array: array[0], params) if self.parallel == "pmap" else params
+
     def compile(
         self,
         function: Callable[..., Any],

@@ -1,18 +1,23 @@
 """The host pipeline: audio in any form -> buckets -> batches -> device -> text, in input order."""
 
 import contextlib
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from granite_jax import model
 from granite_jax._pcm import TooLongError
 from granite_jax.audio import Audio, load_audio, printable
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
 from granite_jax.errors import ContextError, GraniteError
+from granite_jax.features import SAMPLING_RATE, log_mel, num_frames
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
@@ -20,7 +25,20 @@ from granite_jax.sharding import DeviceList, Devices, Parallel
 from granite_jax.speculation import Acceptance, acceptance, drafts_of
 from granite_jax.tokenizer import Tokenizer
 
-__all__ = ["Transcriber", "Transcript", "enable_compilation_cache"]
+__all__ = ["Acoustics", "Transcriber", "Transcript", "enable_compilation_cache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Acoustics:
+    """What the encoder makes of one input, for pictures and measurements.
+
+    Fields:
+      features: log-mel, float32 `[t, 160]`, as of `log_mel`.
+      ctc_logits: float32 `[t, c]`.
+    """
+
+    features: np.ndarray
+    ctc_logits: np.ndarray
 
 
 class Transcriber:
@@ -69,8 +87,8 @@ class Transcriber:
         if not isinstance(devices, Devices):
             devices = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
-        placed = devices.place(params, devices.param_shardings(config))
-        self._pipeline = Pipeline(config, placed, programs, tokenizer, self.buckets, self.batch_size)
+        self._params = devices.place(params, devices.param_shardings(config))
+        self._pipeline = Pipeline(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
 
     @classmethod
     def from_pretrained(
@@ -210,6 +228,25 @@ class Transcriber:
             finish(index, transcript)
         return [results[index] for index in range(len(sources))]
 
+    def acoustics(self, audio: Any, *, sampling_rate: int | None = None) -> Acoustics:
+        """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
+        samples = self._load(audio, sampling_rate, _name(audio, 0)).samples
+        padded = np.zeros((1, -(-len(samples) // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
+        padded[0, : len(samples)] = samples
+        programs = self._pipeline.programs
+        params, lengths = programs.devices.unplaced(self._params), np.array([len(samples)], np.int32)
+        found = _acoustics(self.config, programs.dtype, params, padded, lengths)
+        return Acoustics(*(np.asarray(array)[0, : num_frames(len(samples))] for array in found))
+
+    def _load(self, source: Any, rate: int | None, name: str) -> Audio:
+        if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
+            rate = None  # a file knows its own
+        try:
+            return load_audio(source, sampling_rate=rate, name=name, max_seconds=max_seconds(self.config))
+        except TooLongError as error:
+            positions = self.config.decoder.max_position_embeddings
+            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
+
     def _request(
         self,
         index: int,
@@ -221,12 +258,7 @@ class Transcriber:
         draft: tuple[int, ...] | None,
     ) -> Request:
         positions = self.config.decoder.max_position_embeddings
-        if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
-            rate = None  # a file knows its own
-        try:
-            audio = load_audio(source, sampling_rate=rate, name=name, max_seconds=max_seconds(self.config))
-        except TooLongError as error:
-            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
+        audio = self._load(source, rate, name)
         length = self._prompt_length(prompt, audio)
         budget = new_token_budget(audio.duration) if max_new_tokens is None else max_new_tokens
         request = Request(index, audio, budget, length, draft)
@@ -246,6 +278,13 @@ class Transcriber:
 
     def _prompt_length(self, prompt: PromptTokens, audio: Audio) -> int:
         return len(prompt.prefix) + len(prompt.suffix) + self._pipeline.num_audio_tokens(audio)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _acoustics(config: Config, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
+    features = log_mel(samples, lengths)
+    hidden = model.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
+    return features, model.ctc_logits(config, params, hidden, dtype=dtype)
 
 
 def enable_compilation_cache() -> None:

@@ -89,7 +89,7 @@ def test_json_is_one_object_a_line(asr: Transcriber, loaded: list, recordings: l
     assert (result.exit_code, result.stderr) == (0, "")
     objects = [json.loads(line) for line in result.stdout.splitlines()]
     expected = [dataclasses.asdict(t) for t in asr.transcribe(list(recordings), max_new_tokens=4)]
-    assert objects == [{k: list(v) if k == "tokens" else v for k, v in t.items() if k != "error"} for t in expected]
+    assert objects == [{k: v for k, v in t.items() if k != "error"} for t in json.loads(json.dumps(expected))]
     assert set(objects[0]) >= {"audio", "text", "tokens", "duration", "stats"}
     assert [o["audio"] for o in objects] == recordings
 
@@ -289,3 +289,40 @@ def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
     # Orbax's threads write there, too, even into the same line.
     assert re.search("granite-jax: .*params: Orbax cannot write it .*File too large", done.stderr)
     assert not (tmp_path / "own").exists()
+
+
+def test_a_picture(loaded: list, recordings: list[str], tmp_path: Path) -> None:
+    # Given a file, when its picture is asked for, then it is there, beside the text
+    result = invoke("transcribe", recordings[1], "--max-new-tokens", "4", "--plot", tmp_path / "out.png")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(result.stdout.splitlines()) == 1
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("files", "plot", "message", "status"),
+    [
+        (2, "out.png", "--plot draws one file, not 2", 2),
+        (1, "out.wav", "out.wav: a picture ends in one of ", 2),
+        (1, "none/out.png", "none/out.png: No such file or directory", 1),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(
+    loaded: list, recordings: list[str], tmp_path: Path, files: int, plot: str, message: str, status: int
+) -> None:
+    # Given what makes no picture, when it is asked for, then that is one line, before anything is loaded if possible
+    result = invoke("transcribe", *recordings[:files], "--max-new-tokens", "1", "--plot", tmp_path / plot)
+    assert result.exit_code == status
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert bool(loaded) == (status == 1)
+
+
+def test_pictures_need_an_extra(loaded: list, recordings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given no matplotlib, when a picture is asked for, then the extra that has it is named
+    monkeypatch.delitem(sys.modules, "granite_jax.plots", raising=False)
+    monkeypatch.delattr("granite_jax.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke("transcribe", recordings[0], "--plot", "out.png")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "granite-jax: pictures need matplotlib: pip install 'granite-jax[plots]'\n"

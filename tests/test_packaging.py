@@ -154,6 +154,7 @@ def test_the_core_runs_without_the_extras(tmp_path: Path) -> None:
         "aiohttp",
         "yarl",
         "kubernetes_validate",
+        "matplotlib",
     ]
     code = (
         f"sys.modules.update(dict.fromkeys({absent}));"  # None there makes an import fail
