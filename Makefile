@@ -11,7 +11,7 @@ LIBTPU := libtpu==0.0.52
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types parity demo-checkpoint clean
+.PHONY: demo test lint types parity notebooks demo-checkpoint clean
 
 demo: $(VENV)/.package
 	$(PY) samples/demo.py
@@ -28,6 +28,11 @@ types: $(VENV)/.dev
 
 parity: $(VENV)/.parity
 	$(PY) -m pytest tests/parity $(ARGS)
+
+# The notebooks from their scripts (REPOSITORY=owner/name: installing from there), and the README's picture.
+notebooks: $(VENV)/.test
+	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
+	$(PY) -m granite_jax.cli transcribe tests/data/heldout/heldout-2-000250.ogg --plot colab/overview.png
 
 # Needs espeak-ng, and hours.
 demo-checkpoint: $(VENV)/.train
