@@ -30,6 +30,7 @@ STRICT = """
 import warnings
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+warnings.filterwarnings("default", module="ipykernel")
 """
 
 
@@ -50,7 +51,7 @@ def execute(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         notebook.cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", ())]
         values = ", ".join(f"{key!r}: {expression}" for key, expression in expressions.items())
         notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
-        notebook.cells.append(nbformat.v4.new_code_cell(f"print(json.dumps({{{values}}}))"))
+        notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({{{values}}}))"))
         NotebookClient(notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": COLAB}}).execute()
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
         stderr = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stderr")
