@@ -99,7 +99,8 @@ figure
 # %%
 RECORDINGS = ["one-name", "two-names", "noisy", "numbers"]
 STEPS = 12
-said = {each["audio"]: each["text"] for each in map(json.loads, (ROOT / "samples" / "samples.jsonl").open())}
+listed = (ROOT / "samples" / "samples.jsonl").read_text().splitlines()
+said = {each["audio"]: each["text"] for each in map(json.loads, listed)}
 audio = [soundfile.read(ROOT / "samples" / f"{name}.wav", dtype="float32")[0] for name in RECORDINGS]
 samples = jnp.array([np.pad(each, (0, max(map(len, audio)) - len(each))) for each in audio])
 lengths = jnp.array([len(each) for each in audio])
@@ -157,7 +158,7 @@ print("restored as it was saved, to the bit:", same)
 asr = gj.Transcriber.from_pretrained(work / "tuned", dtype="float32")
 transcripts = asr.transcribe(audio)
 for name, each in zip(RECORDINGS, transcripts, strict=True):
-    print(f"{name:10} {each.text}")
+    print(f"said           {said[f'{name}.wav']}\nencoder, tuned {each.ctc_text}\nlanguage model {each.text}\n")
 
 # %% [markdown]
 # ## Export to Hugging Face

