@@ -95,7 +95,7 @@ for name, summary in {"one device": alone, "all devices": together}.items():
     print(f"  {summary.audio_seconds:.0f} s of audio in {summary.wall_seconds:.1f} s: RTFx {summary.rtfx}")
 
 # %%
-plots.throughput({"one device": alone_reports, f"all {jax.device_count()} devices": together_reports})
+plots.throughput({"one device": (alone, alone_reports), "all devices": (together, together_reports)})
 
 # %% [markdown]
 # Results do not depend on the number of devices, nor on batch mates: both jobs wrote the same.

@@ -43,7 +43,7 @@ except ImportError as error:
     raise ImportError("pictures need matplotlib: pip install 'granite-jax[plots]'") from error
 
 if TYPE_CHECKING:
-    from granite_jax.batch import Progress
+    from granite_jax.batch import Progress, Summary
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 _COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9")
@@ -51,7 +51,7 @@ _MEL_SECONDS = HOP / SAMPLING_RATE
 _HERTZ = (250, 500, 1000, 2000, 4000)
 _SECONDS_PER_ROW = 8.0  # of an overview
 _FLOOR = 0.1
-_WORDS = re.compile(r"\s*\S{1,40}|\s+$")
+_WORDS = re.compile(r"\s*\S+|\s+$")
 _WIDTH, _OVERVIEW_WIDTH = 10.0, 13.0  # inches
 _FONT_POINTS, _CELL_POINTS, _LABEL, _LINE_INCHES = 10.0, 6.03, 7, 0.5  # of a comparison's monospaced lines
 _STYLES: Mapping[str, dict[str, Any]] = {
@@ -285,25 +285,25 @@ def draft(transcript: Transcript, tokenizer: Tokenizer, *, ax: Axes | None = Non
     return _whole(ax)
 
 
-def throughput(runs: Mapping[str, Sequence["Progress"]]) -> Figure:
+def throughput(runs: Mapping[str, tuple["Summary", Sequence["Progress"]]]) -> Figure:
     """How batch jobs went: utterances over time, and audio transcribed a second.
 
     Args:
-      runs: by name, copies of what a job's `progress` was called with.
+      runs: by name, a job's result, and copies of what its `progress` was called with.
     """
     figure = _figure(_WIDTH, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    for place, (name, reports) in enumerate(runs.items()):
+    for place, (name, (_, reports)) in enumerate(runs.items()):
         color, marker = _COLORS[place % len(_COLORS)], "osD^vP"[place % 6]
         seconds, done = [0.0, *(r.seconds for r in reports)], [0, *(r.done for r in reports)]
         left.step(seconds, done, where="post", color=color, marker=marker, markevery=[-1], label=name)
     left.set(xlabel="time (s)", ylabel="utterances transcribed", xlim=(0.0, None), ylim=(0.0, None))
     left.legend(loc="lower right")
     left.grid(color="#e0e0e0")
-    rates = [reports[-1].rtfx if reports else 0.0 for reports in runs.values()]
+    rates = [summary.rtfx for summary, _ in runs.values()]
     bars = right.barh(list(runs), rates, color=[_COLORS[i % len(_COLORS)] for i in range(len(runs))])
     right.bar_label(bars, [f" {rate:.1f}" for rate in rates])
-    right.set(xlabel="RTFx (seconds of audio a second)", xlim=(0.0, 1.2 * max([*rates, 1e-9])))
+    right.set(xlabel="RTFx (seconds of audio a second)", xlim=(0.0, 1.2 * max([*rates, 0.1])))
     right.invert_yaxis()
     right.spines[["top", "right"]].set_visible(False)
     return figure
@@ -332,19 +332,27 @@ _Line = list[tuple[int, Passage]]
 
 def _lines(passages: Sequence[Passage], columns: int) -> list[_Line]:
     """Passages in lines, broken between words, each with the column that it begins at."""
+    words: list[list[Passage]] = []
+    for kind, *sides in passages:
+        for draft, text in itertools.zip_longest(*map(_WORDS.findall, sides), fillvalue=""):
+            if not words or draft[:1].isspace() or text[:1].isspace():
+                words.append([])
+            words[-1].append(Passage(kind, draft, text))
     lines: list[_Line] = [[]]
     used = 0
-    for passage in passages:
-        for draft, text in itertools.zip_longest(*map(_WORDS.findall, passage[1:]), fillvalue=""):
-            if used and used + max(_cells(draft), _cells(text)) > columns:
-                draft, text = draft.lstrip(), text.lstrip()
-                if not draft and not text:
-                    continue
-                lines.append([])
-                used = 0
-            lines[-1].append((used, Passage(passage.kind, draft, text)))
-            used += max(_cells(draft), _cells(text))
-    return lines
+    for word in words:
+        if used and used + sum(map(_width, word)) > columns:
+            word[0] = word[0]._replace(draft=word[0].draft.lstrip(), text=word[0].text.lstrip())
+            lines.append([])
+            used = 0
+        for part in word:
+            lines[-1].append((used, part))
+            used += _width(part)
+    return [line for line in lines if any(map(_width, (part for _, part in line)))]
+
+
+def _width(passage: Passage) -> int:
+    return max(_cells(passage.draft), _cells(passage.text))
 
 
 def _cells(text: str) -> int:

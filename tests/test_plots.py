@@ -143,11 +143,17 @@ def test_lines_of_a_comparison_are_no_wider_than_asked() -> None:
     ]
     lines = plots._lines(passages, 20)
     assert all(column + len(part.text) <= 20 for line in lines for column, part in line)
-    assert all(line for line in lines)
     assert (
         "".join(part.text for line in lines for _, part in line).replace(" ", "")
         == "ab" * 30 + "yz" + "q" * 9 + "w" * 30
     )
+
+
+def test_lines_end_between_words() -> None:
+    # Given a word of two tokens, one accepted and one not, where the line is full
+    passages = [Passage("accepted", " more about t", " more about t"), Passage("corrected", "icks", "ax")]
+    lines = [[part.text for _, part in line] for line in plots._lines(passages, 12)]
+    assert lines == [[" more", " about"], ["t", "ax"]]
 
 
 # Whole pictures.
@@ -184,12 +190,13 @@ def test_a_text_that_was_not_spoken_is_not_aligned() -> None:
 
 
 def test_throughput_is_drawn_from_a_jobs_reports(tmp_path: Path) -> None:
-    # Given the reports of two jobs
-    reports = [Progress(done=4, seconds=1.0, audio_seconds=8.0), Progress(done=8, seconds=2.0, audio_seconds=20.0)]
-    figure = plots.throughput({"one": reports, "none": []})
+    # Given two jobs
+    reports = [Progress(done=4, seconds=1.0), Progress(done=8, seconds=2.0)]
+    summaries = [cast(Any, SimpleNamespace(rtfx=rtfx)) for rtfx in (10.0, 0.0)]
+    figure = plots.throughput({"one": (summaries[0], reports), "none": (summaries[1], [])})
     # Then the lines are the utterances over time, and the bars RTFx
     left, right = figure.axes
-    assert left.lines[0].get_xydata().tolist() == [[0, 0], [1, 4], [2, 8]]
+    assert np.asarray(left.lines[0].get_xydata()).tolist() == [[0, 0], [1, 4], [2, 8]]
     assert [bar.get_width() for bar in right.patches] == [10.0, 0.0]
     assert {"one", "none", "utterances transcribed", "time (s)", "RTFx (seconds of audio a second)"} <= texts(
         figure, tmp_path
