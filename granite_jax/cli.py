@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -115,12 +116,15 @@ def transcribe(
     if plots is not None and plot is not None:
         # A translation or a text by a prompt of one's own was not spoken.
         spoken = transcripts[0].text if task != "translate" and prompt is None else transcripts[0].ctc_text
-        figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
         try:
-            figure.savefig(plot)
-        except OSError as error:
-            _fail(f"{plot}: {error.strerror or error}")
+            figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                figure.savefig(plot)
+        except (GraniteError, OSError) as error:
+            _fail(str(error))
             raise typer.Exit(1) from None
+        if any("Glyph" in str(warning.message) for warning in caught):
+            _fail(f"{plot}: characters are missing, no font here has them")
 
 
 def _plots_for(plot: Path, files: list[Path]) -> ModuleType:

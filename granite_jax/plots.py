@@ -88,27 +88,22 @@ def overview(acoustics: Acoustics, transcript: Transcript, tokenizer: Tokenizer,
     labels = len(_heard(_probabilities(acoustics.ctc_logits)))
     heights = [*[1.6, 0.6 + 0.12 * labels, 0.6] * rows, 0.5 + _LINE_INCHES * len(lines)]
     figure = _figure(_OVERVIEW_WIDTH, 0.7 + sum(heights) + 0.25 * len(heights))
-    figure.suptitle(f"{printable(transcript.audio)}: {duration:.1f} s", parse_math=False)
+    figure.suptitle(f"{printable(transcript.audio)}: {duration:.1f} s", fontfamily=_fonts(), parse_math=False)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[60, 1])
     spoken = _words(acoustics.ctc_logits, transcript.text if text is None else text, transcript.ctc_text)
     for row in range(rows):
-        shared = {}
-        for place, draw in enumerate(("log_mel", "ctc", "words")):
-            ax = figure.add_subplot(grid[3 * row + place, 0], **shared)
-            shared = {"sharex": ax} if place == 0 else shared
-            if draw == "words":
-                alignment(spoken, ax=ax)
-            else:
-                cax = figure.add_subplot(grid[3 * row + place, 1])
-                if draw == "log_mel":
-                    log_mel(acoustics.features, ax=ax, cax=cax)
-                else:
-                    ctc_posteriors(acoustics.ctc_logits, ax=ax, cax=cax)
-                ax.set_xlabel("")
-                ax.tick_params(labelbottom=False)
+        panels = [figure.add_subplot(grid[3 * row + place, 0]) for place in range(3)]
+        bars = [figure.add_subplot(grid[3 * row + place, 1]) for place in range(2)]
+        log_mel(acoustics.features, ax=panels[0], cax=bars[0])
+        ctc_posteriors(acoustics.ctc_logits, ax=panels[1], cax=bars[1])
+        alignment(spoken, ax=panels[2])
         start = row * _SECONDS_PER_ROW
-        end = start + _SECONDS_PER_ROW if rows > 1 else duration
-        ax.set_xlim(start, max(end, duration) if row == rows - 1 else end)
+        end = duration if rows == 1 else start + _SECONDS_PER_ROW
+        for ax in panels:
+            ax.set_xlim(start, max(end, duration) if row == rows - 1 else end)
+        for ax in panels[:2]:
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
     draft(transcript, tokenizer, ax=figure.add_subplot(grid[-1, :]))
     return figure
 

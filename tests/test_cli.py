@@ -299,12 +299,21 @@ def test_a_picture(loaded: list, recordings: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_without_the_fonts(loaded: list, recordings: list[str], tmp_path: Path) -> None:
+    # Given a name in cuneiform, when the picture is drawn, then one line says what is missing in it
+    named = Path(recordings[0]).rename(tmp_path / "\U00012000.wav")
+    result = invoke("transcribe", named, "--max-new-tokens", "1", "--plot", tmp_path / "out.svg")
+    assert result.exit_code == 0
+    assert result.stderr == f"granite-jax: {tmp_path}/out.svg: characters are missing, no font here has them\n"
+    assert (tmp_path / "out.svg").stat().st_size > 1000
+
+
 @pytest.mark.parametrize(
     ("files", "plot", "message", "status"),
     [
         (2, "out.png", "--plot draws one file, not 2", 2),
         (1, "out.wav", "out.wav: a picture ends in one of ", 2),
-        (1, "none/out.png", "none/out.png: No such file or directory", 1),
+        (1, "none/out.png", "No such file or directory", 1),
     ],
 )
 def test_pictures_that_cannot_be_drawn(
