@@ -131,6 +131,12 @@ def test_the_installation_is_for_the_machines_accelerator(tmp_path: Path, device
     assert done.stdout == f"-m pip install --quiet colab/..[{extras}]\n"
 
 
+def test_the_readmes_pictures_are_there_and_small() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\((?!https)([^)]+)\)", (ROOT / "README.md").read_text())
+    assert pictures
+    assert all((ROOT / picture).stat().st_size < 150_000 for picture in pictures)
+
+
 # What they write.
 
 
