@@ -256,8 +256,6 @@ def test_research(execute: Callable[..., SimpleNamespace]) -> None:
     # And the loss falls, the tuned weights are saved and exported as they are, and have learnt
     assert run.losses[-1] < 0.7 * run.losses[0]
     assert run.changed and run.same and run.exported
-    said = [SAMPLES[name] for name in ("one-name", "two-names", "noisy", "numbers")]
-    assert [ctc_text for ctc_text, _ in run.heard] == said
-    assert sum(text == expected for (_, text), expected in zip(run.heard, said, strict=True)) >= 3
+    assert run.heard == [[SAMPLES[name]] * 2 for name in ("one-name", "two-names", "noisy")]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(run.files)
     assert run.pictures == 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import hf_fixture
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,24 @@ def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[st
     assert [t.tokens for t in found] == [t.tokens for t in expected]
     assert [t.stats for t in found] == [t.stats for t in expected]
     assert asr.compilations <= 6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"devices": 4}, {"devices": 2, "parallel": "pmap"}, {"devices": 4, "model_parallel": 2}], ids=str
+)
+def test_acoustics_are_those_of_the_functions(job: SimpleNamespace, options: dict[str, Any]) -> None:
+    # Given an utterance that is no whole number of seconds, and what the pure functions make of it alone
+    config, params = gj.load(job.directory, dtype="float32")
+    samples, length = job.audio[3], jnp.array([len(job.audio[3])])
+    features = gj.log_mel(jnp.asarray(samples)[None], length)
+    hidden = gj.encode(config, params, features, gj.num_frames(length)).hidden
+    logits = gj.ctc_logits(config, params, hidden)
+    # When a Transcriber is asked, wherever its weights are
+    found = job.load(**options | {"devices": jax.devices()[: options.get("devices", 1)]}).acoustics(samples)
+    # Then the same is found, without padding
+    assert found.features.shape == (gj.num_frames(len(samples)), 160)
+    np.testing.assert_allclose(found.features, features[0], atol=1e-5)
+    np.testing.assert_allclose(found.ctc_logits, logits[0], atol=1e-4)
 
 
 def test_weights_are_split_by_the_table(job: SimpleNamespace) -> None:
