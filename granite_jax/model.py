@@ -162,8 +162,8 @@ def prefill_reduced(
     tokens: Tokens,
     lengths: Lengths,
     audio: AudioEmbeddings | None,
-    reduce: Callable[[Logits, Tokens], Any],
-    operand: Int[Array, "b m"],
+    reduce: Callable[[Logits, Any], Any],
+    operand: Any,
     counts: Lengths,
     *,
     capacity: int | None = None,
@@ -175,7 +175,7 @@ def prefill_reduced(
       tokens: int32 `[b, p]`, prompts and then drafts, padded on the right.
       lengths: tokens of each prompt alone.
       reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
-      operand: int32 `[b, m]`; column i belongs to the position `lengths - 1 + i`.
+      operand: arrays `[b, m]`; column i belongs to the position `lengths - 1 + i`.
       counts: how many of the `m` positions of each row are wanted. What is returned for others means nothing.
 
     Returns:
@@ -183,16 +183,16 @@ def prefill_reduced(
     """
     decoder: Decoder = _part(config, params, "decoder")
     hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
-    batch, wanted = operand.shape
+    batch, wanted = jax.tree.leaves(operand)[0].shape
     chunk = max(1, min(wanted, _LOGIT_ROWS // batch))
     padded = -(-wanted // chunk) * chunk
-    operand = jnp.pad(operand, ((0, 0), (0, padded - wanted)))
+    operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - wanted))), operand)
     positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded), tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
     def reduced(start: jax.Array) -> Any:
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk, axis=1)
-        return reduce(decoder.logits(part(hidden)), part(operand))
+        return reduce(decoder.logits(part(hidden)), jax.tree.map(part, operand))
 
     def add(carry):
         start, found = carry

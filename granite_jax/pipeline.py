@@ -18,14 +18,17 @@ import numpy as np
 from granite_jax import ctc
 from granite_jax.audio import Audio
 from granite_jax.config import Config
-from granite_jax.decoding import DecodeState
+from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
 from granite_jax.features import SAMPLING_RATE, num_frames
+from granite_jax.gate import candidates
+from granite_jax.keywords import Biasing, Keywords, repair, select, trie_of
 from granite_jax.programs import Bucket, Encoded, Programs, choose_bucket, draft_budget, pad_drafts
 from granite_jax.prompts import PromptTokens
 from granite_jax.speculation import Acceptance
 from granite_jax.tokenizer import Tokenizer
 
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
+_LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Transcript:
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
-        if the model ended the text, "length" if it ran into `max_new_tokens`.
+        if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
+        that were heard, best first.
       draft: ids of the draft as it was proposed.
       accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
       error: why there is no result, or None.
@@ -60,13 +64,23 @@ class Transcript:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One valid input: its place in the list, its audio, the most tokens it may generate, its caller's draft if any."""
+    """One valid input.
+
+    Fields:
+      index: its place in the list.
+      limit: the most tokens it may generate.
+      prompt_length: tokens of the prompt with the audio's.
+      draft: its caller's, if any.
+      keywords: what biases it, if anything.
+    """
 
     index: int
     audio: Audio
     limit: int
+    prompt: PromptTokens
     prompt_length: int
     draft: tuple[int, ...] | None = None
+    keywords: Keywords | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +89,11 @@ class _Row:
 
     request: Request
     ctc_text: str
+    drafted_text: str
     draft: tuple[int, ...]
     entropy: float
+    heard: tuple[str, ...] = ()
+    trie: Trie | None = None
 
 
 Results = list[tuple[int, Transcript]]
@@ -101,6 +118,7 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
+        self._pools: dict[tuple[int, ...], tuple[Automata, list[Trie]]] = {}
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
         """The bucket of `batch` rows for a request, or None."""
@@ -128,12 +146,12 @@ class Pipeline:
         """Runs the programs of a bucket on silence."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
-        row = _Row(Request(0, silence, 1, length), "", (), 0.0)
+        row = _Row(Request(0, silence, 1, prompt, length), "", "", (), 0.0)
         audio = self._encode(bucket, [row.request]).audio
-        jax.block_until_ready(self._decode(bucket, [row], audio, prompt, math.inf).tokens)
+        jax.block_until_ready(self._decode(bucket, [row], audio, math.inf).tokens)
 
     def run(
-        self, requests: Iterable[Request], prompt: PromptTokens, accept: Acceptance
+        self, requests: Iterable[Request], accept: Acceptance, biasing: Biasing
     ) -> Iterator[tuple[int, Transcript]]:
         """Results in the order in which batches finish."""
         encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
@@ -143,9 +161,9 @@ class Pipeline:
         def advance() -> Results:
             """Takes the oldest encoded batch on; returns what the CTC gate let pass."""
             (bucket, batch), found = encoded.popleft()
-            rows = self._rows(batch, found, accept)
+            rows = self._rows(batch, found, accept, biasing)
             if accept.ctc_threshold == 0:
-                decoding.append(self._submit(bucket, rows, found.audio, prompt, accept))
+                decoding.extend(self._submit(bucket, rows, found.audio, accept))
                 return []
             # The gate's survivors wait for one another, so that the language model sees full batches.
             audio = np.asarray(found.audio)
@@ -160,7 +178,7 @@ class Pipeline:
             taken, survivors[bucket] = survivors[bucket][:size], survivors[bucket][size:]
             padded = [*taken, *[taken[0]] * (size - len(taken))]
             audio = self.programs.devices.split(np.stack([audio for _, audio in padded]))
-            decoding.append(self._submit(bucket, [row for row, _ in taken], audio, prompt, accept))
+            decoding.extend(self._submit(bucket, [row for row, _ in taken], audio, accept))
 
         for bucket, batch in self._batches(requests):
             encoded.append(((bucket, batch), self._encode(bucket, batch)))
@@ -207,29 +225,60 @@ class Pipeline:
         size = self.rows(bucket)
         samples = np.zeros((size, bucket.samples), np.float32)
         lengths = np.full(size, len(batch[0].audio.samples), np.int32)
-        for row, request in enumerate([*batch, *[batch[0]] * (size - len(batch))]):
+        full = [*batch, *[batch[0]] * (size - len(batch))]
+        for row, request in enumerate(full):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
-        return self.programs.encode(self._params, samples, lengths)
+        sounds = candidates([request.keywords and request.keywords.labels for request in full])
+        return self.programs.encode(self._params, samples, lengths, sounds)
 
-    def _rows(self, batch: list[Request], encoded: Encoded, accept: Acceptance) -> list[_Row]:
-        """Waits for a batch's labels and makes drafts of them."""
-        labels, entropy = jax.device_get((encoded.labels, encoded.entropy))
+    def _rows(self, batch: list[Request], encoded: Encoded, accept: Acceptance, biasing: Biasing) -> list[_Row]:
+        """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
+        labels, entropy, support = jax.device_get((encoded.labels, encoded.entropy, encoded.support))
         rows = []
         for i, request in enumerate(batch):
-            text = " ".join(ctc.to_text(labels[i]).split())
+            text = drafted = " ".join(ctc.to_text(labels[i]).split())
+            heard, trie = (), None
+            if (keywords := request.keywords) is not None:
+                passed = [] if biasing.threshold is None else select(keywords, support, i, labels[i], biasing.threshold)
+                drafted = repair(labels[i], passed, keywords.texts)
+                heard = tuple(keywords.texts[one.keyword] for one in passed)
+                trie = trie_of(keywords, passed, labels[i], biasing.threshold or -math.inf)
             draft = request.draft
             if draft is None:
-                draft = tuple(self._tokenizer.encode(text)) if accept.drafts else ()
+                draft = tuple(self._tokenizer.encode(drafted)) if accept.drafts else ()
             room = min(draft_budget(len(request.audio.samples)), request.limit)
-            rows.append(_Row(request, text, draft[:room], float(entropy[i])))
+            rows.append(_Row(request, text, drafted, draft[:room], float(entropy[i]), heard, trie))
         return rows
 
+    def _automata(self, tries: Sequence[Trie | None]) -> Automata:
+        """The automata of a batch, on all devices; kept there while rows share one."""
+        key = tuple(map(id, tries))
+        kept = self._pools.get(key)
+        if kept is None:
+            distinct = list({id(trie): trie for trie in tries if trie is not None}.values())
+            places = {id(trie): place for place, trie in enumerate(distinct)}
+            pooled = pool(distinct, [places.get(one, -1) for one in key])
+            automata = dataclasses.replace(self.programs.devices.place(pooled), starts=pooled.starts)
+            kept = automata, distinct  # which keeps the ids from being taken by others
+            if len(distinct) <= 1:
+                self._pools = {} if len(self._pools) > _LISTS_KEPT else self._pools
+                self._pools[key] = kept
+        return kept[0]
+
     def _submit(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, prompt: PromptTokens, accept: Acceptance
-    ) -> Callable[[], Results]:
-        """Dispatches a batch to the language model; the function returned waits for it."""
-        state = self._decode(bucket, rows, audio, prompt, accept.verify_threshold)
+        self, bucket: Bucket, rows: list[_Row], audio: Any, accept: Acceptance
+    ) -> Iterator[Callable[[], Results]]:
+        """Dispatches a batch to the language model; each function returned waits for its part of it."""
+        try:
+            state = self._decode(bucket, rows, audio, accept.verify_threshold)
+        except FullError:
+            # Rows with long lists of their own, none of which can be scored: each list by itself has room.
+            half = len(rows) // 2
+            yield from self._submit(bucket, rows[:half], audio, accept)
+            rest = self.programs.devices.split(np.roll(np.asarray(audio), -half, axis=0))
+            yield from self._submit(bucket, rows[half:], rest, accept)
+            return
         # All but the cache, so that it is freed as soon as the device is done with it.
         kept = {name: getattr(state, name) for name in ("tokens", "sources", "counts", "passes", "accepted", "ended")}
         kept["drafted"] = state.draft.lengths
@@ -238,11 +287,9 @@ class Pipeline:
             host = jax.device_get(kept)
             return [(row.request.index, self._transcript(row, host, i)) for i, row in enumerate(rows)]
 
-        return collect
+        yield collect
 
-    def _decode(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, prompt: PromptTokens, verify_threshold: float
-    ) -> DecodeState:
+    def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any, verify_threshold: float) -> DecodeState:
         """Runs prefill and decode on a padded batch, without waiting for them."""
         size = self.rows(bucket)
         empty = size - len(rows)
@@ -251,13 +298,18 @@ class Pipeline:
         tokens = np.zeros((size, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
-            tokens[i, : request.prompt_length] = [*prompt.prefix, *audio_ids, *prompt.suffix]
+            tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
         limits = np.array([request.limit for request in requests], np.int32)
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
         thresholds = np.full(size, verify_threshold, np.float32)
-        verified, cache = self.programs.prefill(self._params, tokens, lengths, audio, draft, capacity=bucket.capacity)
-        return self.programs.decode(self._params, verified, cache, draft, limits, thresholds, room=bucket.room)
+        automata = self._automata([*(row.trie for row in rows), *[None] * empty])
+        verified, cache = self.programs.prefill(
+            self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
+        )
+        return self.programs.decode(
+            self._params, verified, cache, draft, limits, thresholds, automata, room=bucket.room
+        )
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
         count = int(state["counts"][i])
@@ -275,7 +327,7 @@ class Pipeline:
 
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
-        drafted = self._tokenizer.encode(row.ctc_text)
+        drafted = self._tokenizer.encode(row.drafted_text)
         tokens = tuple(drafted[: row.request.limit])
         stats = {
             "route": "ctc",
@@ -295,6 +347,8 @@ class Pipeline:
         sources: Sequence[int],
     ) -> Transcript:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
+        if row.request.keywords is not None:
+            stats["keywords"] = row.heard
         return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources))
 
 

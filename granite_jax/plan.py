@@ -23,8 +23,9 @@ from jax.sharding import Mesh, NamedSharding
 from granite_jax import model
 from granite_jax._pcm import one_line
 from granite_jax.config import Config
-from granite_jax.decoding import Draft
+from granite_jax.decoding import Draft, no_keywords
 from granite_jax.errors import GraniteError
+from granite_jax.gate import MAX_KEYWORDS, WIDTH, Candidates
 from granite_jax.programs import Bucket, Programs
 from granite_jax.sharding import DATA, WHOLE, DeviceList, Devices
 
@@ -100,12 +101,16 @@ def plan(
     def of_rows(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
 
-    samples = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32))
+    sounds = Candidates(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
+    samples = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), sounds)
     yield _read("encode", _compile(programs.encode.lower(*samples)), 0, config, limit)
 
     audio = jax.tree.map(lambda x: of_rows(x.dtype, *x.shape[1:]), jax.eval_shape(programs.encode, *samples).audio)
     draft = Draft(of_rows(jnp.int32, bucket.draft), of_rows(jnp.int32))
-    prompts = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft)
+    tables = no_keywords(batch)
+    automata = _placed(tables, jax.tree.map(lambda _: NamedSharding(devices.mesh, WHOLE), tables))
+    automata = dataclasses.replace(automata, starts=of_rows(jnp.int32))
+    prompts = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft, automata)
     prefill = _compile(programs.prefill.lower(*prompts, capacity=bucket.capacity))
     verified, cache = jax.eval_shape(functools.partial(programs.prefill, capacity=bucket.capacity), *prompts)
     cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
@@ -114,7 +119,7 @@ def plan(
     if prefill is not None:
         # Laid out as the prefill leaves them: over `model` by the compiler's choice.
         placed = _placed((verified, cache), prefill.output_shardings)
-        drafts = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32))
+        drafts = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32), automata)
         decode = _compile(programs.decode.lower(*drafts, room=bucket.room))
         yield _read("decode", decode, cache_bytes, config, limit)
 

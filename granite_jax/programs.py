@@ -1,11 +1,13 @@
 """The three compiled programs of inference, each a jitted function of (params, inputs).
 
-    encode    waveforms -> audio embeddings, CTC labels       on shapes (batch, samples)
-    prefill   prompts, audio embeddings and drafts -> what the model says of the drafts, and its cache
+    encode    waveforms, sounds of keywords -> audio embeddings, CTC labels, which keywords these support
+                                                              on shapes (batch, samples)
+    prefill   prompts, audio embeddings, drafts and keywords -> what the model says of the drafts, and its cache
                                                               on shapes (batch, prompt, draft, capacity)
-    decode    that, and the drafts -> tokens                  on shapes (batch, draft, capacity, room)
+    decode    that, the drafts and the keywords -> tokens     on shapes (batch, draft, capacity, room)
 
-A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts.
+A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts
+and keywords: these have arrays of one size, of which no more than is filled is computed.
 """
 
 import collections
@@ -20,13 +22,14 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from granite_jax import ctc, decoding, model
+from granite_jax import ctc, decoding, gate, model
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
 from granite_jax.config import Config
 from granite_jax.decoder import KVCache
-from granite_jax.decoding import DecodeState, Draft, Verified
+from granite_jax.decoding import Automata, Bias, DecodeState, Draft, Proposed, Verified
 from granite_jax.errors import GraniteError
 from granite_jax.features import HOP, SAMPLING_RATE, log_mel, num_frames
+from granite_jax.gate import Candidates, Support
 from granite_jax.sharding import DATA, WHOLE, Devices
 
 TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
@@ -66,11 +69,13 @@ class Encoded:
       audio: audio embeddings `[b, a, e]`.
       labels: best CTC label of every frame, int32, blank past the row's end.
       entropy: float32, the largest entropy of a valid frame's labels, in nats.
+      support: the keywords that the labels support best.
     """
 
     audio: AudioEmbeddings
     labels: Int[Array, "b t"]
     entropy: Float[Array, "b"]
+    support: Support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +113,13 @@ class Programs:
         cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
         fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
         state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
+        tables = {field.name: WHOLE for field in dataclasses.fields(Automata)}
+        keywords = Automata(**tables | {"starts": DATA})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
-        self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA), DATA)
-        prompts = (WHOLE, DATA, DATA, DATA, DATA)
+        self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA, DATA), DATA)
+        prompts = (WHOLE, DATA, DATA, DATA, DATA, keywords)
         self.prefill = compiled(self._counted(self._prefill), prompts, (DATA, cache), static="capacity")
-        drafts = (WHOLE, DATA, cache, DATA, DATA, DATA)
+        drafts = (WHOLE, DATA, cache, DATA, DATA, DATA, keywords)
         self.decode = compiled(self._counted(self._decode), drafts, state, static="room", donate=2)
 
     def _counted(self, function: Callable) -> Callable:
@@ -123,17 +130,26 @@ class Programs:
 
         return counted
 
-    def _encode(self, params: Params, samples: Samples, lengths: Lengths) -> Encoded:
+    def _encode(self, params: Params, samples: Samples, lengths: Lengths, keywords: Candidates) -> Encoded:
         frames = num_frames(lengths)
         hidden = model.encode(self.config, params, log_mel(samples, lengths), frames, dtype=self.dtype).hidden
         logits = model.ctc_logits(self.config, params, hidden, dtype=self.dtype)
         audio = model.project(self.config, params, hidden, frames, dtype=self.dtype)
-        return Encoded(audio, ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1))
+        labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
+        return Encoded(audio, labels, entropy, gate.support(logits, frames, keywords))
 
     def _prefill(
-        self, params: Params, tokens: Tokens, lengths: Lengths, audio: AudioEmbeddings, draft: Draft, capacity: int
+        self,
+        params: Params,
+        tokens: Tokens,
+        lengths: Lengths,
+        audio: AudioEmbeddings,
+        draft: Draft,
+        keywords: Automata,
+        capacity: int,
     ) -> tuple[Verified, KVCache]:
         """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
+        end_of_text = self.config.decoder.eos_token_id
         # No draft is longer than its row's limit, which leaves room for as much.
         width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
         place = jnp.arange(width) - lengths[:, None]
@@ -145,8 +161,8 @@ class Programs:
             jnp.where((place >= 0) & (place < draft.lengths[:, None]), drafted, prompts),
             lengths,
             audio,
-            functools.partial(decoding.verify, never=self._never),
-            decoding.with_end(draft, self.config.decoder.eos_token_id),
+            functools.partial(decoding.verify, bias=self._bias(keywords), end_of_text=end_of_text, never=self._never),
+            Proposed.of(draft, keywords, end_of_text),
             draft.lengths + 1,
             capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
             dtype=self.dtype,
@@ -160,6 +176,7 @@ class Programs:
         draft: Draft,
         limits: Lengths,
         thresholds: Float[Array, "b"],
+        keywords: Automata,
         room: int,
     ) -> DecodeState:
         return decoding.decode(
@@ -169,12 +186,16 @@ class Programs:
             draft,
             limits,
             thresholds,
+            self._bias(keywords),
             room=room,
             end_of_text=self.config.decoder.eos_token_id,
             never=self._never,
             window=self.speculation.window,
             realign=decoding.REALIGN[self.speculation.realign],
         )
+
+    def _bias(self, keywords: Automata) -> Bias:
+        return Bias.of(keywords, self.config.decoder.vocab_size)
 
     @property
     def _never(self) -> tuple[int, ...]:

@@ -16,8 +16,9 @@ from granite_jax._pcm import TooLongError
 from granite_jax.audio import Audio, load_audio, printable
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
-from granite_jax.errors import ContextError, GraniteError
+from granite_jax.errors import ContextError, GraniteError, PromptError
 from granite_jax.features import SAMPLING_RATE, log_mel, num_frames
+from granite_jax.keywords import MAX_PROMPT_KEYWORDS, Biasing, Entry, Keywords, biasing, keywords_of, prepare
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
@@ -39,6 +40,9 @@ class Acoustics:
 
     features: np.ndarray
     ctc_logits: np.ndarray
+
+
+_LISTS = 16  # lists of keywords that are kept ready
 
 
 class Transcriber:
@@ -158,6 +162,10 @@ class Transcriber:
         ctc_threshold: float | None = None,
         verify_threshold: float | None = None,
         draft: str | Sequence[str | None] | None = None,
+        keywords: Sequence[Entry] | Sequence[list[Entry] | None] | None = None,
+        keyword_boost: float | None = None,
+        keyword_gate: float | Literal[False] | None = None,
+        keywords_in: Literal["decoder", "prompt", "both"] = "decoder",
         on_error: Literal["raise", "return"] = "raise",
         progress: Callable[[int], None] | None = None,
     ) -> list[Transcript]:
@@ -179,6 +187,18 @@ class Transcriber:
           verify_threshold: of relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
           draft: for lossless mode and any task: a text that may share passages with the result, or one (or None) an
             input.
+          keywords: names and terms that may be spoken, up to 2,048 an input, in the letter case of the text wanted (raw
+            transcripts are lower case whatever it is): a list for all inputs, or a list with a list (or None) for each.
+            An entry is a text, or a pair (text, boost of its own).
+          keyword_boost: nats by which decoding lifts the last token of a keyword, a quarter as much the first, and all
+            of them more where the CTC head has heard it; the default is measured (benchmarks/keywords.py). 0 lifts
+            nothing.
+          keyword_gate: nats a character, below 0: keywords that sound worse than this by the encoder's CTC head are
+            left out, so that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are never
+            left out. False: all are used, heard or not.
+          keywords_in: "decoder" biases decoding: for lists of any length, any task, and text that is otherwise what it
+            would have been. "prompt" mentions them in the prompt, as the released model was trained for ("Keywords: a,
+            b"): up to 100, and it may then write other words differently, too. "both" does both.
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
 
@@ -187,7 +207,7 @@ class Transcriber:
 
         Raises:
           GraniteError: an option is unknown or out of range.
-          PromptError: task, language or prompt is not supported by the checkpoint.
+          PromptError: task, language or prompt is not supported by the checkpoint; or a keyword is not usable, named.
           AudioError: an input is not readable, too short or not finite, named.
           ContextError: an input does not fit the model's positions together with its prompt and new tokens, named.
         """
@@ -202,11 +222,24 @@ class Transcriber:
             raise GraniteError(f'draft is for speculative="lossless", not for {speculative!r}')
         if task != "transcribe" or prompt is not None:
             accept = Acceptance(drafts=False)
-        tokens = self._prompt(instruction(task, to=to, prompt=prompt))
+        lower_case = None if prompt is not None else task == "transcribe"
+        options = biasing(keyword_boost, keyword_gate, keywords_in, lower_case)
         sources = audio if isinstance(audio, list) else [audio]
         drafts = [
             None if text is None else tuple(self.tokenizer.encode(text)) for text in drafts_of(draft, len(sources))
         ]
+        lists = keywords_of(keywords, len(sources))
+        mentioned = [_prompted(entries, options) for entries in lists]
+        prompts = {
+            names: self._prompt(instruction(task, to=to, prompt=prompt, keywords=names)) for names in {(), *mentioned}
+        }
+
+        @functools.lru_cache(maxsize=_LISTS)
+        def prepared(entries: tuple[tuple[str, float | None], ...]) -> Keywords | None:
+            if not entries or not options.decoder:
+                return None
+            return prepare(entries, options, self.tokenizer, self.config.encoder.output_dim)
+
         results: dict[int, Transcript] = {}
 
         def finish(index: int, transcript: Transcript) -> None:
@@ -218,13 +251,15 @@ class Transcriber:
             for index, source in enumerate(sources):
                 name = _name(source, index)
                 try:
-                    yield self._request(index, source, sampling_rate, name, tokens, max_new_tokens, drafts[index])
+                    instructed = prompts[mentioned[index]]
+                    request = self._request(index, source, sampling_rate, name, instructed, max_new_tokens)
+                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(lists[index]))
                 except GraniteError as error:
                     if on_error == "raise":
                         raise
                     finish(index, Transcript(name, error=str(error)))
 
-        for index, transcript in self._pipeline.run(requests(), tokens, accept):
+        for index, transcript in self._pipeline.run(requests(), accept, options):
             finish(index, transcript)
         return [results[index] for index in range(len(sources))]
 
@@ -255,13 +290,12 @@ class Transcriber:
         name: str,
         prompt: PromptTokens,
         max_new_tokens: int | None,
-        draft: tuple[int, ...] | None,
     ) -> Request:
         positions = self.config.decoder.max_position_embeddings
         audio = self._load(source, rate, name)
         length = self._prompt_length(prompt, audio)
         budget = new_token_budget(audio.duration) if max_new_tokens is None else max_new_tokens
-        request = Request(index, audio, budget, length, draft)
+        request = Request(index, audio, budget, prompt, length)
         if not self._pipeline.fits(request):
             if length + budget > positions:
                 beyond = f"the model's context of {positions} positions"
@@ -293,6 +327,18 @@ def enable_compilation_cache() -> None:
         with contextlib.suppress(RuntimeError):  # a user without a home
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
+
+
+def _prompted(entries: tuple[tuple[str, float | None], ...], options: Biasing) -> tuple[str, ...]:
+    """The keywords that go into the prompt."""
+    if not options.prompt:
+        return ()
+    if len(entries) > MAX_PROMPT_KEYWORDS:
+        raise PromptError(
+            f"{len(entries)} keywords are too many for a prompt, at most {MAX_PROMPT_KEYWORDS}: "
+            'keywords_in="decoder" takes more'
+        )
+    return tuple(text for text, _ in entries)
 
 
 def _name(source: Any, index: int) -> str:

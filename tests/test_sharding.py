@@ -1,5 +1,6 @@
 """Eight emulated devices give the tokens of one, however rows and weights are spread."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,14 @@ MODEL: dict[str, Any] = {
     "projector_config": {"num_hidden_layers": 1},
     "text_config": {"num_hidden_layers": 2},
 }
+# Heard or not, and of each utterance's own that may be heard by an encoder that knows nothing.
+SHARED = {"keywords": ["speech", "2024", "the", "kai"], "keyword_gate": False, "keyword_boost": 9.0}
+OWN = {
+    "keywords": [[f"{chr(97 + i)}{c}{d}" for c in "aeiou" for d in "lmnr"] if i % 4 else None for i in range(11)],
+    "keyword_gate": -8.0,
+    "keyword_boost": 50.0,
+}
+CHOICES = {"lossless": {}, "relaxed": {"speculative": "relaxed-fast"}, "one list": SHARED, "own lists": OWN}
 SECONDS = (1.0, 2.0, 1.5, 2.5, 0.7, 3.0, 1.2, 2.2, 0.4, 1.9, 2.7)
 LIMIT = 8
 
@@ -40,7 +49,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             directory, dtype="float32", batch_size=batch_size, buckets=buckets, compilation_cache=False, **options
         )
 
-    expected = load().transcribe(audio, max_new_tokens=LIMIT)
+    one = load()
+
+    @functools.cache
+    def expected(choice: str) -> list[gj.Transcript]:
+        return one.transcribe(audio, max_new_tokens=LIMIT, **CHOICES[choice])
+
     return SimpleNamespace(directory=directory, audio=audio, load=load, expected=expected)
 
 
@@ -55,20 +69,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("speculative", ["lossless", "relaxed-fast"])
-def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[str, Any], speculative: str) -> None:
+@pytest.mark.parametrize("choice", CHOICES)
+def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[str, Any], choice: str) -> None:
     # Given a number of utterances that no number of devices divides, when several devices share them
     devices = jax.devices()[: options["devices"]]
     asr = job.load(**options | {"devices": devices})
-    found = asr.transcribe(job.audio, max_new_tokens=LIMIT, speculative=speculative)
+    found = asr.transcribe(job.audio, max_new_tokens=LIMIT, **CHOICES[choice])
 
     # Then tokens and statistics are those of one device
-    expected = job.expected
-    if speculative != "lossless":
-        expected = job.load().transcribe(job.audio, max_new_tokens=LIMIT, speculative=speculative)
+    expected = job.expected(choice)
     assert [t.tokens for t in found] == [t.tokens for t in expected]
     assert [t.stats for t in found] == [t.stats for t in expected]
     assert asr.compilations <= 6
+    # And keywords have left their mark
+    if "keywords" in CHOICES[choice]:
+        assert any(a.tokens != b.tokens for a, b in zip(found, job.expected("lossless"), strict=True))
 
 
 @pytest.mark.parametrize(

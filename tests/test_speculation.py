@@ -11,7 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from granite_jax.decoding import REALIGN, DecodeState, Draft, decode, verify, with_end
+from granite_jax.decoding import (
+    REALIGN,
+    Automata,
+    Bias,
+    DecodeState,
+    Draft,
+    Phrase,
+    Proposed,
+    Trie,
+    build,
+    decode,
+    no_keywords,
+    pool,
+    verify,
+)
 
 VOCABULARY, PROMPT, DRAFT, ROOM, END, NEVER = 11, 6, 30, 20, 5, 2
 CAPACITY = PROMPT + DRAFT + 1
@@ -60,19 +74,22 @@ def toy_decode(
     draft: Draft,
     limits: jax.Array,
     thresholds: jax.Array,
+    keywords: Automata,
     window: int = 4,
     realign: str = "nearest",
 ) -> DecodeState:
+    bias = Bias.of(keywords, VOCABULARY)
     before = prompts.rolled_back(prompts.lengths - 1)
     last = jnp.take_along_axis(prompts.tokens, before.lengths[:, None], axis=1)
     logits, cache = toy_step(table, jnp.concatenate([last, draft.tokens], axis=1), before)
     return decode(
         functools.partial(toy_step, table),
-        verify(logits, with_end(draft, END), (NEVER,)),
+        verify(logits, Proposed.of(draft, keywords, END), bias, end_of_text=END, never=(NEVER,)),
         cache.rolled_back(prompts.lengths),
         draft,
         limits,
         thresholds,
+        bias,
         room=ROOM,
         end_of_text=END,
         never=(NEVER,),
@@ -108,14 +125,50 @@ def probabilities(table: np.ndarray, text: list[int]) -> np.ndarray:
     return odds / odds.sum()
 
 
-def greedy(table: np.ndarray, prompt: list[int], limit: int, start: tuple[int, ...] = ()) -> list[int]:
+def greedy(
+    table: np.ndarray, prompt: list[int], limit: int, start: tuple[int, ...] = (), phrases: tuple[Phrase, ...] = ()
+) -> list[int]:
     text = list(start)
     while len(text) < limit:
-        chosen = int(np.argmax(probabilities(table, prompt + text)))
+        odds = probabilities(table, prompt + text)
+        chosen = int(np.argmax(odds))
         if chosen == END:
             break
-        text.append(chosen)
+        odds[END] = 0  # no boost causes an end
+        text.append(int(np.argmax(odds * np.exp(boosts_after(text, phrases)))))
     return text
+
+
+def boosts_after(text: list[int], phrases: tuple[Phrase, ...]) -> np.ndarray:
+    """Of every token, in nats: the largest boost of a phrase that it continues."""
+    boosts = np.zeros(VOCABULARY)
+    for tokens, boost, anywhere, context, first in phrases:
+        for place in range(context, len(tokens)):
+            before = list(tokens[:place])
+            if text == before or (anywhere and text[len(text) - place :] == before):
+                share = first + (1 - first) * (place - context) / max(len(tokens) - context - 1, 1)
+                boosts[tokens[place]] = max(boosts[tokens[place]], boost * share)
+    return boosts
+
+
+@st.composite
+def keyword_lists(draw: st.DrawFn) -> tuple[Phrase, ...]:
+    """Phrases that share prefixes, are each other's suffixes, repeat themselves: of few tokens, so that they match."""
+    token = st.integers(0, 4) | st.integers(0, VOCABULARY - 1)
+    boost, share = st.floats(0.125, 8, width=16), st.floats(0.125, 1, width=16)
+    return tuple(
+        Phrase(tuple(tokens), draw(boost), draw(st.booleans()), draw(st.integers(0, len(tokens) - 1)), draw(share))
+        for tokens in draw(st.lists(st.lists(token, min_size=1, max_size=4), max_size=5))
+    )
+
+
+NO_KEYWORDS = no_keywords(5, states=128)
+
+
+def pooled(lists: list[tuple[Phrase, ...]]) -> Automata:
+    """Equal lists share an automaton, as in the pipeline; empty ones have none."""
+    tries: dict[tuple[Phrase, ...], Trie] = {phrases: build(phrases) for phrases in lists if phrases}
+    return pool(list(tries.values()), [list(tries).index(p) if p else -1 for p in lists], states=128)
 
 
 def paper(
@@ -171,17 +224,31 @@ def hostile_drafts(draw: st.DrawFn, text: list[int]) -> list[int]:
 def test_lossless_is_greedy_whatever_the_drafts(
     rows: int, window: int, realign: str, data: st.DataObject, seed: int
 ) -> None:
-    # Given a random model, and in one batch drafts from perfect to hostile, with limits of their own
+    # Given a random model, and in one batch drafts from perfect to hostile, with limits and keywords of their own
     table, prompts = random_model(seed), make_prompts(rows, seed)
     limits = data.draw(st.lists(st.integers(0, ROOM), min_size=rows, max_size=rows))
     texts = [np.asarray(row)[:n].tolist() for row, n in zip(prompts.tokens, prompts.lengths.tolist(), strict=True)]
-    expected = [greedy(table, text, limit) for text, limit in zip(texts, limits, strict=True)]
+    lists = data.draw(st.lists(keyword_lists(), min_size=rows, max_size=rows))
+    lists[-1] = lists[0]
+    expected = [
+        greedy(table, text, limit, (), phrases) for text, limit, phrases in zip(texts, limits, lists, strict=True)
+    ]
     # Past the limit too: drafts may be longer than what may be written.
-    drafts = [data.draw(hostile_drafts(greedy(table, text, ROOM))) for text in texts]
+    drafts = [
+        data.draw(hostile_drafts(greedy(table, text, ROOM, (), phrases)))
+        for text, phrases in zip(texts, lists, strict=True)
+    ]
 
     # When they are decoded with nothing relaxed
     state = toy_decode(
-        table, prompts, make_drafts(drafts), jnp.array(limits, jnp.int32), jnp.full(rows, jnp.inf), window, realign
+        table,
+        prompts,
+        make_drafts(drafts),
+        jnp.array(limits, jnp.int32),
+        jnp.full(rows, jnp.inf),
+        pooled(lists),
+        window,
+        realign,
     )
 
     # Then the tokens are greedy decoding's, in no more passes, and never past the cache
@@ -204,13 +271,7 @@ def test_relaxed_is_the_papers_verification(data: st.DataObject, seed: int, thre
 
     # When they are decoded with a threshold
     state = toy_decode(
-        table,
-        prompts,
-        make_drafts(drafts),
-        jnp.full(rows, ROOM),
-        jnp.full(rows, threshold),
-        window=4,
-        realign="nearest",
+        table, prompts, make_drafts(drafts), jnp.full(rows, ROOM), jnp.full(rows, threshold), NO_KEYWORDS
     )
 
     # Then tokens and acceptance as a whole are those of the three steps
@@ -232,7 +293,10 @@ def test_one_wrong_token_costs_one_more_pass() -> None:
     draft[place] = (text[place] + 4) % 8
 
     # When decoded with windows that hold the rest
-    state = toy_decode(table, prompts, make_drafts([draft]), jnp.array([ROOM]), jnp.array([jnp.inf]), window=16)
+    keywords = no_keywords(1, states=8)
+    state = toy_decode(
+        table, prompts, make_drafts([draft]), jnp.array([ROOM]), jnp.array([jnp.inf]), keywords, window=16
+    )
 
     # Then the prefill and one window suffice
     assert tokens_of(state) == [text]
@@ -252,9 +316,10 @@ def test_devices_decode_on_their_own() -> None:
     def split(*args):
         return toy_decode(*args)
 
-    specs = (PartitionSpec(), data, data, data, data)
+    tables = dataclasses.replace(jax.tree.map(lambda _: PartitionSpec(), no_keywords(8, states=8)), starts=data)
+    specs = (PartitionSpec(), data, data, data, data, tables)
     state = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=specs, out_specs=data))(
-        table, prompts, draft, limits, jnp.full(8, jnp.inf)
+        table, prompts, draft, limits, jnp.full(8, jnp.inf), no_keywords(8, states=8)
     )
 
     # Then passes are those that each row needs alone

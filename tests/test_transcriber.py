@@ -66,7 +66,7 @@ def wav(samples: np.ndarray, rate: int = RATE, format: str = "WAV") -> bytes:
 
 def like(asr: Transcriber, **options: Any) -> Transcriber:
     """Another Transcriber of the same model."""
-    return Transcriber(asr.config, asr._params, asr.tokenizer, template=asr.template, **options)
+    return Transcriber(asr.config, asr._pipeline._params, asr.tokenizer, template=asr.template, **options)
 
 
 def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_bfloat16_runs_on_bfloat16_weights(checkpoint: Path) -> None:
     # Given a model in bfloat16, when it transcribes, then a result comes from weights of that type
     bucket = [Bucket(1, 3 * RATE // 4800 * 4800, 100, 140)]
     asr = Transcriber.from_pretrained(checkpoint, dtype="bfloat16", batch_size=1, buckets=bucket)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._pipeline._params)} == {"bfloat16"}
     assert len(asr.transcribe(speech(2.0), max_new_tokens=5)[0].tokens) == 5
 
 

@@ -3,7 +3,8 @@
 The decoder is known only through `step`: (tokens `[b, p]`, cache) -> (logits `[b, p, v]`, cache `p` longer),
 with a cache that has `lengths` and `rolled_back(lengths)`.
 
-Self-speculative decoding after Saon et al. 2026 (arXiv 2603.11243), with windows of proposals and re-alignment added.
+Self-speculative decoding after Saon et al. 2026 (arXiv 2603.11243), with windows of proposals, re-alignment and keyword
+biasing added: at every position the boosts are those of the automaton's state that the tokens before it lead to.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import Lengths, Logits, Tokens
 from granite_jax.decoding.draft import Draft, Realign, give_up, nearest_token
+from granite_jax.decoding.keywords import Automata, Bias, no_keywords
 from granite_jax.decoding.state import DecodeState
 
 # By a TPU v5e's data sheet (197 TFLOP/s, 819 GB/s) 64 rows of 5 positions take about as long to compute as weights and
@@ -32,14 +34,39 @@ class Verified:
     """What a prefill over prompt and draft says about the draft.
 
     Fields:
-      choices: int32 `[b, n + 1]`, the most likely token after the prompt and after each draft token.
-      likelihoods: float32 `[b, n + 1]`, probability of each draft token, and of end-of-text after the last.
+      choices: int32 `[b, n + 1]`, what decoding would write after the prompt and after each draft token.
+      likelihoods: float32 `[b, n + 1]`, probability of each draft token, and of end-of-text after the last; times the
+        exponential of a keyword's boost, and then no more than 1.
+      states: int32 `[b, n + 1]`, the keyword automaton's state before each of these.
 
     Columns past a row's draft length mean nothing.
     """
 
     choices: Tokens
     likelihoods: Float[Array, "b p"]
+    states: Int[Array, "b p"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Proposed:
+    """A draft as the prefill verifies it: its tokens and end-of-text after the last, and what biasing makes of them.
+
+    Fields:
+      tokens: int32 `[b, n + 1]`.
+      boosts: float32 `[b, n + 1]`, nats, of each token.
+      states: int32 `[b, n + 1]`, the keyword automaton's state before each token.
+    """
+
+    tokens: Tokens
+    boosts: Float[Array, "b p"]
+    states: Int[Array, "b p"]
+
+    @classmethod
+    def of(cls, draft: Draft, automata: Automata, end_of_text: int) -> "Proposed":
+        """A draft with the states it leads to."""
+        states, boosts = automata.walk(automata.starts, draft.tokens, draft.lengths.max())
+        return cls(with_end(draft, end_of_text), jnp.pad(boosts, ((0, 0), (0, 1))), states)
 
 
 def with_end(draft: Draft, end_of_text: int) -> Tokens:
@@ -48,16 +75,30 @@ def with_end(draft: Draft, end_of_text: int) -> Tokens:
     return jnp.where(jnp.arange(tokens.shape[1]) == draft.lengths[:, None], end_of_text, tokens)
 
 
-def choose(logits: Logits, never: Sequence[int] = ()) -> Tokens:
-    """The most likely token at every position, int32 `[b, p]`, those of `never` excepted."""
-    return jnp.argmax(_allowed(logits, never), axis=-1).astype(jnp.int32)
+def choose(
+    logits: Logits, bias: Bias, states: Int[Array, "b p"], *, end_of_text: int, never: Sequence[int] = ()
+) -> Tokens:
+    """What decoding writes at every position, int32 `[b, p]`: the most likely token after the boosts of keywords.
 
-
-def verify(logits: Logits, proposed: Tokens, never: Sequence[int] = ()) -> Verified:
-    """Choices, and likelihoods of `proposed`, int32 `[b, p]`, at these positions."""
+    Args:
+      states: the automaton's state before each position.
+      end_of_text: is chosen where it is the most likely token before the boosts, and only there: a boost neither
+        suppresses an end nor causes one.
+      never: ids that are not chosen.
+    """
     logits = _allowed(logits, never)
-    scores = jnp.take_along_axis(logits, proposed[..., None], axis=-1)[..., 0]
-    return Verified(choose(logits), jnp.exp(scores - jax.nn.logsumexp(logits, axis=-1)))
+    unbiased = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    lifted = bias.best(_allowed(logits, (end_of_text,)), states)
+    return jnp.where(unbiased == end_of_text, unbiased, lifted)
+
+
+def verify(logits: Logits, proposed: Proposed, bias: Bias, *, end_of_text: int, never: Sequence[int] = ()) -> Verified:
+    """Choices, and likelihoods of what is proposed, at these positions."""
+    logits = _allowed(logits, never)
+    scores = jnp.take_along_axis(logits, proposed.tokens[..., None], axis=-1)[..., 0]
+    likelihoods = jnp.exp(jnp.minimum(scores - jax.nn.logsumexp(logits, axis=-1) + proposed.boosts, 0))
+    choices = choose(logits, bias, proposed.states, end_of_text=end_of_text)
+    return Verified(choices, likelihoods, proposed.states)
 
 
 def _allowed(logits: Logits, never: Sequence[int]) -> Logits:
@@ -72,6 +113,7 @@ def decode(
     draft: Draft,
     limits: Lengths,
     thresholds: Float[Array, "b"],
+    bias: Bias,
     *,
     room: int,
     end_of_text: int,
@@ -93,6 +135,7 @@ def decode(
       thresholds: float32, the likelihood that each token of a row's draft must exceed in the prefill to be accepted
         (relaxed verification); infinite for rows that accept only what greedy decoding would write. Windows always do
         the latter.
+      bias: the keywords of every row.
       room: width of the result, at least every limit.
       end_of_text: id that ends a row.
       never: ids that are never produced.
@@ -103,18 +146,26 @@ def decode(
       The final state. Its cache is the given one, updated in place if the caller donates it.
     """
 
-    def accept(state: DecodeState, chosen: Tokens, agreed: Lengths) -> DecodeState:
+    def accept(state: DecodeState, chosen: Tokens, agreed: Lengths, states: Int[Array, "b p"]) -> DecodeState:
+        """`states` are the automaton's before each of `chosen`, of which the last one taken was not proposed."""
+        before, last = (jnp.take_along_axis(x, agreed[:, None], axis=1)[:, 0] for x in (states, chosen))
         state = dataclasses.replace(state, passes=state.passes + ~state.finished).accept(chosen, agreed, end_of_text)
-        return dataclasses.replace(state, cursor=realign(draft, state.cursor, state.pending))
+        return dataclasses.replace(
+            state,
+            cursor=realign(draft, state.cursor, state.pending),
+            # Right as long as the row goes on, which is when all of the tokens agreed on and the last one were taken.
+            matched=bias.automata.advance(before, last)[0],
+        )
 
     def iterate(width: int, state: DecodeState) -> DecodeState:
         proposals = draft.window(state.cursor, width)
+        states, _ = bias.automata.walk(state.matched, proposals, jnp.int32(width))
         logits, cache = step(jnp.concatenate([state.pending[:, None], proposals], axis=1), state.cache)
-        choices = choose(logits, never)
+        choices = choose(logits, bias, states, end_of_text=end_of_text, never=never)
         agrees = (proposals == choices[:, :-1]) & (jnp.arange(width) < state.proposable[:, None])
         # Rolled back at once: rows that are done stay where they are and never run past the capacity.
         cache = cache.rolled_back(state.cache.lengths)
-        return accept(dataclasses.replace(state, cache=cache), choices, _leading(agrees))
+        return accept(dataclasses.replace(state, cache=cache), choices, _leading(agrees), states)
 
     def decode_until_alignment_changes(state: DecodeState) -> DecodeState:
         if window > 0:
@@ -135,9 +186,10 @@ def decode(
         draft=draft,
         cursor=zeros,
         accepted=zeros,
+        matched=zeros,
         cache=cache.rolled_back(cache.lengths - 1),  # as if the last prompt token were pending
     )
-    start = dataclasses.replace(accept(start, chosen, agreed), passes=zeros + 1)
+    start = dataclasses.replace(accept(start, chosen, agreed, verified.states), passes=zeros + 1)
     return jax.lax.while_loop(lambda s: ~s.all_finished, decode_until_alignment_changes, start)
 
 
@@ -151,13 +203,16 @@ def greedy_decode(
     end_of_text: int,
     never: Sequence[int] = (),
 ) -> DecodeState:
-    """`decode` without drafts, from the logits of the last prompt position."""
+    """`decode` without drafts and keywords, from the logits of the last prompt position."""
     none = jnp.zeros_like(limits)
-    end = jnp.full_like(limits, end_of_text)
-    verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verify(logits, end[:, None], never))
     draft, thresholds = Draft(none[:, None], none), jnp.where(none == 0, jnp.inf, 0.0)
+    automata = jax.tree.map(jnp.asarray, no_keywords(len(limits), states=1))
+    bias = Bias.of(dataclasses.replace(automata, starts=none), logits.shape[-1])
+    proposed = jax.tree.map(lambda x: x[:, :1], Proposed.of(draft, bias.automata, end_of_text))
+    verified = verify(logits, proposed, bias, end_of_text=end_of_text, never=never)
+    verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verified)
     return decode(
-        step, verified, cache, draft, limits, thresholds,
+        step, verified, cache, draft, limits, thresholds, bias,
         room=room, end_of_text=end_of_text, never=never, window=0, realign=give_up,
     )  # fmt: skip
 

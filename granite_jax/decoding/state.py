@@ -39,6 +39,7 @@ class DecodeState:
       draft: a text that the decoder may agree with; of length 0 in rows that have none.
       cursor: int32 `[b]`, the draft position thought to come next; the draft's length when there is none.
       accepted: int32 `[b]`, generated tokens that were proposed.
+      matched: int32 `[b]`, the keyword automaton's state after the generated tokens, the pending one included.
       cache: the decoder's KV cache.
     """
 
@@ -52,6 +53,7 @@ class DecodeState:
     draft: Draft
     cursor: Lengths
     accepted: Lengths
+    matched: Lengths
     cache: Any
 
     @property
