@@ -8,7 +8,7 @@
 `rates` runs one condition after another and adds a line to RESULTS for each; conditions that are there already are left
 out, so that it can be stopped and started again. `report` prints Markdown. Utterances hold invented names unseen in
 training. Each utterance's list is its own names and N distractors: names invented by the same grammar, so that many
-sound alike, drawn anew for every utterance. Words are aligned as in training/evaluate.py.
+sound alike, drawn anew for every utterance. Words are aligned by jiwer.
 
     B-WER      errors on the utterance's names, and insertions of names of the list, a hundred of its names
     U-WER      errors on all other words, a hundred of these

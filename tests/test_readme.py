@@ -71,6 +71,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     samples, rate = soundfile.read(ROOT / "samples" / "one-name.wav")
     for name in ("meeting.flac", "a.wav", "b.mp3"):
         soundfile.write(tmp_path / name, samples, rate)
+    (tmp_path / "names.txt").write_text("Kowalczyk\nZurich\t8\n")
     lines = [{"audio": f"samples/{name}.wav", "text": "a reference"} for name in ("request", "numbers", "one-name")]
     (tmp_path / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     hf_fixture.write_random_checkpoint(tmp_path / "granite-4.0-1b-speech", **TINY)
