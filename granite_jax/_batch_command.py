@@ -14,6 +14,7 @@ from rich.text import Text
 from granite_jax import _options as options
 from granite_jax._terminal import console, fail, line, terminated
 from granite_jax.errors import GraniteError
+from granite_jax.keywords import read_keywords
 
 _LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 
@@ -57,9 +58,10 @@ def run(
     task: options.Task = "transcribe",
     to: options.To = None,
     prompt: options.Prompt = None,
-    keyword: Annotated[
-        list[str] | None, typer.Option(help="a name or term to mention in the prompt; repeatable", show_default=False)
-    ] = None,
+    keyword: options.Keyword = None,
+    keywords_file: options.KeywordsFile = None,
+    keyword_boost: options.KeywordBoost = None,
+    keywords_in: options.KeywordsIn = "decoder",
     max_new_tokens: options.MaxNewTokens = None,
     speculative: options.Speculative = "lossless",
     ctc_threshold: options.CtcThreshold = None,
@@ -104,7 +106,9 @@ def run(
                 task=task,
                 to=to,
                 prompt=prompt,
-                keywords=tuple(keyword or ()),
+                keywords=(*(read_keywords(keywords_file) if keywords_file else ()), *(keyword or ())),
+                keyword_boost=keyword_boost,
+                keywords_in=keywords_in,
                 max_new_tokens=max_new_tokens,
                 speculative=False if speculative == "off" else speculative,
                 ctc_threshold=ctc_threshold,

@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -33,6 +34,18 @@ CtcThreshold = Annotated[
 ]
 VerifyThreshold = Annotated[
     float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
+]
+Keyword = Annotated[
+    list[str] | None, typer.Option(help="a name or term that may be spoken; repeat for more", show_default=False)
+]
+KeywordsFile = Annotated[
+    Path | None, typer.Option(help="keywords, one a line; after a tab, a boost in nats", show_default=False)
+]
+KeywordBoost = Annotated[
+    float | None, typer.Option(min=0, help="nats by which keywords are lifted", show_default=False)
+]
+KeywordsIn = Annotated[
+    Literal["decoder", "prompt", "both"], typer.Option(help="bias decoding, mention them in the prompt, or both")
 ]
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="rows of a full batch on each device; default by device", show_default=False)

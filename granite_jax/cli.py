@@ -25,7 +25,7 @@ from granite_jax._terminal import line as _line
 from granite_jax.checkpoint import open_checkpoint
 from granite_jax.config import Config
 from granite_jax.errors import GraniteError
-from granite_jax.keywords import Entry, read_keywords
+from granite_jax.keywords import read_keywords
 from granite_jax.programs import make_bucket
 from granite_jax.transcriber import Transcriber
 
@@ -41,7 +41,6 @@ app.command("eval")(evaluate)
 
 
 Format = Literal["txt", "json"]
-Place = Literal["decoder", "prompt", "both"]
 Dtype = Literal["float32", "bfloat16"]
 Names = Literal["released", "new"]
 
@@ -50,20 +49,6 @@ def _progress() -> Progress:
     """A bar on a terminal; nothing in a pipe."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=_console, disable=not _console.is_terminal, transient=True)
-
-
-def _keywords_file(path: Path | None) -> list[Entry]:
-    if path is None:
-        return []
-    try:
-        # A spreadsheet's byte-order mark is no part of the first keyword.
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraniteError(f"{path}: cannot be read ({error})") from None
-    try:
-        return read_keywords(text)
-    except GraniteError as error:
-        raise GraniteError(f"{path}: {error}") from None
 
 
 @app.command()
@@ -82,16 +67,10 @@ def transcribe(
     speculative: options.Speculative = "lossless",
     ctc_threshold: options.CtcThreshold = None,
     verify_threshold: options.VerifyThreshold = None,
-    keyword: Annotated[
-        list[str] | None, typer.Option(help="a name or term that may be spoken; repeat for more", show_default=False)
-    ] = None,
-    keywords_file: Annotated[
-        Path | None, typer.Option(help="keywords, one a line; after a tab, a boost in nats", show_default=False)
-    ] = None,
-    keyword_boost: Annotated[
-        float | None, typer.Option(min=0, help="nats by which keywords are lifted", show_default=False)
-    ] = None,
-    keywords_in: Annotated[Place, typer.Option(help="bias decoding, mention them in the prompt, or both")] = "decoder",
+    keyword: options.Keyword = None,
+    keywords_file: options.KeywordsFile = None,
+    keyword_boost: options.KeywordBoost = None,
+    keywords_in: options.KeywordsIn = "decoder",
     parallel: options.Parallel = "shard_map",
     model_parallel: options.ModelParallel = 1,
     plot: Annotated[
@@ -109,7 +88,7 @@ def transcribe(
     """
     try:
         plots = None if plot is None else _plots_for(plot, files)
-        keywords = [*_keywords_file(keywords_file), *(keyword or [])]
+        keywords = [*(read_keywords(keywords_file) if keywords_file else []), *(keyword or [])]
         asr = Transcriber.from_pretrained(
             checkpoint, revision=revision, dtype=dtype, parallel=parallel, model_parallel=model_parallel
         )

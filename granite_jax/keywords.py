@@ -12,6 +12,7 @@ import itertools
 import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
 PLACES = ("decoder", "prompt", "both")
 
-Entry = str | tuple[str, float]
+Entry = str | tuple[str, float | None]
 """A keyword, or a keyword and a boost of its own."""
 
 _SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
@@ -74,9 +75,9 @@ def biasing(
 
 
 def keywords_of(
-    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int
-) -> list[tuple[tuple[str, float | None], ...]]:
-    """A caller's `keywords=` as one list an input: (keyword, its own boost or None) without repetitions.
+    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int, options: Biasing
+) -> Sequence[Sequence[Entry]]:
+    """A caller's `keywords=` as one list an input, of which a list for all inputs is checked.
 
     Args:
       keywords: a list for all inputs, or a list with a list (or None) for every input.
@@ -91,22 +92,27 @@ def keywords_of(
         raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
     entries: list[Any] = list(keywords)
     if not any(entry is None or isinstance(entry, list) for entry in entries):
-        return [_checked(entries)] * inputs
+        return [checked(entries, options)] * inputs
     if not all(entry is None or isinstance(entry, list) for entry in entries):
         raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
     if len(entries) != inputs:
         raise GraniteError(f"keywords has {len(entries)} lists for {inputs} inputs")
-    return [_checked(entry or []) for entry in entries]
+    return [entry or () for entry in entries]
 
 
-def read_keywords(text: str) -> list[Entry]:
+def read_keywords(path: Path) -> list[Entry]:
     """The keywords of a file: one a line, after a tab its boost if it has one of its own; empty lines mean nothing.
 
     Raises:
-      GraniteError: a boost is no number, by its line.
+      GraniteError: the file cannot be read, or a boost is no number, by its line.
     """
+    try:
+        # A spreadsheet's byte-order mark is no part of the first keyword.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraniteError(f"{path}: cannot be read ({error})") from None
     entries: list[Entry] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         keyword, tab, boost = line.partition("\t")
         if not keyword.strip():
             continue
@@ -114,7 +120,7 @@ def read_keywords(text: str) -> list[Entry]:
             entries.append((keyword, _boost("its boost", float(boost))) if tab else keyword)
         except ValueError as error:
             reason = error if isinstance(error, GraniteError) else f"its boost is {boost!r:.60}, not a number"
-            raise GraniteError(f"line {number}: keyword {keyword!r:.60}: {reason}") from None
+            raise GraniteError(f"{path}, line {number}: keyword {keyword!r:.60}: {reason}") from None
     return entries
 
 
@@ -366,7 +372,13 @@ def _phrases(
         yield from (way for way in ways if boost > 0 and tokenizer.special_ids.isdisjoint(way.tokens))
 
 
-def _checked(entries: Iterable[Any]) -> tuple[tuple[str, float | None], ...]:
+def checked(entries: Iterable[Any], options: Biasing) -> tuple[tuple[str, float | None], ...]:
+    """A list of keywords without repetitions, each with its own boost or None.
+
+    Raises:
+      PromptError: a keyword is no readable line of text, too long, or one of too many, named.
+      GraniteError: a boost is out of range.
+    """
     boosts: dict[str, float | None] = {}
     for entry in entries:
         text: Any
@@ -377,6 +389,11 @@ def _checked(entries: Iterable[Any]) -> tuple[tuple[str, float | None], ...]:
         boosts[text] = boost if boost is None else _boost(f"the boost of keyword {text!r:.60}", boost)
     if len(boosts) > MAX_KEYWORDS:
         raise PromptError(f"{len(boosts)} keywords for one input, at most {MAX_KEYWORDS} are accepted")
+    if options.prompt and len(boosts) > MAX_PROMPT_KEYWORDS:
+        raise PromptError(
+            f"{len(boosts)} keywords are too many for a prompt, at most {MAX_PROMPT_KEYWORDS}: "
+            'keywords_in="decoder" takes more'
+        )
     return tuple(boosts.items())
 
 

@@ -16,9 +16,9 @@ from granite_jax._pcm import TooLongError
 from granite_jax.audio import Audio, load_audio, printable
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.config import Config
-from granite_jax.errors import ContextError, GraniteError, PromptError
+from granite_jax.errors import ContextError, GraniteError
 from granite_jax.features import SAMPLING_RATE, log_mel, num_frames
-from granite_jax.keywords import MAX_PROMPT_KEYWORDS, Biasing, Entry, Keywords, biasing, keywords_of, prepare
+from granite_jax.keywords import Entry, Keywords, biasing, checked, keywords_of, prepare
 from granite_jax.pipeline import Pipeline, Request, Transcript
 from granite_jax.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
 from granite_jax.prompts import Capabilities, ChatTemplate, PromptTokens, instruction
@@ -228,11 +228,13 @@ class Transcriber:
         drafts = [
             None if text is None else tuple(self.tokenizer.encode(text)) for text in drafts_of(draft, len(sources))
         ]
-        lists = keywords_of(keywords, len(sources))
-        mentioned = [_prompted(entries, options) for entries in lists]
-        prompts = {
-            names: self._prompt(instruction(task, to=to, prompt=prompt, keywords=names)) for names in {(), *mentioned}
-        }
+        lists = keywords_of(keywords, len(sources), options)
+
+        @functools.cache
+        def instructed(mentioned: tuple[str, ...]) -> PromptTokens:
+            return self._prompt(instruction(task, to=to, prompt=prompt, keywords=mentioned))
+
+        instructed(())  # what is wrong with it is no single input's fault
 
         @functools.lru_cache(maxsize=_LISTS)
         def prepared(entries: tuple[tuple[str, float | None], ...]) -> Keywords | None:
@@ -251,9 +253,10 @@ class Transcriber:
             for index, source in enumerate(sources):
                 name = _name(source, index)
                 try:
-                    instructed = prompts[mentioned[index]]
-                    request = self._request(index, source, sampling_rate, name, instructed, max_new_tokens)
-                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(lists[index]))
+                    entries = checked(lists[index], options)
+                    asked = instructed(tuple(text for text, _ in entries) if options.prompt else ())
+                    request = self._request(index, source, sampling_rate, name, asked, max_new_tokens)
+                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries))
                 except GraniteError as error:
                     if on_error == "raise":
                         raise
@@ -327,18 +330,6 @@ def enable_compilation_cache() -> None:
         with contextlib.suppress(RuntimeError):  # a user without a home
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
-
-
-def _prompted(entries: tuple[tuple[str, float | None], ...], options: Biasing) -> tuple[str, ...]:
-    """The keywords that go into the prompt."""
-    if not options.prompt:
-        return ()
-    if len(entries) > MAX_PROMPT_KEYWORDS:
-        raise PromptError(
-            f"{len(entries)} keywords are too many for a prompt, at most {MAX_PROMPT_KEYWORDS}: "
-            'keywords_in="decoder" takes more'
-        )
-    return tuple(text for text, _ in entries)
 
 
 def _name(source: Any, index: int) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,20 @@ class StandIn:
         self.calls: list[tuple[int, dict[str, Any]]] = []
 
     def transcribe(
-        self, audio: list, *, on_error: str = "raise", progress: Callable[[int], None] | None = None, **options: Any
+        self,
+        audio: list,
+        *,
+        keywords: Sequence[Any] = (),
+        on_error: str = "raise",
+        progress: Callable[[int], None] | None = None,
+        **options: Any,
     ) -> list[Transcript]:
         asked = instruction(options["task"], to=options.get("to"), prompt=options["prompt"])
         self.calls.append((len(audio), options))
         results = []
-        for each in audio:
+        for each, listed in zip(audio, keywords or [()] * len(audio), strict=True):
             time.sleep(self.seconds)
-            digest = hashlib.sha256(each.samples.tobytes() + asked.encode())
+            digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {listed or []}".encode())
             stats = {"route": "greedy"}
             results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, "heard", stats))
             if progress is not None:

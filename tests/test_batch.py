@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def run(manifest: Any, out: Path, **options: Any) -> tuple[batch.Summary, StandI
     return batch.run(manifest, out, transcriber=(asr, "stand-in"), num_readers=2, **options), asr
 
 
-def text_of(path: Path, asked: str = "can you transcribe the speech into a written format?") -> str:
-    (transcript,) = StandIn().transcribe([load_audio(path)], task="transcribe", prompt=asked)
+def text_of(
+    path: Path, asked: str = "can you transcribe the speech into a written format?", keywords: Sequence[str] = ()
+) -> str:
+    (transcript,) = StandIn().transcribe([load_audio(path)], task="transcribe", prompt=asked, keywords=[list(keywords)])
     return transcript.text
 
 
@@ -177,16 +180,16 @@ def test_each_line_is_asked_what_it_asks_for(corpus: Path, tmp_path: Path) -> No
     # Given lines of three kinds, mixed
     asks: list[dict[str, Any]] = [{}, {"to": "fr"}, {"prompt": "what is this?"}, {"keywords": ["Zelgad"]}]
     manifest = write_manifest(corpus / "m.jsonl", *({"audio": "a/1.wav", **asks[i % 4]} for i in range(12)))
-    # When they are run, then those that ask the same share a batch, and each text is of its own request
+    # When they are run, then those with the same prompt share a batch, and each text is of its own request
     _, asr = run(manifest, tmp_path / "out", task="punctuate")
-    assert [count for count, _ in asr.calls if count] == [3, 3, 3, 3]
+    assert [count for count, _ in asr.calls if count] == [6, 3, 3]
     prompts = [
         "transcribe the speech with proper punctuation and capitalization.",
         "translate the speech to French.",
         "what is this?",
-        "transcribe the speech with proper punctuation and capitalization. Keywords: Zelgad",
     ]
-    expected = [text_of(corpus / "a" / "1.wav", prompts[i % 4]) for i in range(12)]
+    words = [(), (), (), ("Zelgad",)]
+    expected = [text_of(corpus / "a" / "1.wav", prompts[i % 4 % 3], words[i % 4]) for i in range(12)]
     assert [f["text"] for f in results(tmp_path / "out")] == expected
 
 

@@ -28,6 +28,7 @@ from granite_jax.keywords import (
     Heard,
     Place,
     biasing,
+    checked,
     keywords_of,
     places,
     prepare,
@@ -356,10 +357,13 @@ def test_scripts_without_spaces_need_none() -> None:
 
 
 def test_one_list_for_all_or_a_list_for_each() -> None:
-    assert keywords_of(["Kai", ("Zoe", 2)], 2) == [(("Kai", None), ("Zoe", 2.0))] * 2
-    assert keywords_of([["Kai", "Kai"], None, []], 3) == [(("Kai", None),), (), ()]
-    assert keywords_of(None, 1) == keywords_of([], 1) == [()]
-    assert keywords_of(("  New\u3000 York ",), 1) == [(("New York", None),)]
+    def found(keywords: Any, inputs: int) -> list:
+        return [checked(entries, Biasing()) for entries in keywords_of(keywords, inputs, Biasing())]
+
+    assert found(["Kai", ("Zoe", 2)], 2) == [(("Kai", None), ("Zoe", 2.0))] * 2
+    assert found([["Kai", "Kai"], None, []], 3) == [(("Kai", None),), (), ()]
+    assert found(None, 1) == found([], 1) == [()]
+    assert found(("  New\u3000 York ",), 1) == [(("New York", None),)]
 
 
 @pytest.mark.parametrize(
@@ -382,7 +386,7 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
 )
 def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
-        keywords_of(keywords, 2)  # pyright: ignore[reportArgumentType]
+        keywords_of(keywords, 2, Biasing())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -407,12 +411,25 @@ def test_special_tokens_in_keywords_are_plain_text() -> None:
     assert not tokenizer.special_ids & {token for i in range(2) for way in prepared.phrases(i) for token in way.tokens}
 
 
-def test_a_file_of_keywords() -> None:
-    assert read_keywords("Kai\n\n New York\t2.5\r\n#1\n") == ["Kai", (" New York", 2.5), "#1"]
-    with pytest.raises(gj.GraniteError, match="line 2: keyword 'Zoe': its boost is 'much', not a number"):
-        read_keywords("Kai\nZoe\tmuch")
-    with pytest.raises(gj.GraniteError, match="line 1: keyword 'Zoe': its boost is 99.0, not a number of nats from 0"):
-        read_keywords("Zoe\t99")
+def test_a_file_of_keywords(tmp_path: Path) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"\xef\xbb\xbfKai\n\n New York\t2.5\r\n#1\n")
+    assert read_keywords(path) == ["Kai", (" New York", 2.5), "#1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Kai\nZoe\tmuch", "names.txt, line 2: keyword 'Zoe': its boost is 'much', not a number"),
+        (b"Zoe\t99", "names.txt, line 1: keyword 'Zoe': its boost is 99.0, not a number of nats from 0"),
+        (b"\xff", "names.txt: cannot be read"),
+    ],
+)
+def test_bad_files_of_keywords_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "names.txt"
+    path.write_bytes(content)
+    with pytest.raises(gj.GraniteError, match=message):
+        read_keywords(path)
 
 
 # The whole pipeline, on a random checkpoint.
@@ -467,6 +484,16 @@ def test_no_keywords_change_nothing(pipeline: SimpleNamespace) -> None:
                     {"keywords": ["speech"], "keyword_gate": -1e-6}):  # fmt: skip
         # Then the tokens are those without biasing
         assert tokens_of(pipeline.run(**options)) == tokens_of(pipeline.plain)
+
+
+def test_a_bad_list_costs_only_its_own_input(pipeline: SimpleNamespace) -> None:
+    # Given a list for each input, one of which has a control character, when errors are returned
+    found = pipeline.run(keywords=[["speech"], ["a\x00b"], *[None] * 4], on_error="return", keyword_boost=0.0)
+
+    # Then that input alone has one
+    assert [t.error is None for t in found] == [True, False, True, True, True, True]
+    assert "control character" in found[1].error
+    assert tokens_of(found[2:]) == tokens_of(pipeline.plain[2:])
 
 
 def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

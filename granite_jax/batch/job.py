@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import granite_jax
-from granite_jax.audio import Audio, printable
+from granite_jax.audio import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
 from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
@@ -28,8 +28,8 @@ from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_
 from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
 from granite_jax.checkpoint import open_checkpoint, parse_dtype
 from granite_jax.errors import AudioError, GraniteError
+from granite_jax.keywords import Entry as Keyword
 from granite_jax.programs import max_seconds
-from granite_jax.prompts import instruction
 from granite_jax.sharding import DeviceList, Parallel
 from granite_jax.transcriber import Transcriber, Transcript
 
@@ -45,7 +45,10 @@ class Options:
     task: str = "transcribe"
     to: str | None = None
     prompt: str | None = None
-    keywords: tuple[str, ...] = ()
+    keywords: tuple[Keyword, ...] = ()
+    keyword_boost: float | None = None
+    keyword_gate: float | Literal[False] | None = None
+    keywords_in: Literal["decoder", "prompt", "both"] = "decoder"
     max_new_tokens: int | None = None
     speculative: str | Literal[False] = "lossless"
     ctc_threshold: float | None = None
@@ -59,8 +62,8 @@ class Options:
     @property
     def decoding(self) -> dict[str, Any]:
         """The part that is the same for all."""
-        names = ("max_new_tokens", "speculative", "ctc_threshold", "verify_threshold")
-        return {name: getattr(self, name) for name in names}
+        asked = {"task", "to", "prompt", "keywords"}
+        return {key: value for key, value in vars(self).items() if key not in asked}
 
 
 @dataclasses.dataclass
@@ -271,30 +274,27 @@ def transcribe_alike(
     report = progress or (lambda count: None)
     found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
     report(len(found))
-    usable: dict[tuple[str, ...], dict[int, Audio]] = {}
-    for read in reads:
-        if read.audio is not None:
-            keywords = options.keywords if read.entry.keywords is None else read.entry.keywords
-            usable.setdefault(tuple(keywords), {})[read.entry.index] = read.audio
-    for keywords, audio in usable.items():
-        try:
-            arguments = _arguments(asr, ask or options.ask, keywords, options)
-            transcripts = asr.transcribe(list(audio.values()), **arguments, on_error="return", progress=progress)
-        except GraniteError as error:  # of what is asked for: the audio's own are returned
-            report(len(audio))
-            transcripts = [Transcript(a.name, error=f"{printable(a.name)}: {error}") for a in audio.values()]
-        found |= zip(audio, transcripts, strict=True)
-    return found
+    usable = {read.entry.index: read for read in reads if read.audio is not None}
+    keywords = [options.keywords if (own := read.entry.keywords) is None else own for read in usable.values()]
+    try:
+        transcripts = asr.transcribe(
+            [read.audio for read in usable.values()],
+            **_arguments(ask or options.ask, options),
+            keywords=list(map(list, keywords)),
+            on_error="return",
+            progress=progress,
+        )
+    except GraniteError as error:  # of what is asked for: the audio's and the keywords' own are returned
+        report(len(usable))
+        transcripts = [
+            Transcript(read.entry.audio, error=f"{printable(read.entry.audio)}: {error}") for read in usable.values()
+        ]
+    return found | dict(zip(usable, transcripts, strict=True))
 
 
-def _arguments(asr: Transcriber, ask: Ask, keywords: Sequence[str], options: Options) -> dict[str, Any]:
+def _arguments(ask: Ask, options: Options) -> dict[str, Any]:
     """Of `transcribe`."""
-    if not keywords:
-        return {**options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
-    if ask.prompt is None:
-        asr.capabilities.check(ask.task, ask.to)
-    prompt = instruction(ask.task, to=ask.to, prompt=ask.prompt, keywords=keywords)
-    return {**options.decoding, "task": ask.task, "prompt": prompt}
+    return {**options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
 
 
 @dataclasses.dataclass
@@ -354,7 +354,7 @@ class _Worker:
     def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[Read]) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
         # What is wrong with the job's own options ends the job, not every utterance of it.
-        asr.transcribe([], **_arguments(asr, self.options.ask, self.options.keywords, self.options))
+        asr.transcribe([], **_arguments(self.options.ask, self.options), keywords=self.options.keywords)
         self._started = time.monotonic()
         others, lines = 0, {}
         chunks = self._chunks(pending, reads, asr.read_ahead)

@@ -24,7 +24,6 @@ MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
 MAX_TEXT = 8192
 """Characters of an audio name, an id, a prompt or a keyword."""
-_MAX_KEYWORDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,6 @@ def _keywords(fields: dict[str, Any]) -> tuple[str, ...] | None:
         return None
     if not isinstance(keywords, list) or not all(isinstance(word, str) and len(word) <= MAX_TEXT for word in keywords):
         raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    if len(keywords) > _MAX_KEYWORDS:
-        raise GraniteError(f"has {len(keywords)} keywords, at most {_MAX_KEYWORDS} are possible")
     return tuple(keywords)
 
 
