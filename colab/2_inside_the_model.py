@@ -109,6 +109,21 @@ for name, each in {"own draft": transcript, "bad draft": drafted, "no draft": gr
 plots.draft(drafted, asr.tokenizer)
 
 # %% [markdown]
+# ## Keywords
+#
+# Names that the model has never seen are spelled by ear. A list of those that may be spoken helps: an acoustic gate keeps
+# the ones that the CTC posteriors can have meant, these correct the draft and bias the language model's decoding, and the
+# other words of the list change nothing.
+
+# %%
+KEYWORDS = ["limbiv", "kowalczyk", "zurich", "bimgoka"]
+named = path.with_name("heldout-2-000103.ogg")
+(off,) = asr.transcribe(named)
+(on,) = asr.transcribe(named, keywords=KEYWORDS)
+print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")
+plots.overview(asr.acoustics(named), on, asr.tokenizer)
+
+# %% [markdown]
 # ## Everything in one picture
 
 # %%

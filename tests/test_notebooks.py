@@ -190,6 +190,9 @@ def test_inside_the_model(execute: Callable[..., SimpleNamespace]) -> None:
         entropy="float(entropy.max())",
         passes="[each.stats['llm_passes'] for each in (transcript, drafted, greedy)]",
         tokens="[each.tokens for each in (transcript, drafted, greedy)]",
+        off="off.text",
+        on="on.text",
+        keywords="on.stats['keywords']",
         long="long.stats['accepted_tokens'] / long.stats['draft_tokens']",
     )
     # Then pure functions and the Transcriber agree about what is heard, and words follow one another
@@ -203,7 +206,11 @@ def test_inside_the_model(execute: Callable[..., SimpleNamespace]) -> None:
     assert run.passes[0] < run.passes[1] < run.passes[2]
     assert run.tokens[0] == run.tokens[1] == run.tokens[2]
     assert 0.5 < run.long < 1
-    assert run.pictures == 6
+    # And a keyword corrects the name that it spells, and nothing else
+    assert run.off == "can you change the password of limbit tomorrow"
+    assert run.on == "can you change the password of limbiv tomorrow"
+    assert run.keywords == ["limbiv"]
+    assert run.pictures == 7
 
 
 def test_tpu_batch(execute: Callable[..., SimpleNamespace]) -> None:
