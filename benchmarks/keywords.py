@@ -24,6 +24,7 @@ Intervals are 95 % bootstrap intervals over utterances; of changes, over the sam
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import statistics
 import sys
@@ -146,6 +147,7 @@ def encode_once(pipeline: Pipeline) -> None:
         return model.ctc_logits(config, params, hidden, dtype=dtype)
 
     support = jax.jit(gate.support)
+    supports: dict[bytes, gate.Support] = {}
 
     def remembered(bucket: Any, batch: list[Request]) -> Encoded:
         key = (bucket, *(request.index for request in batch))
@@ -157,7 +159,10 @@ def encode_once(pipeline: Pipeline) -> None:
             kept[key] = encoded, ctc_logits(pipeline._params, samples, lengths)
         encoded, logits = kept[key]
         sounds = gate.candidates([request.keywords and request.keywords.labels for request in rows])
-        return dataclasses.replace(encoded, support=support(logits, num_frames(lengths), sounds))
+        what = hashlib.sha256(repr(key).encode() + np.asarray(sounds.labels).tobytes()).digest()
+        if what not in supports:
+            supports[what] = support(logits, num_frames(lengths), sounds)
+        return dataclasses.replace(encoded, support=supports[what])
 
     pipeline._encode = remembered
 
