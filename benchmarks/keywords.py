@@ -53,7 +53,7 @@ from granite_jax.transcriber import Transcriber
 
 COUNTS = (0, 100, 500, 2000)
 BOOSTS = (2.0, 4.0, 8.0, 12.0)
-THRESHOLDS: tuple[float | bool, ...] = (-0.8, -1.5, -2.0, -3.0, False)
+THRESHOLDS: tuple[float | bool, ...] = (-0.8, -1.2, -2.0, -3.0, False)
 CURVE, CURVE_UTTERANCES = 500, 600  # distractors of the curve, and of how many utterances it is
 UNRELATED = 500  # keywords none of which is spoken
 RESAMPLES = 2_000
