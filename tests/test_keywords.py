@@ -5,6 +5,7 @@ import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -558,4 +559,4 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
     (tmp_path / "names.txt").write_text("Kai\tmuch\n")
     result = CliRunner().invoke(app, ["transcribe", "a.wav", *options[:2]])
     assert result.exit_code == 2
-    assert "names.txt: line 1: keyword 'Kai': its boost is 'much', not a number" in result.output
+    assert "names.txt, line 1: keyword 'Kai': its boost is 'much', not a number" in result.output
