@@ -365,6 +365,7 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     # Given a transcript, when it is taken apart, then it has the documented fields, in types JSON knows
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
-    assert list(fields) == ["audio", "text", "tokens", "duration", "ctc_text", "stats", "error"]
+    documented = ["audio", "text", "tokens", "duration", "ctc_text", "stats", "draft", "accepted", "error"]
+    assert list(fields) == documented
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float
