@@ -17,7 +17,7 @@ demo: $(VENV)/.package
 	$(PY) samples/demo.py
 
 test: $(VENV)/.test $(VENV)/.libtpu
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

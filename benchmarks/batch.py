@@ -1,12 +1,13 @@
 """What a batch job costs: its throughput against the Transcriber's own, and its memory by the manifest's length.
 
-    python benchmarks/batch.py throughput [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--rounds 3]
-        [--limit 150] [--repeat 4]
+    python benchmarks/batch.py throughput [--checkpoint demo] [--audio tests/data/heldout] [--wav] [--batch 8]
+        [--rounds 3] [--limit 150] [--repeat 4]
     python benchmarks/batch.py memory [--entries 1000 1000000]
 
 `throughput` times, in turn and in this process, after a round that compiles: `transcribe()` on audio that is in memory
 ("device only"), and on the list of files, the job, and one file at a time. Medians of the rounds are printed, and the
-job's share of the device-only rate. A CPU as the device takes all cores, those that decode files, too; to leave it one:
+job's share of the device-only rate. With `--wav` the files are rewritten as 16-bit WAV before, which leaves the job
+next to nothing to decode. A CPU as the device takes all cores, those that decode files, too; to leave it one:
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/batch.py throughput
 
@@ -39,10 +40,17 @@ SHARD = 250_000  # entries
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
 
 
-def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit: int | None, repeat: int) -> None:
+def to_wav(file: Path, directory: Path) -> Path:
+    """A 16-bit WAV of the file."""
+    samples, rate = soundfile.read(file, dtype="int16")
+    written = directory / f"{file.stem}.wav"
+    soundfile.write(written, samples, rate)
+    return written
+
+
+def throughput(checkpoint: str, files: list[Path], batch_size: int, rounds: int, repeat: int) -> None:
     """Prints a Markdown table of audio seconds a second."""
     asr = Transcriber.from_pretrained(checkpoint, dtype="float32", batch_size=batch_size)
-    files = sorted(audio.glob("*.ogg"))[:limit]
     loaded = [load_audio(file) for file in files]
     seconds = sum(each.duration for each in loaded)
 
@@ -50,7 +58,7 @@ def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit
         with tempfile.TemporaryDirectory() as out:
             manifest = Path(out, "manifest.jsonl")
             manifest.write_text("".join(f"{json.dumps({'audio': str(file)})}\n" for file in files * times))
-            batch.run(manifest, Path(out, "out"), transcriber=(asr, "benchmark"), root=audio)
+            batch.run(manifest, Path(out, "out"), transcriber=(asr, "benchmark"), root=files[0].parent)
 
     # With how often each goes through the files: a job begins by reading, which only a longer one makes up for.
     ways: dict[str, tuple[Callable[[int], Any], int]] = {
@@ -69,7 +77,8 @@ def throughput(checkpoint: str, audio: Path, batch_size: int, rounds: int, limit
             way(times)
             rates[name].append(seconds * times / (time.perf_counter() - began))
             busy[name].append(3600 * (time.process_time() - cpu) / (seconds * times))
-    print(f"{len(files)} files, {seconds:.0f} s of audio, {repeat} times, batches of {batch_size}, {rounds} rounds\n")
+    described = f"{len(files)} {files[0].suffix[1:]} files, {seconds:.0f} s of audio, {repeat} times"
+    print(f"{described}, batches of {batch_size}, {rounds} rounds\n")
     print("| way | audio seconds a second | CPU seconds an hour of audio |\n| --- | --- | --- |")
     for name, found in rates.items():
         print(f"| {name} | {statistics.median(found):.1f} | {statistics.median(busy[name]):.0f} |")
@@ -121,6 +130,7 @@ def main() -> None:
     timed = commands.add_parser("throughput")
     timed.add_argument("--checkpoint", default="demo")
     timed.add_argument("--audio", type=Path, default=HELDOUT)
+    timed.add_argument("--wav", action="store_true", help="rewrite them as 16-bit WAV before")
     timed.add_argument("--batch", type=int, default=8)
     timed.add_argument("--rounds", type=int, default=3)
     timed.add_argument("--limit", type=int, help="of files")
@@ -133,7 +143,11 @@ def main() -> None:
             step.add_argument(number, type=int)
     chosen = parser.parse_args()
     if chosen.command == "throughput":
-        throughput(chosen.checkpoint, chosen.audio, chosen.batch, chosen.rounds, chosen.limit, chosen.repeat)
+        files = sorted(chosen.audio.glob("*.ogg"))[: chosen.limit]
+        with tempfile.TemporaryDirectory() as directory:
+            if chosen.wav:
+                files = [to_wav(file, Path(directory)) for file in files]
+            throughput(chosen.checkpoint, files, chosen.batch, chosen.rounds, chosen.repeat)
     elif chosen.command == "memory":
         memory(chosen.entries)
     elif chosen.command == "prepare":

@@ -25,6 +25,7 @@ from granite_jax.config import read_json
 from granite_jax.errors import CheckpointError
 
 PARAMS, TENSORS = "params", "tensors.json"
+_MARKER = "commit_success.txt"
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "bfloat16", "float16")}
 # Leaves are written and read together up to this size: every call adds files or time.
 _GROUP_BYTES = 1 << 28
@@ -59,6 +60,8 @@ def write(directory: Path, leaves: Leaves, expected: Mapping[str, Shape]) -> dic
         if group:
             _orbax(directory, "write", ocp.partial.save, unflatten(group))
         _orbax(directory, "write", ocp.partial.finalize)
+    if (marker := directory / PARAMS / _MARKER).exists():
+        marker.write_text("complete\n", encoding="utf-8")  # Orbax writes a path, of a directory that is renamed later
     text = json.dumps(records, indent=1, sort_keys=True)
     (directory / TENSORS).write_text(text + "\n", encoding="utf-8")
     return records

@@ -493,6 +493,13 @@ def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
         batch.run(manifest, tmp_path / "out", "demo", dtype="bfloat16", root=HELDOUT, part_size=4)
 
 
+def test_the_last_report_is_of_all_the_audio(corpus: Path, tmp_path: Path) -> None:
+    # Given a job that reports its progress, when it is done, then the last report counts what the summary counts
+    seen: list[tuple[int, float]] = []
+    summary, _ = run(str(corpus), tmp_path / "out", progress=lambda p: seen.append((p.done, p.audio_seconds)))
+    assert seen[-1] == (summary.entries, pytest.approx(summary.audio_seconds, abs=1e-3))
+
+
 def test_a_worker_that_is_stopped_leaves_whole_parts(corpus: Path, tmp_path: Path) -> None:
     # Given a worker that is told to stop amid its second part, when it ends, then the first is there alone
     seen: list[int] = []

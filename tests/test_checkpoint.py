@@ -1,6 +1,7 @@
 """Opening, loading and saving checkpoint directories."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,11 @@ def test_of_two_writers_the_first_wins(tmp_path: Path) -> None:
             (first / "file").write_text("first")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_no_file_names_the_directory_it_was_written_in(own: Path) -> None:
+    # Given a checkpoint, when its files are searched for the path that they were written to, then it is nowhere
+    assert [file for file in own.rglob("*") if file.is_file() and os.fsencode(own.parent) in file.read_bytes()] == []
 
 
 def test_a_flipped_byte_is_detected_by_name(own: Path) -> None:

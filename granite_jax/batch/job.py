@@ -409,7 +409,9 @@ class _Worker:
             self._report()
 
         found = transcribe_alike(asr, chunk.ask, chunk.reads, self.options, advance)
-        return {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
+        lines = {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
+        self._report()  # the audio, too
+        return lines
 
     def _line(self, entry: Entry, transcript: Transcript) -> bytes:
         """An utterance's line, which holds nothing that another run would not write."""
