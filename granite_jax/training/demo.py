@@ -100,12 +100,13 @@ class Round:
 
 
 # The first discovers that the audio says what to write. The second takes smaller batches, hence more steps in the same
-# time. What was then still wrong was mostly in long audio, of which the third and fourth see more.
+# time. What was then still wrong was mostly in long audio, of which later ones see more.
 DECODER_ROUNDS = (
     Round(2_800, 4_000, 1e-3, 0.0),
     Round(12_000, 2_000, 1e-3, 0.0),
     Round(9_000, 2_000, 7e-4, 0.5),
     Round(10_000, 2_000, 7e-4, 0.7),
+    Round(6_000, 2_000, 5e-4, 0.8),
 )
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
