@@ -27,7 +27,7 @@ from granite_jax.tokenizer import Tokenizer
 BOOST = 8.0  # nats: measured by benchmarks/keywords.py
 THRESHOLD = -1.2  # nats a character: likewise
 # Of the boost, on every token of a keyword behind the same word, or the same two words, as in the draft: likewise.
-IN_PLACE = (0.75, 1.5)
+IN_PLACE = (0.5, 1.5)
 MAX_BOOST = 50.0
 MAX_KEYWORDS = gate.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
