@@ -194,11 +194,11 @@ def test_each_line_is_asked_what_it_asks_for(corpus: Path, tmp_path: Path) -> No
 
 
 def test_batches_are_bounded_and_never_cross_parts(corpus: Path, tmp_path: Path) -> None:
-    # Given 130 lines in parts of 50, when they are run by a Transcriber with batches of 2
-    manifest = write_manifest(corpus / "m.jsonl", *[{"audio": "a/1.wav"}] * 130)
-    _, asr = run(manifest, tmp_path / "out", part_size=50)
-    # Then no call has more than 16 batches, or utterances of two parts
-    assert [count for count, _ in asr.calls if count] == [32, 18, 32, 18, 30]
+    # Given 400 lines in parts of 150, when they are run by a Transcriber with batches of 2
+    manifest = write_manifest(corpus / "m.jsonl", *[{"audio": "a/1.wav"}] * 400)
+    _, asr = run(manifest, tmp_path / "out", part_size=150)
+    # Then the first call has 16 batches, no later one more than 64, and none utterances of two parts
+    assert [count for count, _ in asr.calls if count] == [32, 118, 128, 22, 100]
 
 
 def test_shards_share_the_parts(corpus: Path, tmp_path: Path) -> None:

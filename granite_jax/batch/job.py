@@ -35,6 +35,7 @@ from granite_jax.transcriber import Transcriber, Transcript
 
 PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read
+_LATER_CHUNKS = 4  # times as many entries as the first
 _LISTING = "manifest.jsonl"
 
 
@@ -379,7 +380,12 @@ class _Worker:
             return others + (not commit.result())
 
     def _chunks(self, pending: list[int], reads: Iterator[Read], size: int) -> Iterator[_Chunk]:
-        """What the device gets at a time; nothing of a part that another worker has committed in the meantime."""
+        """What the device gets at a time; nothing of a part that another worker has committed in the meantime.
+
+        The first chunk has `size` entries, so that the device has work soon; later ones more, since it has none for a
+        moment between them.
+        """
+        room = size
         for part in pending:
             entries = itertools.islice(reads, len(self.manifest.indices(part)))
             if self.store.exists(part_name(part, self.fingerprint)):
@@ -387,8 +393,9 @@ class _Worker:
                     self._check_stop()
                 yield _Chunk(part)
             for ask, group in itertools.groupby(entries, key=lambda read: read.entry.ask):
-                while chunk := self._take(group, size):
+                while chunk := self._take(group, room):
                     yield _Chunk(part, ask, chunk)
+                    room = _LATER_CHUNKS * size
 
     def _take(self, reads: Iterator[Read], size: int) -> list[Read]:
         """The next `size` of them, or fewer if they are long."""
