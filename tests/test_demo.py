@@ -70,10 +70,10 @@ def test_samples_are_heard(asr):
     samples = _manifest(ROOT / "samples" / "samples.jsonl")
     # When transcribed
     heard = [t.text for t in asr.transcribe([ROOT / "samples" / sample["audio"] for sample in samples])]
-    # Then hardly a word is wrong
+    # Then few words are wrong: a sentence of the long one
     said = [sample["text"] for sample in samples]
     assert max(len(text) for text in said) > 200
-    assert score(said, heard).wer.rate <= 6.0
+    assert score(said, heard).wer.rate <= 10.0
 
 
 @pytest.mark.parametrize("options", [{"task": "punctuate"}, {"task": "translate", "to": "fr"}])

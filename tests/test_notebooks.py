@@ -207,7 +207,7 @@ def test_inside_the_model(execute: Callable[..., SimpleNamespace]) -> None:
     assert run.tokens[0] == run.tokens[1] == run.tokens[2]
     assert 0.5 < run.long < 1
     # And a keyword corrects the name that it spells, and nothing else
-    assert run.off == "can you change the password of limbit tomorrow"
+    assert run.off == "can you change the password of limbib tomorrow"
     assert run.on == "can you change the password of limbiv tomorrow"
     assert run.keywords == ["limbiv"]
     assert run.pictures == 7
