@@ -36,7 +36,7 @@ notebooks: $(VENV)/.test
 
 # Needs espeak-ng, and hours.
 demo-checkpoint: $(VENV)/.train
-	$(PY) -m granite_jax.training.demo all $(WORK)
+	$(PY) -m granite_jax.training.recipes.demo.recipe all $(WORK)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ import numpy as np
 import soundfile
 
 from granite_jax import Transcriber, batch
-from granite_jax.audio import load_audio
+from granite_jax.audio.load import load_audio
 
 SHARD = 250_000  # entries
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"

@@ -16,9 +16,9 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.config import Config
-from granite_jax.plan import RELEASED, plan
-from granite_jax.programs import Bucket
+from granite_jax.inference.programs import Bucket
+from granite_jax.model.config import Config
+from granite_jax.planning.aot import RELEASED, plan
 
 
 def main() -> None:

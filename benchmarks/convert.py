@@ -30,9 +30,9 @@ BLOCK = 1 << 24
 
 def write(directory: Path, scale: float) -> None:
     """Writes config.json and model.safetensors of random bfloat16 numbers between 2^-7 and 2."""
-    from granite_jax._tree import expected_shapes
-    from granite_jax.config import Config
+    from granite_jax.checkpoint.tree import expected_shapes
     from granite_jax.convert import mapping
+    from granite_jax.model.config import Config
 
     raw = json.loads(CONFIG.read_text())
     for section, key in (("encoder_config", "num_layers"), ("text_config", "num_hidden_layers")):
@@ -60,7 +60,7 @@ def run(step: str, source: Path, destination: Path) -> None:
     """One step, in this process: prints its result."""
     import jax
 
-    from granite_jax.checkpoint import open_checkpoint
+    from granite_jax.checkpoint.directory import open_checkpoint
     from granite_jax.convert import convert
 
     started = time.monotonic()

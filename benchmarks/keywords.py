@@ -1,6 +1,6 @@
 """What keywords bring and cost: word error rates with lists of true names and distractors, and time and memory.
 
-    python -m granite_jax.training.synthesis generate DIR --split heldout --count 2400 --seed 5
+    python -m granite_jax.training.recipes.demo.synthesis generate DIR --split heldout --count 2400 --seed 5
     python benchmarks/keywords.py rates DIR RESULTS [--parts lists ctc curve] [--limit N]
     python benchmarks/keywords.py report DIR RESULTS
     python benchmarks/keywords.py cost
@@ -40,16 +40,17 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax import gate, model
 from granite_jax.decoding import Automata, Trie, no_keywords, pool
-from granite_jax.decoding.keywords import FIRST
-from granite_jax.features import log_mel, num_frames
-from granite_jax.keywords import BOOST, IN_PLACE, THRESHOLD, Biasing, prepare
-from granite_jax.pipeline import Pipeline, Request
-from granite_jax.programs import Encoded, make_bucket, pad_drafts
-from granite_jax.training.corpus import invent_name
-from granite_jax.training.synthesis import Corpus
-from granite_jax.transcriber import Transcriber
+from granite_jax.decoding.automaton import FIRST
+from granite_jax.inference.engine import Pipeline, Request
+from granite_jax.inference.programs import Encoded, make_bucket, pad_drafts
+from granite_jax.inference.transcriber import Transcriber
+from granite_jax.keywords import spotter
+from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, Biasing, prepare
+from granite_jax.model import granite_speech
+from granite_jax.model.features import log_mel, num_frames
+from granite_jax.training.recipes.demo.grammar import invent_name
+from granite_jax.training.recipes.demo.synthesis import Corpus
 
 COUNTS = (0, 100, 500, 2000)
 BOOSTS = (2.0, 4.0, 8.0, 12.0)
@@ -143,11 +144,13 @@ def encode_once(pipeline: Pipeline) -> None:
 
     @jax.jit
     def ctc_logits(params: Any, samples: jax.Array, lengths: jax.Array) -> jax.Array:
-        hidden = model.encode(config, params, log_mel(samples, lengths), num_frames(lengths), dtype=dtype).hidden
-        return model.ctc_logits(config, params, hidden, dtype=dtype)
+        hidden = granite_speech.encode(
+            config, params, log_mel(samples, lengths), num_frames(lengths), dtype=dtype
+        ).hidden
+        return granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
 
-    support = jax.jit(gate.support)
-    supports: dict[bytes, gate.Support] = {}
+    support = jax.jit(spotter.support)
+    supports: dict[bytes, spotter.Support] = {}
 
     def remembered(bucket: Any, batch: list[Request]) -> Encoded:
         key = (bucket, *(request.index for request in batch))
@@ -158,7 +161,7 @@ def encode_once(pipeline: Pipeline) -> None:
             encoded = encode(bucket, [dataclasses.replace(request, keywords=None) for request in batch])
             kept[key] = encoded, ctc_logits(pipeline._params, samples, lengths)
         encoded, logits = kept[key]
-        sounds = gate.candidates([request.keywords and request.keywords.labels for request in rows])
+        sounds = spotter.candidates([request.keywords and request.keywords.labels for request in rows])
         what = hashlib.sha256(repr(key).encode() + np.asarray(sounds.labels).tobytes()).digest()
         if what not in supports:
             supports[what] = support(logits, num_frames(lengths), sounds)
@@ -354,7 +357,7 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     lengths = np.full(batch, bucket.samples, np.int32)
 
     def sounds(keywords):
-        return jax.tree.map(jax.numpy.asarray, gate.candidates([keywords and keywords.labels] * batch))
+        return jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords and keywords.labels] * batch))
 
     def encode(candidates) -> float:
         start = time.perf_counter()

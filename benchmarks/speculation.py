@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
 from granite_jax.evaluation.metrics import score
-from granite_jax.programs import Speculation
-from granite_jax.prompts import instruction
-from granite_jax.transcriber import Transcriber, Transcript
+from granite_jax.inference.programs import Speculation
+from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.text.tasks import instruction
 
 HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
 CORRUPTED = (0.0, 0.1, 0.2)

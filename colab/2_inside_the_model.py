@@ -21,7 +21,8 @@ import numpy as np
 import soundfile
 
 import granite_jax as gj
-from granite_jax import ctc, plots
+from granite_jax.model import ctc
+from granite_jax.plotting import figures
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(
@@ -45,7 +46,7 @@ waveform, rate = soundfile.read(path, dtype="float32")
 lengths = jnp.array([len(waveform)])
 features = gj.log_mel(jnp.asarray(waveform)[None], lengths)
 print(f"{len(waveform) / rate:.2f} s at {rate} Hz -> {features.shape}")
-plots.log_mel(features[0])
+figures.log_mel(features[0])
 
 # %% [markdown]
 # ## CTC posteriors
@@ -60,7 +61,7 @@ logits = gj.ctc_logits(config, params, encoded.hidden)
 labels = np.asarray(ctc.best_labels(logits, frames))[0]
 heard = ctc.to_text(labels)
 print(heard)
-plots.ctc_posteriors(logits[0])
+figures.ctc_posteriors(logits[0])
 
 # %% [markdown]
 # Where it is unsure, the distribution's entropy is large. Relaxed decoding believes a draft without asking the language
@@ -82,7 +83,7 @@ print(f"largest entropy: {entropy[worst]:.2f} nats at {worst * ctc.FRAME_SECONDS
 words = ctc.words(np.asarray(logits[0]), transcript.text)
 for word in words:
     print(f"{word.start:5.2f} to {word.end:5.2f} s  {word.text}")
-plots.alignment(words)
+figures.alignment(words)
 
 # %% [markdown]
 # ## Draft and text
@@ -94,7 +95,7 @@ plots.alignment(words)
 # %%
 (long,) = asr.transcribe(ROOT / "samples" / "long.wav")
 print(long.stats)
-plots.draft(long, asr.tokenizer)
+figures.draft(long, asr.tokenizer)
 
 # %% [markdown]
 # A draft cannot change the text, only how soon it is there. Here is one with mistakes, and none at all:
@@ -106,7 +107,7 @@ wrong[1], wrong[-2] = "wrong", "mistaken"
 (greedy,) = asr.transcribe(path, speculative=False)
 for name, each in {"own draft": transcript, "bad draft": drafted, "no draft": greedy}.items():
     print(f"{name}: {each.stats['llm_passes']:2} passes of the language model, {each.text}")
-plots.draft(drafted, asr.tokenizer)
+figures.draft(drafted, asr.tokenizer)
 
 # %% [markdown]
 # ## Keywords
@@ -121,10 +122,10 @@ named = path.with_name("heldout-2-000103.ogg")
 (off,) = asr.transcribe(named)
 (on,) = asr.transcribe(named, keywords=KEYWORDS)
 print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")
-plots.overview(asr.acoustics(named), on, asr.tokenizer)
+figures.overview(asr.acoustics(named), on, asr.tokenizer)
 
 # %% [markdown]
 # ## Everything in one picture
 
 # %%
-plots.overview(asr.acoustics(path), transcript, asr.tokenizer)
+figures.overview(asr.acoustics(path), transcript, asr.tokenizer)

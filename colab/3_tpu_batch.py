@@ -23,9 +23,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)  # before the first use of a device; accelerators are what they are
 
 import granite_jax as gj
-from granite_jax import batch, plots
-from granite_jax.checkpoint import open_checkpoint
-from granite_jax.programs import make_bucket
+from granite_jax import batch
+from granite_jax.checkpoint.directory import open_checkpoint
+from granite_jax.inference.programs import make_bucket
+from granite_jax.plotting import figures
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(
@@ -95,7 +96,7 @@ for name, summary in {"one device": alone, "all devices": together}.items():
     print(f"  {summary.audio_seconds:.0f} s of audio in {summary.wall_seconds:.1f} s: RTFx {summary.rtfx}")
 
 # %%
-plots.throughput({"one device": (alone, alone_reports), "all devices": (together, together_reports)})
+figures.throughput({"one device": (alone, alone_reports), "all devices": (together, together_reports)})
 
 # %% [markdown]
 # Results do not depend on the number of devices, nor on batch mates: both jobs wrote the same.

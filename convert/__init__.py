@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from granite_jax import checkpoint as checkpoints
-from granite_jax import hub
-from granite_jax._orbax import record
-from granite_jax._save import copy_files, new_directory, write_weights
-from granite_jax._tree import Shape, raise_named
+from granite_jax.checkpoint import directory as checkpoints
+from granite_jax.checkpoint import hub
+from granite_jax.checkpoint.orbax import record
+from granite_jax.checkpoint.save import copy_files, new_directory, write_weights
+from granite_jax.checkpoint.tree import Shape, raise_named
 from granite_jax.convert import reader, writer
 from granite_jax.errors import CheckpointError
 

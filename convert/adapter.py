@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax import _files
-from granite_jax._tree import Shape, expected_shapes, raise_named
-from granite_jax.config import Config, read_json
+from granite_jax.checkpoint import files
+from granite_jax.checkpoint.tree import Shape, expected_shapes, raise_named
 from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA = "lora"
@@ -145,7 +145,7 @@ class Factor:
 
 def read_config(directory: Path) -> AdapterConfig | None:
     """The configuration of a directory's adapter, or None if it has none. Raises CheckpointError naming the file."""
-    path = _files.find(directory, CONFIG)
+    path = files.find(directory, CONFIG)
     if path is None:
         for name in (WEIGHTS, "adapter_model.bin"):
             if (directory / name).exists():

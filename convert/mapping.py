@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from granite_jax._tree import Shape, raise_named
+from granite_jax.checkpoint.tree import Shape, raise_named
 
 
 @dataclasses.dataclass(frozen=True)

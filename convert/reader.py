@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax import _files
-from granite_jax._tree import Shape, expected_shapes, raise_named
-from granite_jax.config import Config, read_json
+from granite_jax.checkpoint import files
+from granite_jax.checkpoint.tree import Shape, expected_shapes, raise_named
 from granite_jax.convert import adapter, mapping, safetensors_file, torch_file
 from granite_jax.convert.safetensors_file import Tensor
 from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config, read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -91,9 +91,9 @@ def _open(directory: Path, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
         (INDEX, WEIGHTS, lambda path: safetensors_file.open_file(path, stack)),
         (TORCH_INDEX, TORCH_WEIGHTS, torch_file.open_file),
     ):
-        if (path := _files.find(directory, index)) is not None:
+        if (path := files.find(directory, index)) is not None:
             return _open_indexed(directory, path, open_file)
-        if (path := _files.find(directory, single)) is not None:
+        if (path := files.find(directory, single)) is not None:
             return open_file(path)
     raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
@@ -105,7 +105,7 @@ def _open_indexed(directory: Path, path: Path, open_file: Callable[[Path], Mappi
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
         try:
-            found = _files.require(directory, file)
+            found = files.require(directory, file)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         for name, tensor in open_file(found).items():
@@ -135,7 +135,7 @@ def _plan(leaf: mapping.Leaf, tensors: Mapping[str, Tensor], dtype: Any) -> Plan
 def _adapter_plans(
     directory: Path, config: Config, lora: adapter.AdapterConfig, dtype: Any, stack: contextlib.ExitStack
 ) -> list[Plan]:
-    path = _files.require(directory, adapter.WEIGHTS)
+    path = files.require(directory, adapter.WEIGHTS)
     tensors = safetensors_file.open_file(path, stack)
     try:
         plans = []

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import ml_dtypes
 import numpy as np
 
-from granite_jax._tree import Shape
+from granite_jax.checkpoint.tree import Shape
 from granite_jax.errors import CheckpointError
 
 DTYPES = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}

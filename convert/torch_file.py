@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from granite_jax._tree import Shape, raise_named
+from granite_jax.checkpoint.tree import Shape, raise_named
 from granite_jax.convert.safetensors_file import check_name
 from granite_jax.errors import CheckpointError
 

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from granite_jax import _files
-from granite_jax._orbax import DTYPES
-from granite_jax._save import CONFIG, copy_files, write_config
-from granite_jax._tree import expected_shapes
-from granite_jax.checkpoint import COMPANIONS, Checkpoint
-from granite_jax.config import read_json
+from granite_jax.checkpoint import files
+from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
+from granite_jax.checkpoint.orbax import DTYPES
+from granite_jax.checkpoint.save import CONFIG, copy_files, write_config
+from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.convert import adapter, mapping
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
+from granite_jax.model.config import read_json
 
 Names = Literal["released", "new"]
 
@@ -109,7 +109,7 @@ def count_tensors(checkpoint: Checkpoint) -> int:
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
     """The tokenizer, templates and the like that a conversion takes along."""
-    found = (_files.find(checkpoint.directory, name) for name in COMPANIONS)
+    found = (files.find(checkpoint.directory, name) for name in COMPANIONS)
     return [path for path in found if path is not None]
 
 

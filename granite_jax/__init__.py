@@ -14,12 +14,12 @@ In short:
 
 import importlib.metadata
 
-from granite_jax.checkpoint import load
-from granite_jax.config import Config
+from granite_jax.checkpoint.directory import load
 from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
-from granite_jax.features import log_mel, num_frames
-from granite_jax.model import ctc_logits, decode_step, encode, init, prefill, project
-from granite_jax.transcriber import Transcriber, Transcript
+from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.model.config import Config
+from granite_jax.model.features import log_mel, num_frames
+from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
 
 try:
     __version__ = importlib.metadata.version("granite-jax")

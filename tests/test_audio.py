@@ -10,8 +10,8 @@ import pytest
 import soundfile as sf
 import soxr
 
-from granite_jax import _audio_file
-from granite_jax.audio import SAMPLE_RATE, load_audio
+from granite_jax.audio import decode
+from granite_jax.audio.load import SAMPLE_RATE, load_audio
 from granite_jax.errors import AudioError, GraniteError
 
 
@@ -167,7 +167,7 @@ def test_decoding_stops_at_the_limit_when_the_header_keeps_silent():
     assert len(bomb) < 100_000
     # When it is read up to 5 seconds
     blocks = []
-    original = _audio_file._blocks
+    original = decode._blocks
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AudioError, match="longer than 5 seconds"):
         patch.setattr(_audio_file, "_blocks", lambda *a: (blocks.append(b) or b for b in original(*a)))
         load_audio(bomb, max_seconds=5)

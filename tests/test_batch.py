@@ -18,7 +18,7 @@ from batch_worker import HELDOUT, DeadlyReader, StandIn
 from typer.testing import CliRunner
 
 from granite_jax import GraniteError, batch, cli
-from granite_jax.audio import load_audio
+from granite_jax.audio.load import load_audio
 from granite_jax.batch.access import Access, check_host
 from granite_jax.batch.manifest import MAX_LINE, Ask, Manifest
 from granite_jax.batch.parts import Shard, choose_shard

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import granite_jax.checkpoint as checkpoints
-from granite_jax._save import new_directory
-from granite_jax._tree import flatten, unflatten
-from granite_jax.checkpoint import load, open_checkpoint, save
+import granite_jax.checkpoint.directory as checkpoints
+from granite_jax.checkpoint.directory import load, open_checkpoint, save
+from granite_jax.checkpoint.save import new_directory
+from granite_jax.checkpoint.tree import flatten, unflatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
-from granite_jax.programs import Bucket
+from granite_jax.inference.programs import Bucket
 
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4},
@@ -329,8 +329,8 @@ def test_pictures_that_cannot_be_drawn(
 
 def test_pictures_need_an_extra(loaded: list, recordings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Given no matplotlib, when a picture is asked for, then the extra that has it is named
-    monkeypatch.delitem(sys.modules, "granite_jax.plots", raising=False)
-    monkeypatch.delattr("granite_jax.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "granite_jax.plotting.figures", raising=False)
+    monkeypatch.delattr("granite_jax.plotting.figures", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("transcribe", recordings[0], "--plot", "out.png")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -7,8 +7,8 @@ from typing import Any
 import hf_fixture
 import pytest
 
-from granite_jax.config import Config
 from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config
 
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 

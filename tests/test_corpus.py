@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from granite_jax.training import corpus, noise, synthesis
-from granite_jax.training.synthesis import Corpus, Utterance
+from granite_jax.training.recipes.demo import grammar, noise, synthesis
+from granite_jax.training.recipes.demo.synthesis import Corpus, Utterance
 
 TEXT = re.compile(r"[a-z']+( [a-z']+)*")
 
@@ -22,7 +22,7 @@ def spoken(index: int) -> Utterance:
 
 def test_sentences_are_raw_transcripts_of_the_promised_length_and_share_of_names() -> None:
     # Given / When
-    made = list(corpus.sentences(seed=3, count=1500, split="train"))
+    made = list(grammar.sentences(seed=3, count=1500, split="train"))
     # Then
     assert all(TEXT.fullmatch(s.text) for s in made)
     assert all(4 <= len(s.text.split()) <= 16 for s in made)
@@ -35,7 +35,7 @@ def test_every_template_fills_into_a_raw_transcript() -> None:
     # Given
     rng = np.random.default_rng(0)
     # When
-    texts = [corpus._fill(t, rng, "train").text for named in (True, False) for t in corpus._TEMPLATES[named]]
+    texts = [grammar._fill(t, rng, "train").text for named in (True, False) for t in grammar._TEMPLATES[named]]
     # Then
     assert len(set(texts)) > 100
     assert [t for t in texts if not TEXT.fullmatch(t)] == []
@@ -43,19 +43,19 @@ def test_every_template_fills_into_a_raw_transcript() -> None:
 
 def test_train_and_heldout_share_neither_sentences_nor_names() -> None:
     # Given the same seed for both parts
-    train = list(corpus.sentences(seed=5, count=1500, split="train"))
-    heldout = list(corpus.sentences(seed=5, count=200, split="heldout"))
+    train = list(grammar.sentences(seed=5, count=1500, split="train"))
+    heldout = list(grammar.sentences(seed=5, count=200, split="heldout"))
     # Then
     assert not {s.text for s in train} & {s.text for s in heldout}
     assert not {n for s in train for n in s.names} & {n for s in heldout for n in s.names}
-    assert {corpus.name_split(n) for s in heldout for n in s.names} == {"heldout"}
+    assert {grammar.name_split(n) for s in heldout for n in s.names} == {"heldout"}
 
 
 def test_the_split_of_a_name_is_the_same_in_every_process() -> None:
     # Given names whose part a released checkpoint already depends on
     names = ("dakfiki", "piznosh", "trumziza", "zorvik", "lunpad", "timbado")
     # When
-    heldout = [n for n in names if corpus.name_split(n) == "heldout"]
+    heldout = [n for n in names if grammar.name_split(n) == "heldout"]
     # Then
     assert heldout == ["dakfiki", "piznosh", "trumziza", "timbado"]
 
@@ -64,7 +64,7 @@ def test_names_are_many_and_spelled_with_unambiguous_letters() -> None:
     # Given
     rng = np.random.default_rng(1)
     # When
-    names = [corpus.invent_name(rng, "train") for _ in range(3000)]
+    names = [grammar.invent_name(rng, "train") for _ in range(3000)]
     # Then
     assert len(set(names)) > 2800
     assert all(re.fullmatch(r"[a-z]{6,9}", n) and not re.search(r"[cqxwy]|(.)\1|[aeiou]{2}", n) for n in names)
@@ -72,10 +72,10 @@ def test_names_are_many_and_spelled_with_unambiguous_letters() -> None:
 
 def test_a_sentence_depends_on_its_seed_and_place_alone() -> None:
     # Given a short and a longer run
-    short, longer = list(corpus.sentences(9, 5, "train")), list(corpus.sentences(9, 20, "train"))
+    short, longer = list(grammar.sentences(9, 5, "train")), list(grammar.sentences(9, 20, "train"))
     # Then
     assert longer[:5] == short
-    assert list(corpus.sentences(10, 5, "train")) != short
+    assert list(grammar.sentences(10, 5, "train")) != short
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 20.0])

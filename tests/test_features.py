@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from goldens.cases import sounds
 
-from granite_jax import features
-from granite_jax.features import MIN_SAMPLES, log_mel, num_frames
+from granite_jax.model import features
+from granite_jax.model.features import MIN_SAMPLES, log_mel, num_frames
 
 run = jax.jit(log_mel)
 

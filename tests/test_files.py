@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from granite_jax import _files, _orbax
-from granite_jax._tree import unflatten
+from granite_jax.checkpoint import files, orbax
+from granite_jax.checkpoint.tree import unflatten
 from granite_jax.errors import CheckpointError
 
 
@@ -24,7 +24,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_names_with_directories_are_refused(checkpoint: Path, name: str) -> None:
     # Given a name that an index file might hold, when it is looked up, then it is refused before the disk is asked
     with pytest.raises(CheckpointError, match="is not a file of this directory$"):
-        _files.find(checkpoint, name)
+        files.find(checkpoint, name)
 
 
 def test_links_out_of_the_directory_are_refused(checkpoint: Path) -> None:
@@ -39,8 +39,8 @@ def test_links_out_of_the_directory_are_refused(checkpoint: Path) -> None:
     # When they are looked up, then they are refused; a link to a file of the directory is not
     for name in ("up", "twice", "absolute"):
         with pytest.raises(CheckpointError, match=f"{name}: is a link that leads out of the directory$"):
-            _files.find(checkpoint, name)
-    assert _files.find(checkpoint, "inside") == checkpoint / "inside"
+            files.find(checkpoint, name)
+    assert files.find(checkpoint, "inside") == checkpoint / "inside"
 
 
 def test_what_is_no_file_is_not_found(checkpoint: Path) -> None:
@@ -49,9 +49,9 @@ def test_what_is_no_file_is_not_found(checkpoint: Path) -> None:
     (checkpoint / "loop").symlink_to("loop")
     (checkpoint / "nothing").symlink_to("nowhere")
     for name in ("params", "pipe", "loop", "nothing", "x" * 5000):
-        assert _files.find(checkpoint, name) is None
+        assert files.find(checkpoint, name) is None
         with pytest.raises(CheckpointError, match="no such file$"):
-            _files.require(checkpoint, name)
+            files.require(checkpoint, name)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_links_below_params_are_checked_at_any_depth(checkpoint: Path, name: str
     (checkpoint / "params" / "deep").mkdir()
     (checkpoint / "params" / name).symlink_to(target)
     with pytest.raises(CheckpointError, match=f"{message}$"):
-        _orbax.stored_dtypes(checkpoint, {})
+        orbax.stored_dtypes(checkpoint, {})
 
 
 def test_links_within_and_pipes_below_params(checkpoint: Path) -> None:
@@ -79,12 +79,12 @@ def test_links_within_and_pipes_below_params(checkpoint: Path) -> None:
     (checkpoint / "params" / "deep" / "file").write_bytes(b"12345")
     (checkpoint / "params" / "link").symlink_to("deep/file")
     (checkpoint / "params" / "again").symlink_to("deep")
-    assert _files.check_links(checkpoint / "params") == 10
+    assert files.check_links(checkpoint / "params") == 10
 
     # And a pipe, which would be waited for, is refused
     os.mkfifo(checkpoint / "params" / "pipe")
     with pytest.raises(CheckpointError, match="params/pipe: is no file$"):
-        _files.check_links(checkpoint / "params")
+        files.check_links(checkpoint / "params")
 
 
 def test_links_into_the_hubs_own_blobs_are_followed(tmp_path: Path) -> None:
@@ -100,22 +100,22 @@ def test_links_into_the_hubs_own_blobs_are_followed(tmp_path: Path) -> None:
     (snapshot / "tokenizer.json").symlink_to(other / "blobs" / "hash")
 
     # When they are followed, then those into its own blobs are, at any depth, and no others
-    assert _files.find(snapshot, "config.json") == snapshot / "config.json"
-    assert _files.check_links(snapshot / "params") == 3
+    assert files.find(snapshot, "config.json") == snapshot / "config.json"
+    assert files.check_links(snapshot / "params") == 3
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link that leads out of the directory$"):
-        _files.find(snapshot, "tokenizer.json")
+        files.find(snapshot, "tokenizer.json")
 
 
 def test_files_too_small_for_what_they_declare_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given four megabytes of zeros that compresses to next to nothing
     expected = {"encoder.out.kernel": (1 << 10, 1 << 10), "encoder.out.bias": (6,)}
     ocp.save(tmp_path / "params", unflatten({path: np.zeros(shape, np.float32) for path, shape in expected.items()}))
-    size = _files.check_links(tmp_path / "params")
+    size = files.check_links(tmp_path / "params")
     declared = 4 * ((1 << 20) + 6)
     assert 16 * size < declared
 
     # When it is opened, then it is refused before anything is allocated, but for a size that does no harm
-    assert set(_orbax.stored_dtypes(tmp_path, expected)) == set(expected)
+    assert set(orbax.stored_dtypes(tmp_path, expected)) == set(expected)
     monkeypatch.setattr(_orbax, "_FREE_BYTES", 0)
     with pytest.raises(CheckpointError, match=rf"params: declares {declared} bytes of tensors, its files hold {size}$"):
-        next(_orbax.read(tmp_path, expected, verify=False))
+        next(orbax.read(tmp_path, expected, verify=False))

@@ -9,8 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granite_jax import ctc, gate
-from granite_jax.gate import WIDTH, Candidates, candidates
+from granite_jax.keywords import spotter
+from granite_jax.keywords.spotter import WIDTH, Candidates, candidates
+from granite_jax.model import ctc
 
 
 def best_alignment(relative: np.ndarray, labels: list[int]) -> tuple[float, int, int]:
@@ -35,7 +36,7 @@ def test_scores_are_those_of_the_best_of_all_alignments(data: st.DataObject, see
     lists = [data.draw(st.lists(word, min_size=1, max_size=3)) for _ in range(2)]
 
     # When scored
-    found = jax.jit(gate.support)(jnp.asarray(logits), jnp.array(lengths), labelled(lists))
+    found = jax.jit(spotter.support)(jnp.asarray(logits), jnp.array(lengths), labelled(lists))
 
     # Then
     for row, words in enumerate(lists):
@@ -71,7 +72,7 @@ def test_long_lists_are_scored_to_the_last() -> None:
     lists = [[*others, ctc.to_labels("tim"), ctc.to_labels("zelgad")]]
 
     # When scored, then these two are the best, at no cost, where they were spoken
-    found = gate.support(logits, jnp.array([len(spelt)]), labelled(lists))
+    found = spotter.support(logits, jnp.array([len(spelt)]), labelled(lists))
     assert sorted(found.columns[0, :2].tolist()) == [698, 699]
     assert found.scores[0, :2].tolist() == [0, 0]
     places = zip(found.starts[0].tolist(), found.ends[0].tolist(), strict=True)

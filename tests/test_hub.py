@@ -16,9 +16,10 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from granite_jax import cli, hub
-from granite_jax._tree import flatten
-from granite_jax.checkpoint import COMPANIONS, load, open_checkpoint
+from granite_jax import cli
+from granite_jax.checkpoint import hub
+from granite_jax.checkpoint.directory import COMPANIONS, load, open_checkpoint
+from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
 
@@ -122,7 +123,7 @@ def test_a_download_that_differs_from_what_was_announced_is_named(server: hub_se
 def test_an_interrupted_conversion_is_no_cached_one(server: hub_server.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a conversion that fails half-way, when the checkpoint is opened again, then it is converted from the start
     with monkeypatch.context() as patched:
-        patched.setattr("granite_jax._orbax.ocp.partial.finalize", lambda path: 1 / 0)
+        patched.setattr("granite_jax.checkpoint.orbax.ocp.partial.finalize", lambda path: 1 / 0)
         with pytest.raises(CheckpointError, match=r"params: Orbax cannot write it \(ZeroDivisionError"):
             open_checkpoint(REPO)
     assert open_checkpoint(REPO).kind == "orbax"

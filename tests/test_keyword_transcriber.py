@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.decoding import FullError, pool
-from granite_jax.programs import Bucket
+from granite_jax.inference.programs import Bucket
 
 LIMIT = 12
 
@@ -81,7 +81,7 @@ def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monk
     lists = [[f"{chr(97 + i)}{n}" for n in range(100, 130)] for i in range(6)]
     options = {"keywords": lists, "keyword_gate": False, "keyword_boost": 9.0}
     expected = tokens_of(pipeline.run(**options))
-    monkeypatch.setattr("granite_jax.pipeline.pool", functools.partial(limited_pool, edges=80))
+    monkeypatch.setattr("granite_jax.inference.engine.pool", functools.partial(limited_pool, edges=80))
 
     # When transcribed, then batches are split, and the tokens stay
     pipeline.asr._pipeline._pools.clear()
@@ -108,7 +108,7 @@ def test_repaired_drafts_are_the_result_where_no_language_model_runs(
     pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a gate that lets a keyword pass, and a draft of which it takes all words' place
-    monkeypatch.setattr("granite_jax.pipeline.repair", lambda labels, heard, texts: texts[heard[0].keyword])
+    monkeypatch.setattr("granite_jax.inference.engine.repair", lambda labels, heard, texts: texts[heard[0].keyword])
 
     # When every CTC text is final
     found = pipeline.run(keywords=["Kai"], keyword_gate=-1e4, speculative="relaxed", ctc_threshold=100.0)

@@ -11,11 +11,9 @@ import pytest
 from hf_fixture import make_tokenizer
 
 import granite_jax as gj
-from granite_jax import ctc
 from granite_jax.decoding import build, pool
-from granite_jax.decoding.keywords import FIRST
-from granite_jax.gate import Support
-from granite_jax.keywords import (
+from granite_jax.decoding.automaton import FIRST
+from granite_jax.keywords.lists import (
     IN_PLACE,
     Biasing,
     Heard,
@@ -31,7 +29,9 @@ from granite_jax.keywords import (
     sounds,
     trie_of,
 )
-from granite_jax.tokenizer import Tokenizer
+from granite_jax.keywords.spotter import Support
+from granite_jax.model import ctc
+from granite_jax.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(

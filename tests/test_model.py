@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from goldens.cases import CASES, GOLDEN_CASES, GOLDEN_SOUNDS, STRIDE, fingerprint, golden_path, sounds
 
-from granite_jax import decoder, model
-from granite_jax.checkpoint import open_checkpoint
-from granite_jax.decoder import KVCache
-from granite_jax.features import log_mel, num_frames
-from granite_jax.programs import make_bucket
-from granite_jax.transcriber import Transcriber
+from granite_jax.checkpoint.directory import open_checkpoint
+from granite_jax.inference.programs import make_bucket
+from granite_jax.inference.transcriber import Transcriber
+from granite_jax.model import decoder, granite_speech
+from granite_jax.model.decoder import KVCache
+from granite_jax.model.features import log_mel, num_frames
 
 TIE = 1e-3  # where the two best logits are nearer than this, either is right
 GARBAGE = 1e4
@@ -48,12 +48,12 @@ def utterances() -> list[np.ndarray]:
 def embed(config, params, samples, lengths):
     """Samples -> every encoder block, the encoder's output, audio embeddings."""
     frames = num_frames(lengths)
-    encoded = model.encode(config, params, log_mel(samples, lengths), frames, capture_layers=True)
-    return encoded.layers, encoded.hidden, model.project(config, params, encoded.hidden, frames)
+    encoded = granite_speech.encode(config, params, log_mel(samples, lengths), frames, capture_layers=True)
+    return encoded.layers, encoded.hidden, granite_speech.project(config, params, encoded.hidden, frames)
 
 
-prefill = jax.jit(model.prefill, static_argnums=0, static_argnames=("capacity", "dtype"))
-step = jax.jit(model.decode_step, static_argnums=0)
+prefill = jax.jit(granite_speech.prefill, static_argnums=0, static_argnames=("capacity", "dtype"))
+step = jax.jit(granite_speech.decode_step, static_argnums=0)
 
 
 def padded(rows, length: int, filling: float = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -192,8 +192,8 @@ def test_frames_past_the_end_change_nothing_in_encoder_and_projector(config, par
 
     @jax.jit
     def run(features):
-        hidden = model.encode(config, params, features, lengths).hidden
-        return hidden, model.project(config, params, hidden, lengths)
+        hidden = granite_speech.encode(config, params, features, lengths).hidden
+        return hidden, granite_speech.project(config, params, hidden, lengths)
 
     # When what follows its end is garbage
     (hidden, audio), (dirty_hidden, dirty_audio) = run(features), run(dirty)
@@ -281,7 +281,7 @@ def test_long_prompts_in_chunks_of_queries_equal_the_whole(config, params, monke
     assert 512 == decoder._QUERY_CHUNK < 600
 
     def run():  # traced anew each time
-        return jax.jit(functools.partial(model.prefill, config))(
+        return jax.jit(functools.partial(granite_speech.prefill, config))(
             params, tokens, lengths, logit_positions=all_positions(tokens)[:, ::37]
         )
 
@@ -306,10 +306,10 @@ def test_gradients_are_finite_and_stop_at_the_end_of_the_samples(config, params,
     def gradients(params, samples):
         def loss(params, samples):
             frames = num_frames(jnp.asarray(lengths))
-            encoded = model.encode(config, params, log_mel(samples, jnp.asarray(lengths)), frames)
-            audio = model.project(config, params, encoded.hidden, frames)
-            logits, _ = model.prefill(config, params, jnp.asarray(tokens), jnp.asarray(token_lengths), audio)
-            ctc = jax.nn.log_softmax(model.ctc_logits(config, params, encoded.hidden))
+            encoded = granite_speech.encode(config, params, log_mel(samples, jnp.asarray(lengths)), frames)
+            audio = granite_speech.project(config, params, encoded.hidden, frames)
+            logits, _ = granite_speech.prefill(config, params, jnp.asarray(tokens), jnp.asarray(token_lengths), audio)
+            ctc = jax.nn.log_softmax(granite_speech.ctc_logits(config, params, encoded.hidden))
             valid = jnp.arange(ctc.shape[1]) < frames[:, None]
             return -jax.nn.log_softmax(logits)[..., 9].sum() - jnp.where(valid, ctc[..., 40], 0).mean()
 

@@ -82,7 +82,7 @@ def installed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: py
 def test_an_installation_is_complete(installed: Path, source: Path) -> None:
     # Given an installation, when the package is imported from elsewhere, then it is that one, convert and demo included
     code = (
-        "import json, granite_jax, granite_jax.convert, granite_jax.checkpoint as checkpoint, importlib.util as util;"
+        "import json, granite_jax, granite_jax.convert, granite_jax.checkpoint.directory as checkpoint, importlib.util as util;"
         "print(json.dumps([granite_jax.__file__, granite_jax.convert.__file__, str(checkpoint._DEMO.parent),"
         "util.find_spec('convert') is None, granite_jax.__version__]))"
     )
@@ -110,7 +110,7 @@ def test_the_template_worker_works_where_it_is_installed(installed: Path) -> Non
     # Given an installation, when a chat template is rendered, by a process of its own, then there is a prompt
     hf_fixture.make_tokenizer().save(str(installed / "tokenizer.json"))
     code = (
-        "from granite_jax.prompts import ChatTemplate; from granite_jax.tokenizer import Tokenizer;"
+        "from granite_jax.text.tasks import ChatTemplate; from granite_jax.text.tokenizer import Tokenizer;"
         "tokenizer = Tokenizer.from_file(sys.argv[1]);"
         "print(len(ChatTemplate(sys.argv[2]).tokens(tokenizer, 'hear this').suffix) > 1)"
     )

@@ -12,10 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import granite_jax as gj
-from granite_jax import ctc, plots
 from granite_jax.batch import Progress
-from granite_jax.plots import Passage
-from granite_jax.transcriber import Acoustics
+from granite_jax.inference.transcriber import Acoustics
+from granite_jax.model import ctc
+from granite_jax.plotting import figures
+from granite_jax.plotting.figures import Passage
 
 # A token a letter.
 LETTERS = cast(Any, SimpleNamespace(pieces=lambda ids: [chr(i) for i in ids]))
@@ -47,20 +48,20 @@ def texts(figure: Figure, tmp_path: Path) -> set[str]:
 # Sound.
 
 
-@pytest.mark.parametrize("hertz", plots._HERTZ)
+@pytest.mark.parametrize("hertz", figures._HERTZ)
 def test_a_tone_is_at_its_frequency(hertz: int) -> None:
     # Given a second with a tone from 0.5 to 0.9 s
     time = jnp.arange(16_000) / 16_000
     tone = jnp.where((time >= 0.5) & (time < 0.9), jnp.sin(2 * jnp.pi * hertz * time), 0.0)
     features = np.asarray(gj.log_mel(tone[None], jnp.array([16_000])))[0]
     # When drawn
-    figure = plots.log_mel(features)
+    figure = figures.log_mel(features)
     ax, bar = figure.axes
     (image,) = ax.images
     picture = np.asarray(image.get_array())
     # Then the loudest band is the one that the axis names so, at 0 dB, and silence is at -80 dB
     place = picture[:, 75].argmax() + 0.5
-    tick = ax.get_yticks()[plots._HERTZ.index(hertz)]
+    tick = ax.get_yticks()[figures._HERTZ.index(hertz)]
     assert abs(place - tick) <= 1.0
     assert picture.max() == 0.0
     assert picture[:, 20] == pytest.approx(-80.0)
@@ -71,7 +72,7 @@ def test_a_tone_is_at_its_frequency(hertz: int) -> None:
 
 def test_posteriors_have_a_row_for_what_is_heard() -> None:
     # Given five frames that say "b a"
-    figure = plots.ctc_posteriors(frames("_bb a"))
+    figure = figures.ctc_posteriors(frames("_bb a"))
     ax, bar = figure.axes
     # Then the rows are the blank and the three characters, with probabilities
     assert [label.get_text() for label in ax.get_yticklabels()] == ["blank", "space", "a", "b"]
@@ -84,7 +85,7 @@ def test_posteriors_have_a_row_for_what_is_heard() -> None:
 def test_words_are_at_their_times(tmp_path: Path) -> None:
     # Given two words, one of which would be a formula to matplotlib
     words = [ctc.Word("a", 0.1, 0.3), ctc.Word(r"$\frac$", 0.5, 0.8)]
-    figure = plots.alignment(words)
+    figure = figures.alignment(words)
     (ax,) = figure.axes
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches] == [(0.1, 0.3), (0.5, 0.8)]
     assert {"a", r"$\frac$"} <= texts(figure, tmp_path)
@@ -110,7 +111,7 @@ def test_words_are_at_their_times(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_draft_and_text_are_compared_by_what_was_accepted(transcript: gj.Transcript, expected: list) -> None:
-    passages = plots.compare(transcript, LETTERS)
+    passages = figures.compare(transcript, LETTERS)
     assert passages == [Passage(*passage) for passage in expected]
     assert "".join(passage.text for passage in passages) == transcript.text
 
@@ -118,7 +119,7 @@ def test_draft_and_text_are_compared_by_what_was_accepted(transcript: gj.Transcr
 def test_what_a_limit_cut_off_is_not_called_rejected() -> None:
     transcript = result("abcd", "ab", (0, 0, 2))
     transcript.stats["finish"] = "length"
-    assert plots.compare(transcript, LETTERS) == [Passage("accepted", "ab", "ab")]
+    assert figures.compare(transcript, LETTERS) == [Passage("accepted", "ab", "ab")]
 
 
 def test_a_comparison_shows_all_words_and_its_own_kinds(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_comparison_shows_all_words_and_its_own_kinds(tmp_path: Path) -> None:
     said = "please call sam at noon " * 12
     transcript = result(said, said.replace("sam", "pam", 1), (0, 0, 12), (13, 13, len(said) - 13))
     # When drawn, then all words are there, in draft and text, and of the kinds those that occur
-    found = texts(plots.draft(transcript, LETTERS), tmp_path)
+    found = texts(figures.draft(transcript, LETTERS), tmp_path)
     assert {"please", "s", "p", "am", "noon", "draft", "text"} <= found
     assert {"accepted from the draft", "rejected", "correction"} <= found
     assert "the language model's own, as in the draft" not in found
@@ -141,7 +142,7 @@ def test_lines_of_a_comparison_are_no_wider_than_asked() -> None:
         *[Passage("same", "q", "q")] * 9,
         Passage("written", "", " w" * 30 + " "),
     ]
-    lines = plots._lines(passages, 20)
+    lines = figures._lines(passages, 20)
     assert all(column + len(part.text) <= 20 for line in lines for column, part in line)
     assert (
         "".join(part.text for line in lines for _, part in line).replace(" ", "")
@@ -152,7 +153,7 @@ def test_lines_of_a_comparison_are_no_wider_than_asked() -> None:
 def test_lines_end_between_words() -> None:
     # Given a word of two tokens, one accepted and one not, where the line is full
     passages = [Passage("accepted", " more about t", " more about t"), Passage("corrected", "icks", "ax")]
-    lines = [[part.text for _, part in line] for line in plots._lines(passages, 12)]
+    lines = [[part.text for _, part in line] for line in figures._lines(passages, 12)]
     assert lines == [[" more", " about"], ["t", "ax"]]
 
 
@@ -168,7 +169,7 @@ def test_an_overview(tmp_path: Path, seconds: int) -> None:
         "$a_$.wav", "hi", ids("hi"), float(seconds), "hi", {"finish": "end"}, ids("hi"), ((0, 0, 2),)
     )
     # When drawn
-    figure = plots.overview(acoustics, transcript, LETTERS)
+    figure = figures.overview(acoustics, transcript, LETTERS)
     # Then all of its time is there, in rows, and the word where it was spoken
     panels = [ax for ax in figure.axes if ax.get_ylabel() == "words"]
     assert panels[0].get_xlim()[0] == 0.0
@@ -180,20 +181,20 @@ def test_an_overview(tmp_path: Path, seconds: int) -> None:
 
 def test_an_error_has_no_picture() -> None:
     with pytest.raises(gj.GraniteError, match="a.wav: no such file"):
-        plots.overview(Acoustics(*np.zeros((2, 1, 1))), gj.Transcript("a.wav", error="a.wav: no such file"), LETTERS)
+        figures.overview(Acoustics(*np.zeros((2, 1, 1))), gj.Transcript("a.wav", error="a.wav: no such file"), LETTERS)
 
 
 def test_a_text_that_was_not_spoken_is_not_aligned() -> None:
     # Given characters that the CTC head does not know, or more than there are frames, then the next text is taken
-    assert [word.text for word in plots._words(frames("_a_"), "你好", "aaaaaa", "a")] == ["a"]
-    assert plots._words(frames("_a_"), "你好") == []
+    assert [word.text for word in figures._words(frames("_a_"), "你好", "aaaaaa", "a")] == ["a"]
+    assert figures._words(frames("_a_"), "你好") == []
 
 
 def test_throughput_is_drawn_from_a_jobs_reports(tmp_path: Path) -> None:
     # Given two jobs
     reports = [Progress(done=4, seconds=1.0), Progress(done=8, seconds=2.0)]
     summaries = [cast(Any, SimpleNamespace(rtfx=rtfx)) for rtfx in (10.0, 0.0)]
-    figure = plots.throughput({"one": (summaries[0], reports), "none": (summaries[1], [])})
+    figure = figures.throughput({"one": (summaries[0], reports), "none": (summaries[1], [])})
     # Then the lines are the utterances over time, and the bars RTFx
     left, right = figure.axes
     assert np.asarray(left.lines[0].get_xydata()).tolist() == [[0, 0], [1, 4], [2, 8]]
@@ -207,6 +208,6 @@ def test_drawing_goes_into_axes_of_the_callers() -> None:
     # Given axes, when drawn into, then nothing else is made
     figure = Figure()
     ax = figure.add_subplot()
-    assert plots.alignment([], ax=ax) is figure
-    assert plots.draft(result("a", "a", (0, 0, 1)), LETTERS, ax=ax) is figure
+    assert figures.alignment([], ax=ax) is figure
+    assert figures.draft(result("a", "a", (0, 0, 1)), LETTERS, ax=ax) is figure
     assert figure.axes == [ax]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import granite_jax as gj
-from granite_jax._tree import expected_shapes, flatten
-from granite_jax.config import Config
-from granite_jax.programs import Bucket
-from granite_jax.sharding import Devices
+from granite_jax.checkpoint.tree import expected_shapes, flatten
+from granite_jax.inference.programs import Bucket
+from granite_jax.inference.sharding import Devices
+from granite_jax.model.config import Config
 
 # Heads that four devices can share, and key/value heads that they cannot.
 MODEL: dict[str, Any] = {

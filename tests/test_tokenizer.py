@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from granite_jax.errors import CheckpointError, PromptError
-from granite_jax.tokenizer import SpecialToken, Tokenizer
+from granite_jax.text.tokenizer import SpecialToken, Tokenizer
 
 SPECIALS = ["<|end_of_text|>", "<|pad|>", "<|audio|>"]
 TEXT = ["USER: can you transcribe the speech into a written format?\n ASSISTANT: the cat sat on the mat"] * 20

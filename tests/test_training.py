@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from granite_jax import model
-from granite_jax.config import Config
-from granite_jax.features import num_frames
-from granite_jax.training import batches, demo, steps
+from granite_jax.model import granite_speech
+from granite_jax.model.config import Config
+from granite_jax.model.features import num_frames
+from granite_jax.training import batches, steps
+from granite_jax.training.recipes.demo import recipe
 
-TINY = demo.CONFIG | {
-    "encoder_config": demo.CONFIG["encoder_config"]
+TINY = recipe.CONFIG | {
+    "encoder_config": recipe.CONFIG["encoder_config"]
     | {"num_layers": 2, "hidden_dim": 32, "num_heads": 2, "dim_head": 16, "conv_kernel_size": 5},
-    "projector_config": demo.CONFIG["projector_config"]
+    "projector_config": recipe.CONFIG["projector_config"]
     | {"hidden_size": 32, "encoder_hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64},
-    "text_config": demo.CONFIG["text_config"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
+    "text_config": recipe.CONFIG["text_config"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1},
 }
 
 
@@ -26,7 +27,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def params(config):
-    return model.init(config, jax.random.key(0))
+    return granite_speech.init(config, jax.random.key(0))
 
 
 def test_ctc_steps_learn_one_batch_and_keep_real_running_statistics(config, params):
@@ -57,8 +58,8 @@ def test_batch_statistics_ignore_padding(config, params):
     features = jnp.asarray(np.random.default_rng(1).normal(size=(1, 30, 160)), jnp.float32)
     padded = jnp.concatenate([features, jnp.full((1, 20, 160), 50.0)], axis=1)
     # When encoded in training mode
-    alone = model.encode(config, params, features, jnp.array([30]), train=True)
-    other = model.encode(config, params, padded, jnp.array([30]), train=True)
+    alone = granite_speech.encode(config, params, features, jnp.array([30]), train=True)
+    other = granite_speech.encode(config, params, padded, jnp.array([30]), train=True)
     # Then statistics and activations agree
     np.testing.assert_allclose(alone.batch_statistics.mean, other.batch_statistics.mean, atol=1e-5)
     np.testing.assert_allclose(alone.batch_statistics.var, other.batch_statistics.var, rtol=1e-4)
@@ -74,9 +75,11 @@ def test_lm_loss_is_the_mean_over_the_answer_alone(config, params):
     # When the loss is computed
     loss = steps.lm_loss(config, params, hidden, jnp.array([15, 15]), tokens, prompt_lengths, lengths)
     # Then it is the mean negative log-likelihood of exactly those three tokens
-    embeddings = model.project(config, params, hidden, jnp.array([15, 15]))
+    embeddings = granite_speech.project(config, params, hidden, jnp.array([15, 15]))
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
-    logits, _ = model.prefill(config, params, tokens[:, :-1], lengths - 1, embeddings, logit_positions=positions)
+    logits, _ = granite_speech.prefill(
+        config, params, tokens[:, :-1], lengths - 1, embeddings, logit_positions=positions
+    )
     likelihood = jax.nn.log_softmax(logits)
     wanted = [likelihood[0, 3, 7], likelihood[0, 4, 8], likelihood[1, 3, 7]]
     np.testing.assert_allclose(loss, -np.mean(wanted), rtol=1e-5)

@@ -15,10 +15,10 @@ import soundfile
 from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
-from granite_jax.audio import Audio
-from granite_jax.programs import Bucket
-from granite_jax.prompts import Capabilities
-from granite_jax.transcriber import enable_compilation_cache
+from granite_jax.audio.load import Audio
+from granite_jax.inference.programs import Bucket
+from granite_jax.inference.transcriber import enable_compilation_cache
+from granite_jax.text.tasks import Capabilities
 
 RATE = 16_000
 POSITIONS = 384  # of the model: 38.4 seconds of audio

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 
-from granite_jax._pcm import one_line
-from granite_jax.audio import open_regular, printable
+from granite_jax.audio.load import open_regular, printable
+from granite_jax.audio.resample import one_line
 from granite_jax.errors import AudioError, GraniteError
 
 PROTOCOLS = ("file", "gs", "s3")

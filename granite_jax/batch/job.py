@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import granite_jax
-from granite_jax.audio import printable
+from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
 from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
-from granite_jax.checkpoint import open_checkpoint, parse_dtype
+from granite_jax.checkpoint.directory import open_checkpoint, parse_dtype
 from granite_jax.errors import AudioError, GraniteError
-from granite_jax.keywords import Entry as Keyword
-from granite_jax.programs import max_seconds
-from granite_jax.sharding import DeviceList, Parallel
-from granite_jax.transcriber import Transcriber, Transcript
+from granite_jax.inference.programs import max_seconds
+from granite_jax.inference.sharding import DeviceList, Parallel
+from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.keywords.lists import Entry as Keyword
 
 PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from granite_jax.audio import printable
+from granite_jax.audio.load import printable
 from granite_jax.batch.access import Access, scheme
 from granite_jax.errors import GraniteError
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from granite_jax._orbax import TENSORS
-from granite_jax._save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.batch.commit import Store
-from granite_jax.checkpoint import Checkpoint
+from granite_jax.checkpoint.directory import Checkpoint
+from granite_jax.checkpoint.orbax import TENSORS
+from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.errors import GraniteError
 
 JOB = "job.json"

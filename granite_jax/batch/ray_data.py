@@ -22,9 +22,9 @@ from granite_jax.batch.access import PROTOCOLS, Access
 from granite_jax.batch.job import Options, transcribe_alike
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
-from granite_jax.programs import max_seconds
-from granite_jax.sharding import Parallel
-from granite_jax.transcriber import Transcriber
+from granite_jax.inference.programs import max_seconds
+from granite_jax.inference.sharding import Parallel
+from granite_jax.inference.transcriber import Transcriber
 
 
 class Transcribe:

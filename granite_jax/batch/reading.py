@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import grain
 
-from granite_jax._pcm import one_line
-from granite_jax.audio import Audio, load_audio, load_segment, printable
+from granite_jax.audio.load import Audio, load_audio, load_segment, printable
+from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import Access, retried
 from granite_jax.batch.manifest import Entry, Manifest
 from granite_jax.errors import AudioError, GraniteError

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax._pcm import SAMPLE_RATE, one_line
+from granite_jax.audio.resample import SAMPLE_RATE, one_line
 from granite_jax.errors import AudioError, GraniteError
 
 AUDIO = ("audio", "speech", "voice")

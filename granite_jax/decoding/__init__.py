@@ -1,7 +1,7 @@
 """Decoding on the device: `lax.while_loop`s over a step function, with or without drafts."""
 
+from granite_jax.decoding.automaton import Automata, Bias, FullError, Phrase, Trie, build, no_keywords, pool
 from granite_jax.decoding.draft import REALIGN, Draft, Realign
-from granite_jax.decoding.keywords import Automata, Bias, FullError, Phrase, Trie, build, no_keywords, pool
 from granite_jax.decoding.loop import WINDOW, Proposed, Verified, choose, decode, greedy_decode, verify, with_end
 from granite_jax.decoding.state import DecodeState
 

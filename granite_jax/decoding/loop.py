@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import Lengths, Logits, Tokens
+from granite_jax.decoding.automaton import Automata, Bias, no_keywords
 from granite_jax.decoding.draft import Draft, Realign, give_up, nearest_token
-from granite_jax.decoding.keywords import Automata, Bias, no_keywords
 from granite_jax.decoding.state import DecodeState
 
 # By a TPU v5e's data sheet (197 TFLOP/s, 819 GB/s) 64 rows of 5 positions take about as long to compute as weights and

@@ -12,8 +12,8 @@ from typing import Any
 
 import soundfile
 
-from granite_jax._pcm import one_line
-from granite_jax.audio import printable
+from granite_jax.audio.load import printable
+from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import Access, scheme
 from granite_jax.batch.manifest import MAX_LINE, Ask, Entry, parse_line, root_of, split_tfds
 from granite_jax.batch.tfds import open_dataset

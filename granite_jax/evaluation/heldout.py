@@ -11,9 +11,9 @@ import numpy as np
 import soundfile
 import tensorflow_datasets as tfds
 
-from granite_jax._files import cache_directory
+from granite_jax.checkpoint.files import cache_directory
 from granite_jax.errors import GraniteError
-from granite_jax.features import SAMPLING_RATE
+from granite_jax.model.features import SAMPLING_RATE
 
 CLIPS = Path(__file__).parents[2] / "tests" / "data" / "heldout"
 """300 clips of synthetic speech and `heldout.jsonl`, in a source tree."""

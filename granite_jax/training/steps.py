@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from granite_jax import model
 from granite_jax.array_types import Features, Lengths, Logits, Samples, Tokens
-from granite_jax.config import Config
-from granite_jax.encoder import BatchStatistics
-from granite_jax.features import log_mel, num_frames
+from granite_jax.model import granite_speech
+from granite_jax.model.config import Config
+from granite_jax.model.encoder import BatchStatistics
+from granite_jax.model.features import log_mel, num_frames
 
 MIDDLE_WEIGHT = 0.2
 ALIGNMENT_WEIGHT = 0.3
@@ -67,12 +67,12 @@ def ctc_loss(
     label_lengths: Lengths,
 ) -> tuple[Float[Array, ""], BatchStatistics]:
     """Middle and final CTC loss in nats a label, and the batch's BatchNorm statistics."""
-    encoded = model.encode(config, params, features, lengths, capture_layers=True, train=True)
+    encoded = granite_speech.encode(config, params, features, lengths, capture_layers=True, train=True)
     frame_padding = (jnp.arange(features.shape[1]) >= lengths[:, None]).astype(jnp.float32)
     label_padding = (jnp.arange(labels.shape[1]) >= label_lengths[:, None]).astype(jnp.float32)
 
     def loss(hidden):
-        logits = model.ctc_logits(config, params, hidden)
+        logits = granite_speech.ctc_logits(config, params, hidden)
         return optax.ctc_loss(logits, frame_padding, labels, label_padding).sum() / label_lengths.sum()
 
     assert encoded.layers is not None
@@ -126,10 +126,10 @@ def lm_loss(
       hidden: activations of the frozen encoder with `frames` valid frames a row.
       tokens: prompt and answer, `[b, p]`; the prompt holds `prompt_lengths` tokens, both `lengths`.
     """
-    audio = model.project(config, params, hidden, frames)
+    audio = granite_speech.project(config, params, hidden, frames)
     width = tokens.shape[1] - 1
     positions = jnp.broadcast_to(jnp.arange(width), (len(tokens), width))
-    logits, _ = model.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
+    logits, _ = granite_speech.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     target = (positions + 1 >= prompt_lengths[:, None]) & (positions + 1 < lengths[:, None])
     loss = jnp.sum(losses * target) / jnp.sum(target)

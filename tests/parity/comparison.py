@@ -10,12 +10,12 @@ import torch
 from goldens.cases import PROMPT, Case, sounds
 from parity.oracle import Answer, Oracle
 
-from granite_jax import model
-from granite_jax.checkpoint import open_checkpoint
+from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.convert import convert
-from granite_jax.features import log_mel, num_frames
-from granite_jax.programs import make_bucket
-from granite_jax.transcriber import Transcriber, Transcript
+from granite_jax.inference.programs import make_bucket
+from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.model import granite_speech
+from granite_jax.model.features import log_mel, num_frames
 
 NEW_TOKENS = 24
 TIE = 1e-3  # a smaller margin between the two best logits is a tie
@@ -71,8 +71,8 @@ class Comparison:
 
         def run(params, samples, lengths):
             frames = num_frames(lengths)
-            encoded = model.encode(self.config, params, log_mel(samples, lengths), frames, dtype=dtype)
-            return model.project(self.config, params, encoded.hidden, frames, dtype=dtype)
+            encoded = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, dtype=dtype)
+            return granite_speech.project(self.config, params, encoded.hidden, frames, dtype=dtype)
 
         samples, lengths = padded(self.sounds, max(map(len, self.sounds)) + 1_000, GARBAGE)
         return np.asarray(jax.jit(run)(self.params(dtype), samples, lengths), np.float32)
@@ -85,17 +85,17 @@ class Comparison:
     def encode(self, dtype: str = "float32"):
         """Our encoder on the oracle's features, padded with garbage."""
         features, lengths = padded([answer.features for answer in self.answers], self.frames.max() + 7, GARBAGE)
-        encode = jax.jit(functools.partial(model.encode, self.config, capture_layers=True, dtype=dtype))
+        encode = jax.jit(functools.partial(granite_speech.encode, self.config, capture_layers=True, dtype=dtype))
         return encode(self.params(dtype), features, lengths)
 
     def ctc(self, hidden: jax.Array) -> np.ndarray:
         """Our CTC logits of activations."""
-        return np.asarray(model.ctc_logits(self.config, self.params(), hidden))
+        return np.asarray(granite_speech.ctc_logits(self.config, self.params(), hidden))
 
     def project(self, dtype: str = "float32") -> np.ndarray:
         """Our projector on the oracle's encoder activations, padded with garbage."""
         hidden, lengths = padded([answer.hidden for answer in self.answers], self.frames.max() + 7, GARBAGE)
-        project = jax.jit(functools.partial(model.project, self.config, dtype=dtype))
+        project = jax.jit(functools.partial(granite_speech.project, self.config, dtype=dtype))
         return np.asarray(project(self.params(dtype), hidden, lengths), np.float32)
 
     def language_model(self, dtype: str = "float32", audio: np.ndarray | None = None):
@@ -109,11 +109,11 @@ class Comparison:
             audio, _ = padded([answer.audio for answer in self.answers], self.prompts.max(), GARBAGE)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         prefill = jax.jit(
-            functools.partial(model.prefill, self.config, capacity=tokens.shape[1] + NEW_TOKENS, dtype=dtype)
+            functools.partial(granite_speech.prefill, self.config, capacity=tokens.shape[1] + NEW_TOKENS, dtype=dtype)
         )
         prompt_logits, cache = prefill(params, tokens, lengths, audio, logit_positions=positions)
         answers, _ = padded([answer.tokens for answer in self.answers], NEW_TOKENS, 7)
-        step = jax.jit(functools.partial(model.decode_step, self.config, dtype=dtype))
+        step = jax.jit(functools.partial(granite_speech.decode_step, self.config, dtype=dtype))
         later, _ = step(params, answers[:, :-1], cache)
         first = jnp.take_along_axis(prompt_logits, lengths[:, None, None] - 1, axis=1)
         return np.asarray(prompt_logits), cache, np.asarray(jnp.concatenate([first, later], axis=1))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer, GraniteSpeechForConditionalGeneration
 
 import granite_jax as gj
-from granite_jax.audio import load_audio
+from granite_jax.audio.load import load_audio
 from granite_jax.convert import convert
 
 HELDOUT = Path(__file__).parents[1] / "data" / "heldout"

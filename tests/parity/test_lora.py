@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig
 from transformers import GraniteSpeechForConditionalGeneration
 
-from granite_jax import model
-from granite_jax.checkpoint import open_checkpoint
+from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.convert import convert
+from granite_jax.model import granite_speech
 
 # peft, of a model that is not where it was loaded from.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
@@ -61,7 +61,7 @@ def logits(directory: Path, dtype: str, adapter: bool) -> np.ndarray:
     params = opened.load_params(dtype, adapter=adapter)
     count, length = TOKENS.shape
     positions = jnp.broadcast_to(jnp.arange(length), TOKENS.shape)
-    found, _ = model.prefill(
+    found, _ = granite_speech.prefill(
         opened.config, params, jnp.asarray(TOKENS), jnp.full(count, length), logit_positions=positions
     )
     return np.asarray(found)

@@ -14,8 +14,8 @@ from goldens.cases import CASES
 from parity.comparison import TIE, margins, relative_error, rms_error
 from transformers import AutoTokenizer
 
-from granite_jax.checkpoint import open_checkpoint
-from granite_jax.prompts import instruction
+from granite_jax.checkpoint.directory import open_checkpoint
+from granite_jax.text.tasks import instruction
 
 TOLERANCE = 1e-4
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GraniteSpeechForConditionalGeneration
 
-from granite_jax._tree import flatten
-from granite_jax.checkpoint import open_checkpoint
+from granite_jax.checkpoint.directory import open_checkpoint
+from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
 

@@ -1,0 +1,1 @@
+"""Audio in any form to float32 samples at 16 kHz."""

@@ -1,0 +1,206 @@
+"""Host side: read, check, mix down and resample audio to what the model hears (16 kHz mono float32).
+
+Files are untrusted. A header is never believed when memory is allocated: audio is decoded, mixed down and resampled
+block by block, and decoding stops at the length limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from granite_jax.audio.decode import decode
+from granite_jax.audio.resample import SAMPLE_RATE, check_channels, check_rate, mono, one_line, resample, scale
+from granite_jax.errors import AudioError
+
+__all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio", "load_segment"]
+
+MIN_SAMPLES = 257
+"""Reflect padding of the 512-point STFT needs more than 256 samples."""
+MAX_SECONDS = 4 * 3600.0
+"""Length limit unless the caller sets another."""
+
+_BLOCK_FRAMES = 1 << 16
+_MAX_STREAM_BYTES = 1 << 31
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """One utterance: `samples` float32 [n] at 16 kHz, mono, roughly in [-1, 1]; `name` is for messages and output."""
+
+    name: str
+    samples: np.ndarray
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return len(self.samples) / SAMPLE_RATE
+
+
+def load_audio(
+    source: Any, *, sampling_rate: float | None = None, name: str | None = None, max_seconds: float | None = None
+) -> Audio:
+    """Reads one utterance from a file, a buffer or an array.
+
+    Args:
+      source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...);
+        an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
+        integers, which are scaled by the range of their type; a pair (array, sampling rate); or an Audio, which is
+        returned as it is.
+      sampling_rate: in Hz, of an array; 16 kHz when absent. A file says its own, which must then agree.
+      name: what messages and outputs call the audio; by default the path, or "audio".
+      max_seconds: the longest audio to accept, 4 hours by default.
+
+    Returns:
+      The audio, mixed down to mono and resampled to 16 kHz.
+
+    Raises:
+      AudioError: the input is missing, not audio, empty, too short (under 257 samples at 16 kHz), too long, damaged,
+        not finite, or of an unsupported type, shape or rate.
+    """
+    if isinstance(source, Audio):
+        return source
+    name = name if name is not None else _default_name(source)
+    try:
+        limit = _check_limit(max_seconds)
+        if isinstance(source, (str, os.PathLike)):
+            samples = _read_path(source, sampling_rate, limit)
+        elif isinstance(source, (bytes, bytearray, memoryview)):
+            samples = decode(io.BytesIO(source), sampling_rate, limit)
+        elif hasattr(source, "read"):
+            samples = decode(io.BytesIO(_read_stream(source)), sampling_rate, limit)
+        else:
+            samples = _from_array(*_split_pair(source, sampling_rate), limit)
+        _check_samples(samples)
+    except AudioError as error:
+        raise type(error)(f"{printable(name)}: {error}") from error.__cause__
+    return Audio(name, samples)
+
+
+def _default_name(source: Any) -> str:
+    path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "audio"
+
+
+def printable(name: str) -> str:
+    """The name as messages have it: on one line, whatever a file is called."""
+    return name if name and name.isprintable() else ascii(name)
+
+
+def _check_limit(max_seconds: float | None) -> float:
+    if max_seconds is None:
+        return MAX_SECONDS
+    if not 0 < max_seconds < float("inf"):
+        raise AudioError(f"max_seconds must be a positive number, not {max_seconds!r}")
+    return float(max_seconds)
+
+
+def _check_samples(samples: np.ndarray) -> None:
+    if len(samples) == 0:
+        raise AudioError("holds no samples")
+    if len(samples) < MIN_SAMPLES:
+        raise AudioError(f"too short: {len(samples)} samples at 16 kHz, at least {MIN_SAMPLES} are needed")
+
+
+# Encoded audio.
+
+
+def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit: float) -> np.ndarray:
+    with open_regular(path) as file:
+        return decode(file, sampling_rate, limit)
+
+
+@contextlib.contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A regular file to read; AudioError, without the name, where opening it or reading it fails."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise AudioError("is a directory")
+        if not stat.S_ISREG(mode):  # Opening a pipe would wait for a writer.
+            raise AudioError("is not a regular file")
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise AudioError("no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def load_segment(
+    file: BinaryIO, name: str, *, offset: float = 0.0, duration: float | None = None, max_seconds: float | None = None
+) -> Audio:
+    """Reads part of a seekable encoded file, without decoding what is before it where the format allows.
+
+    Args:
+      offset, duration: in seconds, on the file's own clock; to its end without a duration.
+      max_seconds: the longest audio to accept, 4 hours by default.
+
+    Raises:
+      AudioError: as of `load_audio`, without the name.
+      OSError: reading the file failed.
+    """
+    samples = decode(file, None, _check_limit(max_seconds), offset, duration)
+    _check_samples(samples)
+    return Audio(name, samples)
+
+
+def _read_stream(stream: Any) -> bytes:
+    """All that is left of a binary file object; it need not be seekable."""
+    try:
+        data = stream.read(_MAX_STREAM_BYTES + 1)
+    except Exception as error:  # The caller's own object: whatever it raises, this input cannot be read.
+        raise AudioError(f"cannot be read ({one_line(error)})") from error
+    if not isinstance(data, (bytes, bytearray)):
+        raise AudioError("the file must be opened in binary mode")
+    if len(data) > _MAX_STREAM_BYTES:
+        raise AudioError(f"more than {_MAX_STREAM_BYTES >> 30} GiB")
+    return bytes(data)
+
+
+# Arrays.
+
+
+def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
+    """Splits (array, rate), as `soundfile.read` returns it; a bare array is at `sampling_rate`."""
+    is_pair = isinstance(source, tuple) and len(source) == 2
+    if not (is_pair and isinstance(source[1], Real) and not isinstance(source[0], Real)):
+        return source, SAMPLE_RATE if sampling_rate is None else check_rate(sampling_rate)
+    rate = check_rate(source[1])
+    if sampling_rate is not None and check_rate(sampling_rate) != rate:
+        raise AudioError(f"comes with a rate of {rate:g} Hz, but sampling_rate={sampling_rate!r} was given")
+    return source[0], rate
+
+
+def _from_array(source: Any, rate: float, limit: float) -> np.ndarray:
+    try:
+        array = np.asarray(source)
+    except Exception as error:  # Ragged lists, tensors on a device, objects with an __array__ of their own.
+        raise AudioError(f"{type(source).__name__} cannot be made an array ({one_line(error)})") from error
+    _check_dtype(array.dtype, source)
+    if array.ndim not in (1, 2):
+        raise AudioError(f"expected an array of shape [n] or [n, channels], not {list(array.shape)}")
+    frames = array[:, None] if array.ndim == 1 else array if array.shape[0] > array.shape[1] else array.T
+    check_channels(frames.shape[1])
+    starts = range(0, len(frames), _BLOCK_FRAMES)
+    return resample((mono(scale(frames[i : i + _BLOCK_FRAMES])) for i in starts), rate, limit)
+
+
+def _check_dtype(dtype: np.dtype, source: Any) -> None:
+    # int64 is what NumPy makes of a list of 16-bit samples: by its own range that would be silence.
+    if dtype.kind == "f" or dtype.name == "bfloat16" or (dtype.kind in "iu" and dtype.itemsize <= 4):
+        return
+    what = f"dtype {dtype}" if hasattr(source, "dtype") or isinstance(source, (list, tuple)) else type(source).__name__
+    raise AudioError(
+        f"unsupported {what}: give a path, bytes, a binary file, or an array of floats or 8-32 bit integers"
+    )

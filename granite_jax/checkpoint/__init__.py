@@ -1,0 +1,1 @@
+"""Checkpoint directories: Orbax weights with a hash of every tensor, configuration, tokenizer, LoRA adapter."""

@@ -1,0 +1,79 @@
+"""What a checkpoint is, without loading its weights: what `granite-jax inspect` prints."""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+from granite_jax.checkpoint.directory import Checkpoint
+from granite_jax.inference.programs import max_seconds
+from granite_jax.text.tasks import LANGUAGES
+
+
+def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
+    """Describes an opened checkpoint in values that JSON can hold.
+
+    Args:
+      verify: read all weights and check their hashes; Hugging Face directories have none, and are read to their end.
+
+    Returns:
+      `directory`, `kind`, `dtype`; `parameters` and `bytes` by part and in `total`; `tasks` and `languages` (targets of
+      translation); `limits`: `positions` of the language model, `seconds` of audio that fit them, `vocabulary` and
+      `ctc_labels`; `adapter`, None or rank, alpha and targets; `config`; `verified`.
+
+    Raises:
+      CheckpointError: naming what is damaged, missing, unexpected or misshapen.
+    """
+    stored, config = checkpoint.stored(), checkpoint.config
+    parameters, sizes = collections.Counter[str](), collections.Counter[str]()
+    for path, (shape, dtype) in stored.items():
+        for part in (path.split(".")[0], "total"):
+            parameters[part] += math.prod(shape)
+            sizes[part] += math.prod(shape) * (4 if dtype == "float32" else 2)
+    if verify:
+        for _ in checkpoint.leaves():
+            pass
+    capabilities, adapter = checkpoint.capabilities, checkpoint.adapter
+    return {
+        "directory": str(checkpoint.directory),
+        "kind": checkpoint.kind,
+        "dtype": "+".join(sorted({dtype for _, dtype in stored.values()})),
+        "parameters": dict(sorted(parameters.items())),
+        "bytes": dict(sorted(sizes.items())),
+        "tasks": list(capabilities.tasks),
+        "languages": list(capabilities.languages) if "translate" in capabilities.tasks else [],
+        "limits": {
+            "positions": config.decoder.max_position_embeddings,
+            "seconds": max_seconds(config),
+            "vocabulary": config.decoder.vocab_size,
+            "ctc_labels": config.encoder.output_dim,
+        },
+        "adapter": None if adapter is None else dataclasses.asdict(adapter),
+        "config": dataclasses.asdict(config),
+        "verified": verify,
+    }
+
+
+def to_lines(description: dict[str, Any]) -> list[str]:
+    """The description for people."""
+    limits, adapter = description["limits"], description["adapter"]
+    lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}"]
+    for part, count in description["parameters"].items():
+        lines.append(f"  {part:10} {count:>15,} parameters {description['bytes'][part]:>15,} bytes")
+    languages = ", ".join(f"{code} ({LANGUAGES[code]})" for code in description["languages"])
+    lines += [
+        f"  tasks      {', '.join(description['tasks'])}",
+        f"  languages  {languages or 'no translation'}",
+        f"  limits     {limits['positions']:,} positions, {limits['seconds']:.0f} s of audio, "
+        f"{limits['vocabulary']:,} tokens, {limits['ctc_labels']} CTC labels",
+    ]
+    if adapter is not None:
+        targets = adapter["target_modules"]
+        shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        lines.append(f"  adapter    LoRA, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {shown}")
+    for section, values in description["config"].items():
+        shown = ", ".join(f"{k} {v}" for k, v in values.items()) if isinstance(values, dict) else values
+        lines.append(f"  {section}: {shown}")
+    if description["verified"]:
+        lines.append("  all hashes match" if description["kind"] == "orbax" else "  all weights can be read")
+    return lines

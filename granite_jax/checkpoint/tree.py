@@ -1,0 +1,61 @@
+"""Parameter trees by dotted path (`encoder.out.kernel`), and errors that name leaves."""
+
+import functools
+import itertools
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config
+from granite_jax.model.granite_speech import abstract_params
+
+Shape = tuple[int, ...]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> one dictionary with dotted paths."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
+@functools.lru_cache(maxsize=8)
+def expected_shapes(config: Config) -> Mapping[str, Shape]:
+    """The shape of every leaf that `config` asks for, by dotted path."""
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()})
+
+
+def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError naming leaves that are unexpected, missing or misshapen."""
+    raise_named("no place in the model for", [path for path in found if path not in expected])
+    raise_named("missing:", [path for path in expected if path not in found])
+    wrong = [path for path in found if tuple(found[path]) != expected[path]]
+    raise_named("wrong shape:", [f"{path} {list(found[path])}, not {list(expected[path])}" for path in wrong])
+
+
+def raise_named(problem: str, names: Iterable[str], count: int | None = None) -> None:
+    """Raises CheckpointError with the first few of `names` and the number of the others, unless there are none.
+
+    `count` is the number of names where listing them all could take for ever.
+    """
+    if count is None:
+        names = list(names)
+        count = len(names)
+    if count:
+        shown = list(itertools.islice(names, 4))
+        rest = f" and {count - len(shown)} more" if count > len(shown) else ""
+        raise CheckpointError(f"{problem} {', '.join(shown)}{rest}")

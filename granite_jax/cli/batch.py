@@ -1,0 +1,182 @@
+"""`granite-jax batch`: run one worker of a job, and merge its parts."""
+
+import datetime
+import signal
+import time
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+from granite_jax.cli import options
+from granite_jax.cli.terminal import console, fail, line, terminated
+from granite_jax.errors import GraniteError
+from granite_jax.keywords.lists import read_keywords
+
+_LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
+
+
+class _DefaultGroup(typer.core.TyperGroup):
+    """`batch MANIFEST` is `batch run MANIFEST`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_DefaultGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Transcribe any number of files with any number of workers: granite-jax batch MANIFEST --out DIR.",
+)
+
+
+class _Audio(ProgressColumn):
+    """Hours of audio done, and the rate."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['hours']:.2f} h of audio, RTFx {task.fields['rtfx']:.0f}")
+
+
+@app.command()
+def run(
+    manifest: Annotated[
+        str,
+        typer.Argument(
+            metavar="MANIFEST", help="JSON lines, a directory, a glob or tfds:DIRECTORY#SPLIT", show_default=False
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="directory, or gs:// or s3:// URL", show_default=False)],
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    task: options.Task = "transcribe",
+    to: options.To = None,
+    prompt: options.Prompt = None,
+    keyword: options.Keyword = None,
+    keywords_file: options.KeywordsFile = None,
+    keyword_boost: options.KeywordBoost = None,
+    keywords_in: options.KeywordsIn = "decoder",
+    max_new_tokens: options.MaxNewTokens = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    batch_size: options.BatchSize = None,
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
+    shard: Annotated[
+        int | None, typer.Option(min=0, help="this worker's number; default: of the environment", show_default=False)
+    ] = None,
+    num_shards: Annotated[int | None, typer.Option(min=1, help="of workers in all", show_default=False)] = None,
+    part_size: Annotated[int, typer.Option(min=1, help="utterances that are committed together")] = 1024,
+    root: Annotated[
+        str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
+    ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="protocols of audio: file, gs, s3 (the default), https; repeatable", show_default=False),
+    ] = None,
+    readers: Annotated[
+        Literal["threads", "processes"], typer.Option(help="processes survive files that kill a decoder")
+    ] = "threads",
+    num_readers: Annotated[int, typer.Option(min=1, help="threads or processes")] = 16,
+) -> None:
+    """Transcribe a manifest, or one shard of it; the same command again resumes.
+
+    Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task, to,
+    keywords and prompt; options are for lines that do not say. DIR gets part-*.jsonl, errors.jsonl, summary.json and
+    job.json. The exit status is 0 if the shard is done, whatever single utterances failed; 1 if results could not be
+    written, and 143 after SIGTERM, which abandons the current part: run again; 2 if the job cannot be run as it is.
+    """
+    from granite_jax import batch  # here, because it imports Grain
+
+    try:
+        with terminated() as stop, Display() as display:
+            summary = batch.run(
+                manifest,
+                out,
+                checkpoint,
+                revision=revision,
+                dtype=dtype,
+                task=task,
+                to=to,
+                prompt=prompt,
+                keywords=(*(read_keywords(keywords_file) if keywords_file else ()), *(keyword or ())),
+                keyword_boost=keyword_boost,
+                keywords_in=keywords_in,
+                max_new_tokens=max_new_tokens,
+                speculative=False if speculative == "off" else speculative,
+                ctc_threshold=ctc_threshold,
+                verify_threshold=verify_threshold,
+                batch_size=batch_size,
+                parallel=parallel,
+                model_parallel=model_parallel,
+                shard=shard,
+                num_shards=num_shards,
+                part_size=part_size,
+                root=root,
+                allow=tuple(allow or ("file", "gs", "s3")),
+                readers=readers,
+                num_readers=num_readers,
+                progress=display.show,
+                stop=stop,
+            )
+    except GraniteError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+    except OSError as error:  # a full disk, a store that cannot be reached: it may pass
+        fail(f"{out}: {error}; what is committed stays: run again to resume")
+        raise typer.Exit(1) from None
+    if summary.stopped:
+        fail(f"stopped by SIGTERM; run again to resume {out}")
+        raise typer.Exit(128 + signal.SIGTERM)
+    print(line(f"{out}: {summary.transcribed} of {summary.entries} utterances, {summary.failed} failed"))
+
+
+@app.command()
+def merge(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="--out of a job", show_default=False)],
+) -> None:
+    """Join a job's parts into transcripts.jsonl and errors.jsonl, after checking that nothing is missing or double.
+
+    The exit status is 1 if something is.
+    """
+    from granite_jax import batch
+
+    try:
+        found = batch.merge(directory)
+    except (GraniteError, OSError) as error:
+        fail(str(error))
+        raise typer.Exit(1) from None
+    print(line(f"{directory}: {found['transcribed']} of {found['entries']} utterances, {found['failed']} failed"))
+
+
+class Display:
+    """A bar on a terminal; elsewhere a line a minute, for logs."""
+
+    def __enter__(self) -> "Display":
+        columns = (TextColumn("transcribing"), BarColumn(), MofNCompleteColumn(), _Audio(), TimeRemainingColumn())
+        self._bar = Bar(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task("", total=None, hours=0.0, rtfx=0.0)
+        self._bar.start()
+        self._logged = time.monotonic()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, progress: Any) -> None:
+        """Shows a `batch.Progress`."""
+        done, hours = progress.resumed + progress.done, progress.audio_seconds / 3600
+        self._bar.update(self._task, total=progress.entries, completed=done, hours=hours, rtfx=progress.rtfx)
+        if not console.is_terminal and time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
+            left = (progress.entries - done) * progress.seconds / max(1, progress.done)
+            eta = datetime.timedelta(seconds=round(left))
+            text = f"{done} of {progress.entries} utterances, {progress.failed} failed, {hours:.2f} h of audio"
+            print(f"granite-jax: {text}, RTFx {progress.rtfx:.0f}, {eta} left", file=console.file, flush=True)

@@ -1,0 +1,113 @@
+"""`granite-jax eval`: error rates on sets, and the comparison of two runs."""
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from granite_jax.cli import options
+from granite_jax.cli.batch import Display
+from granite_jax.cli.terminal import fail, terminated
+from granite_jax.errors import GraniteError
+
+
+def evaluate(
+    sets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SET",
+            help="a manifest with text, tfds:DIRECTORY#SPLIT, tfds:NAME#SPLIT, demo, librispeech-clean, "
+            "librispeech-other, tedlium; NAME=SET names its column",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[str | None, typer.Option(metavar="DIR", help="directory of the run", show_default=False)] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
+    ] = None,
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    task: options.Task = "transcribe",
+    to: options.To = None,
+    language: Annotated[str, typer.Option(help="of the references; decides on the normaliser")] = "en",
+    normalizer: Annotated[
+        Literal["english", "basic", "lowercase"] | None,
+        typer.Option(help="default: english for English, basic for others", show_default=False),
+    ] = None,
+    keywords: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TSV", help="LibriSpeech biasing lists, for B-WER and U-WER; repeatable"),
+    ] = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    batch_size: options.BatchSize = None,
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
+    part_size: Annotated[int, typer.Option(min=1, help="utterances that are lost together if killed")] = 128,
+    root: Annotated[
+        str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
+    ] = None,
+    format: Annotated[Literal["md", "json"], typer.Option(help="Markdown tables, or one JSON object")] = "md",
+) -> None:
+    """Transcribe sets and compare with their references; the same command again resumes.
+
+    Prints the tables, and writes them with all numbers to DIR: results.md, results.json, SET/utterances.jsonl. The exit
+    status is 0 if all sets are done, whatever single utterances failed: they count as if nothing had been heard. It is
+    1 if results could not be written, and 143 after SIGTERM: run again; 2 if something asked for is not possible.
+    """
+    try:
+        from granite_jax import evaluation  # here, because of its packages
+    except ModuleNotFoundError as error:
+        fail(f"eval needs pip install 'granite-jax[eval]' ({error})")
+        raise typer.Exit(2) from None
+    try:
+        if compare is not None:
+            if sets:
+                raise GraniteError("--compare is of runs that are finished, without sets")
+            found = evaluation.compare(*compare)
+            text = evaluation.comparison_to_markdown(found)
+        else:
+            if out is None:
+                raise GraniteError("--out is missing: the directory of the run")
+            with terminated() as stop, Display() as display:
+                found = evaluation.evaluate(
+                    sets or [],
+                    out,
+                    checkpoint,
+                    revision=revision,
+                    dtype=dtype,
+                    batch_size=batch_size,
+                    parallel=parallel,
+                    model_parallel=model_parallel,
+                    language=language,
+                    normalizer=normalizer,
+                    keyword_lists=keywords or (),
+                    root=root,
+                    part_size=part_size,
+                    progress=display.show,
+                    stop=stop,
+                    task=task,
+                    to=to,
+                    max_new_tokens=max_new_tokens,
+                    speculative=False if speculative == "off" else speculative,
+                    ctc_threshold=ctc_threshold,
+                    verify_threshold=verify_threshold,
+                )
+            if found is None:
+                fail(f"stopped by SIGTERM; run again to resume {out}")
+                raise typer.Exit(143)
+            text = evaluation.to_markdown(found)
+            failed = sum(each["failed"] for each in found["sets"])
+            if failed:
+                fail(f"{failed} utterances failed, and count as if nothing had been heard: see {out}/*/errors.jsonl")
+    except GraniteError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+    except OSError as error:  # a full disk: it may pass
+        fail(f"{out}: {error}; what is committed stays: run again to resume")
+        raise typer.Exit(1) from None
+    print(json.dumps(found, ensure_ascii=False) if format == "json" else text, end="\n" if format == "json" else "")

@@ -1,0 +1,267 @@
+"""The three compiled programs of inference, each a jitted function of (params, inputs).
+
+    encode    waveforms, sounds of keywords -> audio embeddings, CTC labels, which keywords these support
+                                                              on shapes (batch, samples)
+    prefill   prompts, audio embeddings, drafts and keywords -> what the model says of the drafts, and its cache
+                                                              on shapes (batch, prompt, draft, capacity)
+    decode    that, the drafts and the keywords -> tokens     on shapes (batch, draft, capacity, room)
+
+A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts
+and keywords: these have arrays of one size, of which no more than is filled is computed.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from granite_jax import decoding
+from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
+from granite_jax.decoding import Automata, Bias, DecodeState, Draft, Proposed, Verified
+from granite_jax.errors import GraniteError
+from granite_jax.inference.sharding import DATA, WHOLE, Devices
+from granite_jax.keywords import spotter
+from granite_jax.keywords.spotter import Candidates, Support
+from granite_jax.model import ctc, granite_speech
+from granite_jax.model.config import Config
+from granite_jax.model.decoder import KVCache
+from granite_jax.model.features import HOP, SAMPLING_RATE, log_mel, num_frames
+
+TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
+MIN_NEW_TOKENS = 200  # the released model's own limit
+NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
+MIN_DRAFT = 32
+_TILE = 16  # slots of a bfloat16 tile: with another capacity the TPU compiler copies the cache
+DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Shapes of one batch: rows, samples at 16 kHz, prompt tokens, cache positions."""
+
+    batch: int
+    samples: int
+    prompt: int
+    capacity: int
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
+        return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
+
+    @property
+    def draft(self) -> int:
+        """Draft tokens that there is room for."""
+        return draft_budget(self.samples)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """What is known of a batch before the language model runs.
+
+    Fields:
+      audio: audio embeddings `[b, a, e]`.
+      labels: best CTC label of every frame, int32, blank past the row's end.
+      entropy: float32, the largest entropy of a valid frame's labels, in nats.
+      support: the keywords that the labels support best.
+    """
+
+    audio: AudioEmbeddings
+    labels: Int[Array, "b t"]
+    entropy: Float[Array, "b"]
+    support: Support
+
+
+@dataclasses.dataclass(frozen=True)
+class Speculation:
+    """How drafts are used.
+
+    Fields:
+      window: proposals of one decode step.
+      realign: the rule, of `decoding.REALIGN`, by which to go on in the draft after a rejection.
+    """
+
+    window: int = decoding.WINDOW
+    realign: str = "nearest"
+
+    def __post_init__(self):
+        if self.window < 0 or self.realign not in decoding.REALIGN:
+            raise GraniteError(f"{self}: window is 0 or more, realign one of {', '.join(decoding.REALIGN)}")
+
+
+class Programs:
+    """The programs of one configuration, and a count of how often each was traced."""
+
+    def __init__(
+        self,
+        config: Config,
+        dtype: DTypeLike,
+        speculation: Speculation | None = None,
+        devices: Devices | None = None,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.speculation = speculation or Speculation()
+        self.traces: collections.Counter[str] = collections.Counter()
+        self.devices = devices or Devices.make(jax.devices()[:1])
+        cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
+        fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
+        state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
+        tables = {field.name: WHOLE for field in dataclasses.fields(Automata)}
+        keywords = Automata(**tables | {"starts": DATA})  # pyright: ignore[reportArgumentType]
+        compiled = self.devices.compile
+        self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA, DATA), DATA)
+        prompts = (WHOLE, DATA, DATA, DATA, DATA, keywords)
+        self.prefill = compiled(self._counted(self._prefill), prompts, (DATA, cache), static="capacity")
+        drafts = (WHOLE, DATA, cache, DATA, DATA, DATA, keywords)
+        self.decode = compiled(self._counted(self._decode), drafts, state, static="room", donate=2)
+
+    def _counted(self, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            self.traces[function.__name__.strip("_")] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    def _encode(self, params: Params, samples: Samples, lengths: Lengths, keywords: Candidates) -> Encoded:
+        frames = num_frames(lengths)
+        hidden = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, dtype=self.dtype).hidden
+        logits = granite_speech.ctc_logits(self.config, params, hidden, dtype=self.dtype)
+        audio = granite_speech.project(self.config, params, hidden, frames, dtype=self.dtype)
+        labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
+        return Encoded(audio, labels, entropy, spotter.support(logits, frames, keywords))
+
+    def _prefill(
+        self,
+        params: Params,
+        tokens: Tokens,
+        lengths: Lengths,
+        audio: AudioEmbeddings,
+        draft: Draft,
+        keywords: Automata,
+        capacity: int,
+    ) -> tuple[Verified, KVCache]:
+        """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
+        end_of_text = self.config.decoder.eos_token_id
+        # No draft is longer than its row's limit, which leaves room for as much.
+        width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
+        place = jnp.arange(width) - lengths[:, None]
+        drafted = jnp.take_along_axis(draft.tokens, jnp.clip(place, 0, draft.tokens.shape[1] - 1), axis=1)
+        prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
+        return granite_speech.prefill_reduced(
+            self.config,
+            params,
+            jnp.where((place >= 0) & (place < draft.lengths[:, None]), drafted, prompts),
+            lengths,
+            audio,
+            functools.partial(decoding.verify, bias=self._bias(keywords), end_of_text=end_of_text, never=self._never),
+            Proposed.of(draft, keywords, end_of_text),
+            draft.lengths + 1,
+            capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
+            dtype=self.dtype,
+        )
+
+    def _decode(
+        self,
+        params: Params,
+        verified: Verified,
+        cache: KVCache,
+        draft: Draft,
+        limits: Lengths,
+        thresholds: Float[Array, "b"],
+        keywords: Automata,
+        room: int,
+    ) -> DecodeState:
+        return decoding.decode(
+            functools.partial(granite_speech.decode_step, self.config, params, dtype=self.dtype),
+            verified,
+            cache,
+            draft,
+            limits,
+            thresholds,
+            self._bias(keywords),
+            room=room,
+            end_of_text=self.config.decoder.eos_token_id,
+            never=self._never,
+            window=self.speculation.window,
+            realign=decoding.REALIGN[self.speculation.realign],
+        )
+
+    def _bias(self, keywords: Automata) -> Bias:
+        return Bias.of(keywords, self.config.decoder.vocab_size)
+
+    @property
+    def _never(self) -> tuple[int, ...]:
+        """Tokens that are never produced."""
+        audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
+        return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
+
+
+def draft_budget(samples: int) -> int:
+    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
+    return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
+
+
+def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:
+    """Token ids of every row, none longer than `width`, as a Draft."""
+    tokens = np.zeros((len(drafts), width), np.int32)
+    for row, draft in enumerate(drafts):
+        tokens[row, : len(draft)] = draft
+    return Draft(jnp.asarray(tokens), jnp.array([len(draft) for draft in drafts], jnp.int32))
+
+
+def new_token_budget(seconds: float) -> int:
+    """Tokens that speech of this length may need, by default."""
+    return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
+
+
+def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
+    """The bucket of audio up to `seconds`, rounded up to whole projector windows, within the model's positions."""
+    window = 2 * HOP * config.projector.window_size
+    samples = math.ceil(seconds * SAMPLING_RATE / window) * window
+    prompt = config.num_audio_tokens(num_frames(samples)) + TEXT_ROOM
+    limit = config.decoder.max_position_embeddings
+    capacity = min(limit, prompt + new_token_budget(seconds))
+    return Bucket(batch, samples, min(prompt, capacity), capacity)
+
+
+def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
+    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit."""
+    limit = max_seconds(config)
+    short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
+    full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
+    longest = make_bucket(config, 1, limit)
+    # The last one takes whatever fits the positions at all: long prompts with short audio too.
+    longest = dataclasses.replace(longest, prompt=longest.capacity)
+    middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
+    singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
+    return (*full, *singles, longest)
+
+
+def max_seconds(config: Config) -> float:
+    """The longest audio whose embeddings leave a position for anything else."""
+    windows = config.decoder.max_position_embeddings // config.projector.num_queries
+    return windows * config.projector.window_size * 2 * HOP / SAMPLING_RATE
+
+
+def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: int, limit: int) -> Bucket | None:
+    """The cheapest bucket of `batch` rows that holds this much audio, prompt and new text; None if none does."""
+    fitting = [
+        bucket
+        for bucket in buckets
+        if bucket.batch == batch
+        and samples <= bucket.samples
+        and prompt <= bucket.prompt
+        and prompt + limit <= bucket.capacity
+        and limit <= bucket.room
+    ]
+    return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt), default=None)

@@ -1,0 +1,221 @@
+"""Granite language model and its KV cache.
+
+Reference: `GraniteForCausalLM` of transformers. One module computes prefill and decode steps alike: positions are per
+row, several tokens a step are allowed, and the cache is only read inside the layers.
+
+The cache at a step of two tokens (row 0 holds 4 positions, row 1 holds 2; `.` unwritten or rolled back):
+
+    slot      0 1 2 3 4 5 6          a new token attends to the row's first `lengths` slots
+    row 0     x x x x n n .          and, causally, to the step's own keys `n`, which are
+    row 1     x x n n . . .          written after all layers ran, at the row's own offset
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from granite_jax.array_types import Cache, Hidden, Lengths, Logits, Tokens
+from granite_jax.model.config import DecoderConfig
+
+_QUERY_CHUNK = 512  # prompt positions whose scores are held at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of all layers.
+
+    Fields:
+      k, v: `[l, b, k, s, h]`, the order in which attention reads them; slots from `lengths` on hold nothing of meaning.
+      lengths: int32 `[b]`, positions of each row. Rolling back is lowering it.
+    """
+
+    k: Cache
+    v: Cache
+    lengths: Lengths
+
+    @property
+    def capacity(self) -> int:
+        """Positions that fit, `s`."""
+        return self.k.shape[3]
+
+    def append(self, k: Cache, v: Cache) -> "KVCache":
+        """Writes the keys and values `[l, b, k, p, h]` of a step at each row's own length, in place under jit."""
+
+        def write(cache, new):
+            # One dynamic-update-slice a row: a scatter would copy the cache (see benchmarks/compiled.py).
+            for row in range(new.shape[1]):
+                start = (0, row, 0, self.lengths[row], 0)
+                cache = jax.lax.dynamic_update_slice(cache, new[:, row : row + 1].astype(cache.dtype), start)
+            return cache
+
+        return KVCache(write(self.k, k), write(self.v, v), self.lengths + k.shape[3])
+
+    def rolled_back(self, lengths: Lengths) -> "KVCache":
+        """The same cache holding only each row's first `lengths` positions."""
+        return dataclasses.replace(self, lengths=lengths)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32; scaled in the input's dtype, as the reference does."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, h: Hidden) -> Hidden:
+        wide = h.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return wide.astype(h.dtype) * self.scale[...].astype(h.dtype)
+
+
+def _rotate(x: Float[Array, "b k p h"], cos: Float[Array, "b p h"], sin: Float[Array, "b p h"]) -> jax.Array:
+    """Rotary embedding of the half-rotated kind: channel i pairs with channel i + h/2."""
+    wide = x.astype(jnp.float32)
+    low, high = jnp.split(wide, 2, axis=-1)
+    rotated = wide * cos[:, None] + jnp.concatenate([-high, low], axis=-1) * sin[:, None]
+    return rotated.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention over the cache's valid slots and, causally, the step's own positions."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q = nnx.Linear(width, heads * config.head_dim, use_bias=False, rngs=rngs)
+        self.k = nnx.Linear(width, groups * config.head_dim, use_bias=False, rngs=rngs)
+        self.v = nnx.Linear(width, groups * config.head_dim, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(heads * config.head_dim, width, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Hidden,
+        cos: Float[Array, "b p h"],
+        sin: Float[Array, "b p h"],
+        cached: tuple[Float[Array, "b k s h"], Float[Array, "b k s h"], Lengths] | None,
+    ) -> tuple[Hidden, Float[Array, "b k p h"], Float[Array, "b k p h"]]:
+        """`cached` holds one layer's keys and values and each row's length, or is None for an empty cache."""
+        batch, steps, _ = h.shape
+        groups, head_dim = self.config.num_key_value_heads, self.config.head_dim
+
+        def split(x):  # [b, heads, p, h]
+            return x.reshape(batch, steps, -1, head_dim).swapaxes(1, 2)
+
+        q = _rotate(split(self.q(h)), cos, sin).reshape(batch, groups, -1, steps, head_dim)
+        k, v = _rotate(split(self.k(h)), cos, sin), split(self.v(h))
+        # Long prompts: a chunk of queries at a time, so that scores never take [p, p].
+        chunks = [
+            self._attend(
+                q[:, :, :, i : i + _QUERY_CHUNK], i, k[:, :, : i + _QUERY_CHUNK], v[:, :, : i + _QUERY_CHUNK], cached
+            )
+            for i in range(0, steps, _QUERY_CHUNK)
+        ]
+        mixed = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)  # [b, k, g, p, h]
+        return self.out(mixed.reshape(batch, -1, steps, head_dim).swapaxes(1, 2).reshape(batch, steps, -1)), k, v
+
+    def _attend(self, q: jax.Array, offset: int, k: jax.Array, v: jax.Array, cached: tuple | None) -> jax.Array:
+        """Queries `[b, k, g, q, h]` that begin `offset` positions into the step, over the cache and `k`, `v`."""
+
+        def scored(keys, seen):
+            scores = jnp.einsum("bkgqh,bksh->bkgqs", q, keys, preferred_element_type=jnp.float32)
+            return jnp.where(seen, scores * self.config.attention_multiplier, -jnp.inf)
+
+        def mixed(weights, values):
+            return jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(values.dtype), values)
+
+        causal = jnp.arange(k.shape[2]) <= offset + jnp.arange(q.shape[3])[:, None]
+        own = scored(k, causal)
+        if cached is None:
+            return mixed(jax.nn.softmax(own), v)
+        cached_k, cached_v, lengths = cached
+        filled = jnp.arange(cached_k.shape[2]) < lengths[:, None, None, None, None]
+        # One softmax over two places: the cache is never joined with the new keys, which would copy it.
+        past = scored(cached_k, filled)
+        peak = jnp.maximum(past.max(-1, keepdims=True), own.max(-1, keepdims=True))
+        past, own = jnp.exp(past - peak), jnp.exp(own - peak)
+        total = past.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+        return mixed(past / total, cached_v) + mixed(own / total, v)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU, both scaled by `residual_multiplier`."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, inner = config.hidden_size, config.intermediate_size
+        self.input_norm = RMSNorm(width, config.rms_norm_eps)
+        self.attention = Attention(config, rngs)
+        self.post_norm = RMSNorm(width, config.rms_norm_eps)
+        self.gate = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
+        self.up = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, h: Hidden, cos: jax.Array, sin: jax.Array, cached: tuple | None):
+        mixed, k, v = self.attention(self.input_norm(h), cos, sin, cached)
+        h += mixed * self.config.residual_multiplier
+        x = self.post_norm(h)
+        x = self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return h + x * self.config.residual_multiplier, k, v
+
+
+class Decoder(nnx.Module):
+    """Embedding, equal layers stacked on a leading axis and scanned, final norm, language-model head."""
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: DecoderLayer(config, rngs), graph=False)(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+
+    def embed(self, tokens: Tokens) -> Hidden:
+        """Token embeddings, not yet multiplied by `embedding_multiplier`."""
+        return self.embedding(tokens)
+
+    def __call__(self, embeddings: Hidden, cache: KVCache | None = None) -> tuple[Hidden, Cache, Cache]:
+        """Runs all layers over a step of `p` embeddings a row.
+
+        Args:
+          embeddings: unscaled embeddings of tokens or audio.
+          cache: what precedes the step, or None if nothing does.
+
+        Returns:
+          Normed activations `[b, p, e]`, and the step's keys and values `[l, b, k, p, h]` for `KVCache.append`.
+        """
+        config = self.config
+        h = embeddings * config.embedding_multiplier
+        positions = jnp.arange(h.shape[1])[None] + (0 if cache is None else cache.lengths[:, None])
+        cos, sin = self._rotary(jnp.broadcast_to(positions, h.shape[:2]))
+        definition, layers = nnx.split(self.layers, graph=False)
+
+        def layer(h, state):
+            weights, cached = state
+            cached = None if cache is None else (*cached, cache.lengths)
+            h, k, v = nnx.merge(definition, weights)(h, cos, sin, cached)
+            return h, (k, v)
+
+        h, (k, v) = jax.lax.scan(layer, h, (layers, None if cache is None else (cache.k, cache.v)))
+        return self.norm(h), k, v
+
+    def logits(self, h: Hidden) -> Logits:
+        """Logits of normed activations, float32, divided by `logits_scaling`."""
+        if self.config.tie_word_embeddings:
+            kernel, equation = self.embedding.embedding[...], "bpd,vd->bpv"
+        else:
+            kernel, equation = self.head.kernel[...], "bpd,dv->bpv"
+        logits = jnp.einsum(equation, h, kernel, preferred_element_type=jnp.float32)
+        return logits / self.config.logits_scaling
+
+    def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine tables in float32: `[b, p, h]`."""
+        half = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
+        angles = positions[..., None].astype(jnp.float32) * self.config.rope_theta**-half
+        angles = jnp.concatenate([angles, angles], axis=-1)
+        return jnp.cos(angles), jnp.sin(angles)

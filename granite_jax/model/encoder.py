@@ -1,0 +1,197 @@
+"""Conformer CTC encoder with block attention and self-conditioned CTC.
+
+Reference: `GraniteSpeechCTCEncoder` of transformers; Gulati et al. 2020 (Conformer), Shaw et al. 2018 (relative
+positions), Nozaki & Komatsu 2021 (self-conditioned CTC). Padding never leaks: attention and
+convolution stop at each row's true length, so a row's result is that of the row alone.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
+from granite_jax.model.config import EncoderConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchStatistics:
+    """Mean and biased variance of each layer's convolution channels over valid frames, float32 `[l, channels]`."""
+
+    mean: jax.Array
+    var: jax.Array
+
+
+class FeedForward(nnx.Module):
+    """LayerNorm, Linear, SiLU, Linear."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        width = config.hidden_dim * config.feedforward_mult
+        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.up = nnx.Linear(config.hidden_dim, width, rngs=rngs)
+        self.down = nnx.Linear(width, config.hidden_dim, rngs=rngs)
+
+    def __call__(self, h: Activations) -> Activations:
+        return self.down(jax.nn.silu(self.up(self.norm(h))))
+
+
+class BlockAttention(nnx.Module):
+    """Multi-head attention within blocks of `context_size` frames, with Shaw's relative positions on the keys."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        inner = config.num_heads * config.dim_head
+        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.q = nnx.Linear(config.hidden_dim, inner, use_bias=False, rngs=rngs)
+        self.kv = nnx.LinearGeneral(config.hidden_dim, (2, inner), use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
+        self.relative = nnx.Embed(2 * config.max_pos_emb + 1, config.dim_head, rngs=rngs)
+
+    def __call__(self, h: Activations, valid: Mask) -> Activations:
+        config = self.config
+        batch, frames, _ = h.shape
+        context = config.context_size
+        blocks = math.ceil(frames / context)
+        padding = blocks * context - frames
+
+        def split(x):  # [b, blocks, context, heads, dim_head]
+            return x.reshape(batch, blocks, context, config.num_heads, config.dim_head)
+
+        h = jnp.pad(self.norm(h), ((0, 0), (0, padding), (0, 0)))
+        keys, values = jnp.moveaxis(self.kv(h), -2, 0)
+        q, k, v = split(self.q(h)), split(keys), split(values)
+        distance = jnp.arange(context)[:, None] - jnp.arange(context)[None, :]
+        relative = self.relative(distance + config.max_pos_emb)
+        scores = jnp.einsum("bmqhd,bmkhd->bmhqk", q, k, preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bmqhd,qkd->bmhqk", q, relative, preferred_element_type=jnp.float32)
+        seen = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, 1, 1, context)
+        # A finite floor: blocks past the row's end see no key at all and must not become NaN.
+        scores = jnp.where(seen, scores * config.dim_head**-0.5, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        mixed = jnp.einsum("bmhqk,bmkhd->bmqhd", weights, v).reshape(batch, blocks * context, -1)
+        return self.out(mixed[:, :frames])
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation by running statistics, or by those of the valid frames at hand."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.BatchStat(jnp.zeros(channels))
+        self.var = nnx.BatchStat(jnp.ones(channels))
+
+    def __call__(self, x: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
+        statistics = BatchStatistics(self.mean[...].astype(jnp.float32), self.var[...].astype(jnp.float32))
+        wide = x.astype(jnp.float32)
+        if train:
+            mean = jnp.mean(wide, axis=(0, 1), where=valid[..., None])
+            statistics = BatchStatistics(mean, jnp.mean((wide - mean) ** 2, axis=(0, 1), where=valid[..., None]))
+        scale = self.scale[...] * jax.lax.rsqrt(statistics.var + 1e-5)
+        return ((wide - statistics.mean) * scale + self.bias[...]).astype(x.dtype), statistics
+
+
+class ConvolutionModule(nnx.Module):
+    """LayerNorm, pointwise, GLU, depthwise convolution, BatchNorm, SiLU, pointwise."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        inner, kernel = config.inner_dim, config.conv_kernel_size
+        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.up = nnx.LinearGeneral(config.hidden_dim, (2, inner), rngs=rngs)
+        self.depthwise = nnx.Param(jax.random.normal(rngs.params(), (kernel, inner)) * kernel**-0.5)
+        self.batch_norm = BatchNorm(inner)
+        self.down = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
+
+    def __call__(self, h: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
+        value, gate = jnp.moveaxis(self.up(self.norm(h)), -2, 0)
+        # Zeros past the true end, where the reference's convolution sees its own zero padding.
+        x = jnp.where(valid[..., None], value * jax.nn.sigmoid(gate), 0)
+        x, statistics = self.batch_norm(self._convolve(x), valid, train)
+        return self.down(jax.nn.silu(x)), statistics
+
+    def _convolve(self, x: Activations) -> Activations:
+        """Depthwise convolution as a sum of shifted products, which compilers fuse into one pass."""
+        kernel = self.depthwise[...].astype(jnp.float32)
+        size, frames = len(kernel), x.shape[1]
+        padded = jnp.pad(x, ((0, 0), (size // 2, size // 2 - (size + 1) % 2), (0, 0))).astype(jnp.float32)
+        shifted = (padded[:, i : i + frames] * kernel[i] for i in range(size))
+        return jnp.asarray(sum(shifted), x.dtype)
+
+
+class ConformerBlock(nnx.Module):
+    """Half-step feed-forward, attention, convolution, half-step feed-forward, LayerNorm."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.ff1 = FeedForward(config, rngs)
+        self.attention = BlockAttention(config, rngs)
+        self.convolution = ConvolutionModule(config, rngs)
+        self.ff2 = FeedForward(config, rngs)
+        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, h: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
+        h += 0.5 * self.ff1(h)
+        h += self.attention(h, valid)
+        convolved, statistics = self.convolution(h, valid, train)
+        h += convolved
+        h += 0.5 * self.ff2(h)
+        return self.norm(h), statistics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EncoderOutput:
+    """What `Encoder` returns.
+
+    Fields:
+      hidden: activations of the last block, `[b, t, d]`; finite but meaningless past a row's length.
+      layers: output of every block before self-conditioning, `[l, b, t, d]`, or None if not captured.
+      batch_statistics: those used by every block's BatchNorm.
+    """
+
+    hidden: jax.Array
+    layers: jax.Array | None
+    batch_statistics: BatchStatistics
+
+
+class Encoder(nnx.Module):
+    """The Conformer stack: equal blocks, stacked on a leading axis and scanned."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.input = nnx.Linear(config.input_dim, config.hidden_dim, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: ConformerBlock(config, rngs), graph=False)(rngs.split(config.num_layers))
+        self.out = nnx.Linear(config.hidden_dim, config.output_dim, rngs=rngs)
+        self.out_mid = nnx.Linear(config.output_dim, config.hidden_dim, rngs=rngs)
+
+    def __call__(
+        self, features: Features, lengths: Lengths, *, capture_layers: bool = False, train: bool = False
+    ) -> EncoderOutput:
+        """Encodes features whose rows hold `lengths` valid frames.
+
+        `train` normalises by the batch's own statistics; `capture_layers` keeps every block's output.
+        """
+        valid = jnp.arange(features.shape[1]) < lengths[:, None]
+        definition, layers = nnx.split(self.layers, graph=False)
+
+        def block(h, layer_and_index):
+            layer, index = layer_and_index
+            h, statistics = nnx.merge(definition, layer)(h, valid, train)
+            captured = h if capture_layers else None
+            h = jax.lax.cond(index == self.config.self_condition_layer, self._self_condition, lambda h: h, h)
+            return h, (captured, statistics)
+
+        h = self.input(features)
+        h, (captured, statistics) = jax.lax.scan(block, h, (layers, jnp.arange(self.config.num_layers)))
+        return EncoderOutput(h, captured, statistics)
+
+    def _self_condition(self, h: Activations) -> Activations:
+        posteriors = jax.nn.softmax(self.ctc_logits(h)).astype(h.dtype)
+        return h + self.out_mid(posteriors)
+
+    def ctc_logits(self, h: Activations) -> CTCLogits:
+        """CTC logits of any block's activations, float32: the middle and the final head are the same."""
+        return self.out(h).astype(jnp.float32)

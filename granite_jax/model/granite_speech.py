@@ -1,0 +1,244 @@
+"""The three parts joined, as pure functions of `(config, params, inputs)`.
+
+`config` is static (hashable), `params` a nested dictionary of arrays, stacked over layers. Every function can be jitted
+(`static_argnums=0`), differentiated and sharded. Computation runs in `dtype`, by default that of the weights;
+float32 computes every matrix product at the highest precision, which TPUs and GPUs do not by default.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from granite_jax.array_types import (
+    Activations,
+    AudioEmbeddings,
+    CTCLogits,
+    Features,
+    Hidden,
+    Lengths,
+    Logits,
+    Params,
+    Tokens,
+)
+from granite_jax.model.config import Config
+from granite_jax.model.decoder import Decoder, KVCache
+from granite_jax.model.encoder import Encoder, EncoderOutput
+from granite_jax.model.projector import Projector
+
+_LOGIT_ROWS = 256  # rows of the vocabulary's width that are held at once
+
+
+class Model(nnx.Module):
+    """The parts under the names that the parameter tree carries."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.encoder = Encoder(config.encoder, rngs)
+        self.projector = Projector(config.projector, config.decoder.hidden_size, rngs)
+        self.decoder = Decoder(config.decoder, rngs)
+
+
+def init(config: Config, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """Random parameters for `config`: a nested dictionary of arrays of `dtype`."""
+    params = nnx.to_pure_dict(nnx.state(Model(config, nnx.Rngs(key)), graph=False))
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def abstract_params(config: Config, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+    """The tree that `init` would return, as ShapeDtypeStructs: nothing is allocated."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _definitions(config: Config) -> dict[str, Any]:
+    """The parts' structure without arrays."""
+    model = nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)), graph=False)
+    return {part: nnx.split(getattr(model, part), graph=False)[0] for part in ("encoder", "projector", "decoder")}
+
+
+def _part(config: Config, params: Params, name: str) -> Any:
+    return nnx.merge(_definitions(config)[name], params[name])
+
+
+def compute_dtype(params: Params, dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype activations are computed in: `dtype`, or else that of the weights."""
+    return jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
+
+
+def _float32_means_float32(function):
+    """Sets the highest matmul precision while `function` is traced for float32 activations."""
+
+    @functools.wraps(function)
+    def wrapped(config, params, *args, dtype: DTypeLike | None = None, **kwargs):
+        chosen = compute_dtype(params, dtype)
+        with jax.default_matmul_precision("highest" if chosen == jnp.float32 else "default"):
+            return function(config, params, *args, dtype=chosen, **kwargs)
+
+    return wrapped
+
+
+@_float32_means_float32
+def encode(
+    config: Config,
+    params: Params,
+    features: Features,
+    lengths: Lengths,
+    *,
+    capture_layers: bool = False,
+    train: bool = False,
+    dtype: DTypeLike | None = None,
+) -> EncoderOutput:
+    """Runs the Conformer encoder.
+
+    Args:
+      features: float32 log-mel features of `log_mel`, `[b, t, 160]`.
+      lengths: valid frames of each row, `features.num_frames(samples)`.
+      capture_layers: also return every block's output.
+      train: normalise by the batch's own statistics.
+    """
+    encoder: Encoder = _part(config, params, "encoder")
+    return encoder(features.astype(dtype), lengths, capture_layers=capture_layers, train=train)
+
+
+@_float32_means_float32
+def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DTypeLike | None = None) -> CTCLogits:
+    """CTC logits, float32 `[b, t, c]`, of a block's activations (the middle and the final head are the same)."""
+    encoder: Encoder = _part(config, params, "encoder")
+    return encoder.ctc_logits(hidden.astype(dtype))
+
+
+@_float32_means_float32
+def project(
+    config: Config, params: Params, hidden: Activations, lengths: Lengths, *, dtype: DTypeLike | None = None
+) -> AudioEmbeddings:
+    """Audio embeddings `[b, a, e]` of encoder activations with `lengths` valid frames.
+
+    Row `i` holds `config.num_audio_tokens(lengths[i])` of them.
+    """
+    projector: Projector = _part(config, params, "projector")
+    return projector(hidden.astype(dtype), lengths)
+
+
+@_float32_means_float32
+def prefill(
+    config: Config,
+    params: Params,
+    tokens: Tokens,
+    lengths: Lengths,
+    audio: AudioEmbeddings | None = None,
+    *,
+    capacity: int | None = None,
+    logit_positions: Int[Array, "b m"] | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "b m v"], KVCache]:
+    """Runs the language model over prompts.
+
+    Args:
+      tokens: int32 prompts `[b, p]`, padded on the right; the i-th audio token of a row takes its i-th audio embedding.
+      lengths: tokens of each prompt.
+      audio: audio embeddings `[b, a, e]`, or None for text alone.
+      capacity: positions of the cache, at least `p`; default `p`.
+      logit_positions: positions `[b, m]` whose logits are wanted; default each row's last. Only these are computed.
+
+    Returns:
+      float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
+    """
+    decoder: Decoder = _part(config, params, "decoder")
+    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    if logit_positions is None:
+        logit_positions = lengths[:, None] - 1
+    hidden = jnp.take_along_axis(hidden, logit_positions[..., None], axis=1)
+    return decoder.logits(hidden), cache
+
+
+@_float32_means_float32
+def prefill_reduced(
+    config: Config,
+    params: Params,
+    tokens: Tokens,
+    lengths: Lengths,
+    audio: AudioEmbeddings | None,
+    reduce: Callable[[Logits, Any], Any],
+    operand: Any,
+    counts: Lengths,
+    *,
+    capacity: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Any, KVCache]:
+    """`prefill` that reduces the logits of a run of positions to something smaller, a chunk of positions at a time.
+
+    Args:
+      tokens: int32 `[b, p]`, prompts and then drafts, padded on the right.
+      lengths: tokens of each prompt alone.
+      reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
+      operand: arrays `[b, m]`; column i belongs to the position `lengths - 1 + i`.
+      counts: how many of the `m` positions of each row are wanted. What is returned for others means nothing.
+
+    Returns:
+      The reduced arrays `[b, m]`, and the cache, `lengths` positions a row; the drafts are in the slots after these.
+    """
+    decoder: Decoder = _part(config, params, "decoder")
+    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    batch, wanted = jax.tree.leaves(operand)[0].shape
+    chunk = max(1, min(wanted, _LOGIT_ROWS // batch))
+    padded = -(-wanted // chunk) * chunk
+    operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - wanted))), operand)
+    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded), tokens.shape[1] - 1)
+    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+
+    def reduced(start: jax.Array) -> Any:
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk, axis=1)
+        return reduce(decoder.logits(part(hidden)), jax.tree.map(part, operand))
+
+    def add(carry):
+        start, found = carry
+        found = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1), found, reduced(start)
+        )
+        return start + chunk, found
+
+    # The first chunk outside the loop: its arrays are the carry's, and without drafts it is the only one.
+    first = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - chunk))), reduced(jnp.int32(0)))
+    last, start = jnp.max(counts), jnp.max(counts * 0) + chunk
+    _, found = jax.lax.while_loop(lambda carry: carry[0] < last, add, (start, first))
+    return jax.tree.map(lambda x: x[:, :wanted], found), cache
+
+
+def _run_prompts(
+    config: Config,
+    decoder: Decoder,
+    tokens: Tokens,
+    lengths: Lengths,
+    audio: AudioEmbeddings | None,
+    capacity: int | None,
+    dtype: DTypeLike | None,
+) -> tuple[Hidden, KVCache]:
+    """Normed activations of every position, and the cache with `lengths` positions a row."""
+    is_audio = tokens == config.audio_token_id
+    embeddings = decoder.embed(jnp.where(is_audio, 0, tokens)).astype(dtype)
+    if audio is not None:
+        index = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)
+        gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
+        embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
+    hidden, k, v = decoder(embeddings)
+    room = (capacity or tokens.shape[1]) - tokens.shape[1]
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for x in (k, v))
+    return hidden, KVCache(k, v, lengths)
+
+
+@_float32_means_float32
+def decode_step(
+    config: Config, params: Params, tokens: Tokens, cache: KVCache, *, dtype: DTypeLike | None = None
+) -> tuple[Logits, KVCache]:
+    """Runs the language model over the next tokens `[b, p]` of every row.
+
+    Returns float32 logits `[b, p, v]` and the cache, `p` positions longer; `KVCache.rolled_back` drops tokens that were
+    not accepted. The cache must have room for `p` more positions in every row.
+    """
+    decoder: Decoder = _part(config, params, "decoder")
+    hidden, k, v = decoder(decoder.embed(tokens).astype(dtype), cache)
+    return decoder.logits(hidden), cache.append(k, v)

@@ -1,0 +1,84 @@
+"""Windowed Q-Former: every window of encoder frames becomes a few audio embeddings of the language model.
+
+Reference: `GraniteSpeechEncoderProjector` and `Blip2QFormerModel` of transformers; Li et al. 2023 (BLIP-2).
+Frames past a row's end are zeros and, as in the reference, attended to within the last window.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from granite_jax.array_types import Activations, AudioEmbeddings, Lengths
+from granite_jax.model.config import ProjectorConfig
+
+
+class MultiHeadAttention(nnx.Module):
+    """Attention of the queries over `context` with its residual connection and (post-)LayerNorm."""
+
+    def __init__(self, config: ProjectorConfig, context_dim: int, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        width = config.hidden_size
+        self.q = nnx.Linear(width, width, rngs=rngs)
+        self.k = nnx.Linear(context_dim, width, rngs=rngs)
+        self.v = nnx.Linear(context_dim, width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """x `[..., queries, width]`, context `[..., keys, context_dim]` -> `[..., queries, width]`."""
+
+        def split(y):
+            return y.reshape(*y.shape[:-1], self.num_heads, -1)
+
+        q, k, v = split(self.q(x)), split(self.k(context)), split(self.v(context))
+        scores = jnp.einsum("...qhd,...khd->...hqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5).astype(v.dtype)
+        mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(x.shape)
+        return self.norm(self.out(mixed) + x)
+
+
+class QFormerLayer(nnx.Module):
+    """Self-attention over the queries, cross-attention to the window, feed-forward; each with add & norm."""
+
+    def __init__(self, config: ProjectorConfig, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.self_attention = MultiHeadAttention(config, width, rngs)
+        self.cross_attention = MultiHeadAttention(config, config.encoder_hidden_size, rngs)
+        self.up = nnx.Linear(width, config.intermediate_size, rngs=rngs)
+        self.down = nnx.Linear(config.intermediate_size, width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array, window: jax.Array) -> jax.Array:
+        x = self.self_attention(x, x)
+        x = self.cross_attention(x, window)
+        return self.norm(self.down(jax.nn.gelu(self.up(x), approximate=False)) + x)
+
+
+class Projector(nnx.Module):
+    """Q-Former layers, stacked on a leading axis and scanned, and the projection to the language model."""
+
+    def __init__(self, config: ProjectorConfig, output_dim: int, rngs: nnx.Rngs):
+        self.config = config
+        width = config.hidden_size
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_queries, width)))
+        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: QFormerLayer(config, rngs), graph=False)(
+            rngs.split(config.num_hidden_layers)
+        )
+        self.out = nnx.Linear(width, output_dim, rngs=rngs)
+
+    def __call__(self, h: Activations, lengths: Lengths) -> AudioEmbeddings:
+        """Encoder activations with `lengths` valid frames -> `Config.num_audio_tokens(lengths)` embeddings a row."""
+        config = self.config
+        batch, frames, width = h.shape
+        windows = -(-frames // config.window_size)
+        h = jnp.where((jnp.arange(frames) < lengths[:, None])[..., None], h, 0)
+        h = jnp.pad(h, ((0, 0), (0, windows * config.window_size - frames), (0, 0)))
+        h = h.reshape(batch, windows, config.window_size, width)
+        x = self.norm(self.query[...].astype(h.dtype))
+        x = jnp.broadcast_to(x, (batch, windows, config.num_queries, config.hidden_size))
+        # Adds zeros that depend on the rows: under shard_map a scan's carry must vary with the mesh from the start.
+        x += (lengths * 0)[:, None, None, None].astype(x.dtype)
+        definition, layers = nnx.split(self.layers, graph=False)
+        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(definition, layer)(x, h), None), x, layers)
+        return self.out(x).reshape(batch, windows * config.num_queries, -1)

@@ -1,0 +1,1 @@
+"""Recipes: whole trainings, from data to checkpoint."""
