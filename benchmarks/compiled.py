@@ -16,9 +16,9 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 from granite_jax.model.config import Config
-from granite_jax.planning.aot import RELEASED, plan
+from granite_jax.planning.aot import plan
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     samples = int(args.seconds * 16000) // 4800 * 4800
     bucket = Bucket(args.batch, samples, args.capacity - 200, args.capacity)
-    for found in plan(Config.from_file(RELEASED), args.topology, bucket, model_parallel=args.model_parallel):
+    for found in plan(Config.granite_4_0_1b(), args.topology, bucket, model_parallel=args.model_parallel):
         print(json.dumps(dataclasses.asdict(found)), flush=True)
 
 

@@ -60,8 +60,8 @@ def run(step: str, source: Path, destination: Path) -> None:
     """One step, in this process: prints its result."""
     import jax
 
-    from granite_jax.checkpoint.directory import open_checkpoint
     from granite_jax.convert import convert
+    from granite_jax.pretrained import open_checkpoint
 
     started = time.monotonic()
     if step == "load":

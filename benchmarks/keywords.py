@@ -42,11 +42,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.decoding import Automata, Trie, no_keywords, pool
 from granite_jax.decoding.automaton import FIRST
+from granite_jax.inference.buckets import make_bucket
 from granite_jax.inference.engine import Pipeline, Request
-from granite_jax.inference.programs import Encoded, make_bucket, pad_drafts
+from granite_jax.inference.programs import Encoded, pad_drafts
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
-from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, Biasing, prepare
+from granite_jax.keywords.lists import prepare
+from granite_jax.keywords.options import BOOST, THRESHOLD, Biasing
+from granite_jax.keywords.phrases import IN_PLACE
 from granite_jax.model import granite_speech
 from granite_jax.model.features import log_mel, num_frames
 from granite_jax.training.recipes.demo.grammar import invent_name

@@ -19,7 +19,7 @@ import jax
 from IPython.display import Audio, display
 
 import granite_jax as gj
-from granite_jax.plotting import figures
+from granite_jax import plotting
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(
@@ -69,7 +69,7 @@ print(transcripts[-1].error)
 # language model made of the encoder's draft. On the command line it is `granite-jax transcribe a.wav --plot out.png`.
 
 # %%
-figures.overview(asr.acoustics(sample), transcript, asr.tokenizer)
+plotting.overview(asr.acoustics(sample), transcript, asr.tokenizer)
 
 # %% [markdown]
 # ## Your own: upload a file

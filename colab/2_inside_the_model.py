@@ -21,8 +21,8 @@ import numpy as np
 import soundfile
 
 import granite_jax as gj
+from granite_jax import plotting
 from granite_jax.model import ctc
-from granite_jax.plotting import figures
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(
@@ -46,7 +46,7 @@ waveform, rate = soundfile.read(path, dtype="float32")
 lengths = jnp.array([len(waveform)])
 features = gj.log_mel(jnp.asarray(waveform)[None], lengths)
 print(f"{len(waveform) / rate:.2f} s at {rate} Hz -> {features.shape}")
-figures.log_mel(features[0])
+plotting.log_mel(features[0])
 
 # %% [markdown]
 # ## CTC posteriors
@@ -61,7 +61,7 @@ logits = gj.ctc_logits(config, params, encoded.hidden)
 labels = np.asarray(ctc.best_labels(logits, frames))[0]
 heard = ctc.to_text(labels)
 print(heard)
-figures.ctc_posteriors(logits[0])
+plotting.ctc_posteriors(logits[0])
 
 # %% [markdown]
 # Where it is unsure, the distribution's entropy is large. Relaxed decoding believes a draft without asking the language
@@ -83,7 +83,7 @@ print(f"largest entropy: {entropy[worst]:.2f} nats at {worst * ctc.FRAME_SECONDS
 words = ctc.words(np.asarray(logits[0]), transcript.text)
 for word in words:
     print(f"{word.start:5.2f} to {word.end:5.2f} s  {word.text}")
-figures.alignment(words)
+plotting.alignment(words)
 
 # %% [markdown]
 # ## Draft and text
@@ -95,7 +95,7 @@ figures.alignment(words)
 # %%
 (long,) = asr.transcribe(ROOT / "samples" / "long.wav")
 print(long.stats)
-figures.draft(long, asr.tokenizer)
+plotting.draft(long, asr.tokenizer)
 
 # %% [markdown]
 # A draft cannot change the text, only how soon it is there. Here is one with mistakes, and none at all:
@@ -107,7 +107,7 @@ wrong[1], wrong[-2] = "wrong", "mistaken"
 (greedy,) = asr.transcribe(path, speculative=False)
 for name, each in {"own draft": transcript, "bad draft": drafted, "no draft": greedy}.items():
     print(f"{name}: {each.stats['llm_passes']:2} passes of the language model, {each.text}")
-figures.draft(drafted, asr.tokenizer)
+plotting.draft(drafted, asr.tokenizer)
 
 # %% [markdown]
 # ## Keywords
@@ -122,10 +122,10 @@ named = path.with_name("heldout-2-000103.ogg")
 (off,) = asr.transcribe(named)
 (on,) = asr.transcribe(named, keywords=KEYWORDS)
 print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")
-figures.overview(asr.acoustics(named), on, asr.tokenizer)
+plotting.overview(asr.acoustics(named), on, asr.tokenizer)
 
 # %% [markdown]
 # ## Everything in one picture
 
 # %%
-figures.overview(asr.acoustics(path), transcript, asr.tokenizer)
+plotting.overview(asr.acoustics(path), transcript, asr.tokenizer)

@@ -23,10 +23,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)  # before the first use of a device; accelerators are what they are
 
 import granite_jax as gj
-from granite_jax import batch
-from granite_jax.checkpoint.directory import open_checkpoint
-from granite_jax.inference.programs import make_bucket
-from granite_jax.plotting import figures
+from granite_jax import batch, plotting
+from granite_jax.inference.buckets import make_bucket
+from granite_jax.pretrained import open_checkpoint
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(
@@ -96,7 +95,7 @@ for name, summary in {"one device": alone, "all devices": together}.items():
     print(f"  {summary.audio_seconds:.0f} s of audio in {summary.wall_seconds:.1f} s: RTFx {summary.rtfx}")
 
 # %%
-figures.throughput({"one device": (alone, alone_reports), "all devices": (together, together_reports)})
+plotting.throughput({"one device": (alone, alone_reports), "all devices": (together, together_reports)})
 
 # %% [markdown]
 # Results do not depend on the number of devices, nor on batch mates: both jobs wrote the same.

@@ -25,10 +25,8 @@ import soundfile
 from matplotlib.figure import Figure
 
 import granite_jax as gj
-from granite_jax import convert
-from granite_jax.checkpoint import directory
+from granite_jax import convert, plotting, pretrained
 from granite_jax.model import ctc
-from granite_jax.plotting import figures
 from granite_jax.training.steps import ctc_loss
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
@@ -86,8 +84,8 @@ share = saliency[inside].sum() / saliency.sum()
 print(f"{word.text!r}, {word.start:.2f} to {word.end:.2f} s, holds {share:.0%} of the gradient")
 figure = Figure(figsize=(10, 5), layout="constrained")
 above, below = figure.subplots(2, 1, sharex=True)
-figures.log_mel(features[0], ax=above)
-figures.mel_map(saliency, "|gradient|\n(nats per feature unit)", colors="viridis", ax=below)
+plotting.log_mel(features[0], ax=above)
+plotting.mel_map(saliency, "|gradient|\n(nats per feature unit)", colors="viridis", ax=below)
 for ax in (above, below):
     ax.axvspan(word.start, word.end, fill=False, edgecolor="white", linestyle="--")
 above.set(title=f"what is heard as {word.text!r}", xlabel="")
@@ -136,7 +134,7 @@ print(f"loss: {losses[0]:.4f} nats a label before, {losses[-1]:.4f} after {STEPS
 
 figure = Figure(figsize=(6, 3), layout="constrained")
 ax = figure.subplots()
-ax.plot(range(1, STEPS + 1), losses, marker="o", color=figures.BLUE)
+ax.plot(range(1, STEPS + 1), losses, marker="o", color=plotting.BLUE)
 ax.set(xlabel="step", ylabel="CTC loss (nats a label)", ylim=(0, None))
 figure
 
@@ -147,8 +145,8 @@ figure
 
 # %%
 work = Path(tempfile.mkdtemp())
-source = directory.open_checkpoint(CHECKPOINT).directory
-directory.save(
+source = pretrained.open_checkpoint(CHECKPOINT).directory
+pretrained.save(
     work / "tuned",
     source / "config.json",
     tuned,

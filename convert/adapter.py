@@ -1,11 +1,6 @@
 """LoRA adapters as peft saves them: `adapter_config.json`, `adapter_model.safetensors`.
 
-An adapter is kept as the subtree `lora` of the parameters, named like the leaves it changes:
-
-    decoder.layers.attention.q.kernel [l, in, out]  ->  lora.decoder.layers.attention.q.a [l, in, r], .b [l, r, out]
-
-`r` is the largest rank of the layers; smaller ranks are padded with zeros, layers without an adapter are all zeros.
-Merged: `kernel + scale * a @ b`, where scale is alpha / rank, or alpha / sqrt(rank) for rslora (arXiv 2312.03732).
+`checkpoint.lora` says how an adapter is kept in the parameter tree.
 Reference: `LoraConfig` and `LoraModel` of peft 0.18 to 0.21.
 """
 
@@ -21,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from granite_jax.checkpoint import files
+from granite_jax.checkpoint.lora import Adapter, factor_paths
 from granite_jax.checkpoint.tree import Shape, expected_shapes, raise_named
 from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LORA = "lora"
+HFTensor = tuple[str, Shape, str, Callable[[Any], np.ndarray]]  # name, shape, path of its leaf, leaf -> tensor
 _PREFIX = "base_model.model."
 _MAX_RANK, _MAX_LAYERS = 1 << 16, 1 << 12
 
@@ -168,9 +164,13 @@ def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
     return found
 
 
-def shapes(lora: AdapterConfig | None, config: Config) -> dict[str, Shape]:
-    """Shape of every leaf of the subtree by dotted path; none without an adapter."""
-    return {} if lora is None else {factor.path: factor.shape for factor in factors(lora, config)}
+def read(directory: Path, config: Config) -> Adapter | None:
+    """The adapter of a directory as leaves of the parameter tree, or None. Raises as `read_config` and `factors`."""
+    lora = read_config(directory)
+    if lora is None:
+        return None
+    shapes = {factor.path: factor.shape for factor in factors(lora, config)}
+    return Adapter(lora.rank, lora.alpha, lora.target_modules, shapes, _scales(lora, config))
 
 
 def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Factor]:
@@ -187,40 +187,12 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     return [dataclasses.replace(factor, names=tuple(spelt[name] for name in factor.names)) for factor in wanted]
 
 
-def hf_tensors(
-    lora: AdapterConfig, config: Config, new_names: bool = False
-) -> Iterator[tuple[str, Shape, str, Callable[[Any], np.ndarray]]]:
+def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[HFTensor]:
     """For every tensor: its name, shape, the path of its leaf, and how to get it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
             spelt = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
             yield spelt, shape, factor.path, functools.partial(factor.tensor, number)
-
-
-def scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
-    """Path of every adapted kernel -> float32 scale of each layer `[l]`, or `[]` where there are no layers."""
-    found = {}
-    for rule in mapping.RULES:
-        if (shape := expected_shapes(config).get(rule.path)) is not None and rule.transform is mapping.LINEAR:
-            each = [lora.scale_of(module) for module in _module_names(rule, shape)]
-            if any(each):
-                found[rule.path] = np.array(each if rule.stacked else each[0], np.float32)
-    return found
-
-
-def merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.ndarray, dtype: Any) -> np.ndarray:
-    """`kernel + scale * a @ b`, computed in float32 and rounded once, to `dtype`. `[l, in, out]` or `[in, out]`."""
-    merged = np.empty(kernel.shape, dtype)
-    for layer in np.ndindex(kernel.shape[:-2]):  # layer by layer: float32 copies stay small
-        delta = (a[layer].astype(np.float32) @ b[layer].astype(np.float32)) * scale[layer]
-        merged[layer] = kernel[layer].astype(np.float32) + delta
-    return merged
-
-
-def factor_paths(kernel_path: str) -> tuple[str, str]:
-    """Dotted paths of `a` and `b` of an adapted kernel."""
-    stem = f"{LORA}.{kernel_path.removesuffix('.kernel')}"
-    return f"{stem}.a", f"{stem}.b"
 
 
 def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
@@ -244,6 +216,16 @@ def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Fact
         Factor(a, (*layers, width_in, rank), names[0], adapted, own, True),
         Factor(b, (*layers, rank, width_out), names[1], adapted, own, False),
     ]
+
+
+def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
+    found = {}
+    for rule in mapping.RULES:
+        if (shape := expected_shapes(config).get(rule.path)) is not None and rule.transform is mapping.LINEAR:
+            each = [lora.scale_of(module) for module in _module_names(rule, shape)]
+            if any(each):
+                found[rule.path] = np.array(each if rule.stacked else each[0], np.float32)
+    return found
 
 
 def _module_names(rule: mapping.Rule, shape: Shape) -> list[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,9 +102,7 @@ def _write_index(hf_dir: Path, files: Mapping[str, list["_Entry"]]) -> None:
 
 def count_tensors(checkpoint: Checkpoint) -> int:
     """Tensors of the Hugging Face side that carry information, an adapter's included."""
-    lora = checkpoint.adapter
-    of_adapter = () if lora is None else adapter.hf_tensors(lora, checkpoint.config)
-    return sum(1 for _ in itertools.chain(mapping.hf_tensors(expected_shapes(checkpoint.config)), of_adapter))
+    return sum(1 for _ in (*mapping.hf_tensors(expected_shapes(checkpoint.config)), *_adapter_tensors(checkpoint)))
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
@@ -156,10 +154,13 @@ def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Name
 
 
 def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
-    if checkpoint.adapter is None:
-        return []
-    tensors = adapter.hf_tensors(checkpoint.adapter, checkpoint.config, new_names=names == "new")
+    tensors = _adapter_tensors(checkpoint, new_names=names == "new")
     return [_Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in tensors]
+
+
+def _adapter_tensors(checkpoint: Checkpoint, *, new_names: bool = False) -> Iterable[adapter.HFTensor]:
+    lora = adapter.read_config(checkpoint.directory) if checkpoint.adapter is not None else None
+    return [] if lora is None else adapter.hf_tensors(lora, checkpoint.config, new_names)
 
 
 def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:

@@ -10,16 +10,22 @@ In short:
     config, params = gj.load("demo")          # research: pure functions of (config, params, inputs)
     features = gj.log_mel(samples, lengths)
     encoded = gj.encode(config, params, features, gj.num_frames(lengths))
+
+Names are imported when they are first used (PEP 562): `import granite_jax` itself loads no JAX.
 """
 
+import importlib
 import importlib.metadata
+from typing import TYPE_CHECKING, Any
 
-from granite_jax.checkpoint.directory import load
-from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
-from granite_jax.inference.transcriber import Transcriber, Transcript
-from granite_jax.model.config import Config
-from granite_jax.model.features import log_mel, num_frames
-from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
+if TYPE_CHECKING:
+    from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
+    from granite_jax.inference.results import Transcript
+    from granite_jax.inference.transcriber import Transcriber
+    from granite_jax.model.config import Config
+    from granite_jax.model.features import log_mel, num_frames
+    from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
+    from granite_jax.pretrained import load
 
 try:
     __version__ = importlib.metadata.version("granite-jax")
@@ -45,3 +51,27 @@ __all__ = [
     "prefill",
     "project",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("AudioError", "CheckpointError", "ContextError", "GraniteError", "PromptError"), "errors"),
+    # Speech to text.
+    "Transcriber": "inference.transcriber",
+    "Transcript": "inference.results",
+    # Research.
+    "load": "pretrained",
+    "Config": "model.config",
+    **dict.fromkeys(("log_mel", "num_frames"), "model.features"),
+    **dict.fromkeys(("ctc_logits", "decode_step", "encode", "init", "prefill", "project"), "model.granite_speech"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,8 +15,8 @@ from typing import Any
 from granite_jax import batch
 from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reading import Read, Reader
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.inference.transcriber import Transcript
+from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, instruction
 
 HELDOUT = Path(__file__).parent / "data" / "heldout"

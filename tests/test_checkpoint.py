@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import granite_jax.checkpoint.directory as checkpoints
-from granite_jax.checkpoint.directory import load, open_checkpoint, save
+from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.save import new_directory
 from granite_jax.checkpoint.tree import flatten, unflatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
+from granite_jax.pretrained import load, open_checkpoint, save
 
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
@@ -287,11 +287,11 @@ def test_the_default_dtype_is_what_the_device_has(monkeypatch, platform: str, ca
     # Given a device, when no dtype is asked for, then bfloat16 is chosen where the device has it
     device = SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert checkpoints.parse_dtype(None) == expected
+    assert parse_dtype(None) == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "", 3, np.float64])
 def test_other_dtypes_are_refused(dtype) -> None:
     # Given a dtype that is not supported, when it is asked for, then the error lists those that are
     with pytest.raises(CheckpointError, match='only "float32" and "bfloat16"'):
-        checkpoints.parse_dtype(dtype)
+        parse_dtype(dtype)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4},

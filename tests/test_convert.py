@@ -11,12 +11,12 @@ import pytest
 from hf_fixture import TINY
 from safetensors.numpy import load_file
 
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.checkpoint.tree import expected_shapes, flatten, unflatten
 from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
+from granite_jax.pretrained import open_checkpoint
 
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "granite-4.0-1b-speech.json").read_text())
 Q0 = "encoder.layers.0.attn.to_q.weight"

@@ -23,7 +23,7 @@ from granite_jax.evaluation.keyword_lists import read_keyword_lists
 from granite_jax.evaluation.metrics import Counts, difference, keyword_counts, rate, score, score_translations
 from granite_jax.evaluation.normalize import normalizer
 from granite_jax.evaluation.run import needed_buckets
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.transcriber import Transcript
 
 BUCKETS = [Bucket(1, 16000, 8, 16), Bucket(2, 16000, 8, 16), Bucket(2, 48000, 8, 16), Bucket(2, 96000, 8, 16)]

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.convert import adapter
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
+from granite_jax.pretrained import open_checkpoint
 
 FACTOR = int(os.environ.get("GRANITE_JAX_FUZZ", "1"))
 SLACK = 3 << 20  # Python's objects for a header and the parameter tree's shapes

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from granite_jax import cli
 from granite_jax.checkpoint import hub
-from granite_jax.checkpoint.directory import COMPANIONS, load, open_checkpoint
+from granite_jax.checkpoint.directory import COMPANIONS
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
+from granite_jax.pretrained import load, open_checkpoint
 
 TINY = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4, "max_pos_emb": 40},
@@ -135,7 +136,7 @@ def test_another_process_may_be_faster(server: hub_server.Hub, monkeypatch: pyte
         convert(source, place)
         convert(source, place)  # raises: it is there
 
-    monkeypatch.setattr("granite_jax.convert.convert", slow)
+    monkeypatch.setattr("granite_jax.pretrained.convert", slow)
     assert open_checkpoint(REPO).kind == "orbax"
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.decoding import FullError, pool
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 
 LIMIT = 12
 

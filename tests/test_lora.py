@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from granite_jax.checkpoint.directory import load, open_checkpoint, save
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import adapter, convert
 from granite_jax.errors import CheckpointError
+from granite_jax.pretrained import load, open_checkpoint, save
 
 TINY: dict[str, Any] = {
     "has_lora_adapter": True,

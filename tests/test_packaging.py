@@ -82,8 +82,9 @@ def installed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: py
 def test_an_installation_is_complete(installed: Path, source: Path) -> None:
     # Given an installation, when the package is imported from elsewhere, then it is that one, convert and demo included
     code = (
-        "import json, granite_jax, granite_jax.convert, granite_jax.checkpoint.directory as checkpoint, importlib.util as util;"
-        "print(json.dumps([granite_jax.__file__, granite_jax.convert.__file__, str(checkpoint._DEMO.parent),"
+        "import json, granite_jax, granite_jax.convert, importlib.util as util;"
+        "from granite_jax.checkpoint import source;"
+        "print(json.dumps([granite_jax.__file__, granite_jax.convert.__file__, str(source.DEMO.parent),"
         "util.find_spec('convert') is None, granite_jax.__version__]))"
     )
     package, convert, checkpoints, no_convert, version = json.loads(run(code, path=installed))

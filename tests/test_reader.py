@@ -13,13 +13,13 @@ import pytest
 from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
 
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.checkpoint.tree import flatten, unflatten
 from granite_jax.convert import mapping
 from granite_jax.convert.reader import read_leaves
 from granite_jax.convert.safetensors_file import StoredTensor
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
+from granite_jax.pretrained import open_checkpoint
 
 Q0 = "encoder.layers.0.attn.to_q.weight"
 

@@ -13,7 +13,7 @@ import pytest
 
 import granite_jax as gj
 from granite_jax.checkpoint.tree import expected_shapes, flatten
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.sharding import Devices
 from granite_jax.model.config import Config
 

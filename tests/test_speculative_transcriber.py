@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import granite_jax as gj
 from granite_jax.cli import app
-from granite_jax.inference.programs import Bucket
-from granite_jax.inference.speculation import Acceptance, acceptance, drafts_of
+from granite_jax.inference.buckets import Bucket
+from granite_jax.inference.options import Acceptance, acceptance, drafts_of
 
 # The whole pipeline, on a random checkpoint.
 

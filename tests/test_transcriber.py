@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
 from granite_jax.audio.load import Audio
-from granite_jax.inference.programs import Bucket
+from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.transcriber import enable_compilation_cache
 from granite_jax.text.tasks import Capabilities
 

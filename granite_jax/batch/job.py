@@ -26,12 +26,13 @@ from granite_jax.batch.commit import LocalStore, Store, open_store
 from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
-from granite_jax.checkpoint.directory import open_checkpoint, parse_dtype
+from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
-from granite_jax.inference.programs import max_seconds
-from granite_jax.inference.sharding import DeviceList, Parallel
+from granite_jax.inference.options import Parallel
+from granite_jax.inference.sharding import DeviceList
 from granite_jax.inference.transcriber import Transcriber, Transcript
 from granite_jax.keywords.lists import Entry as Keyword
+from granite_jax.pretrained import open_checkpoint
 
 PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read
@@ -229,7 +230,7 @@ def run(
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
-            return Reader(access, max_seconds(asr.config), dataset)
+            return Reader(access, asr.config.max_seconds, dataset)
 
         return worker.run(load, read_with, readers, num_readers)
 

@@ -22,8 +22,7 @@ from granite_jax.batch.access import PROTOCOLS, Access
 from granite_jax.batch.job import Options, transcribe_alike
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
-from granite_jax.inference.programs import max_seconds
-from granite_jax.inference.sharding import Parallel
+from granite_jax.inference.options import Parallel
 from granite_jax.inference.transcriber import Transcriber
 
 
@@ -62,7 +61,7 @@ class Transcribe:
             parallel=parallel,
             model_parallel=model_parallel,
         )
-        self._reader = Reader(Access(os.fspath(root), tuple(allow)), max_seconds(self._asr.config))
+        self._reader = Reader(Access(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
         self._threads = ThreadPoolExecutor(num_readers)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:

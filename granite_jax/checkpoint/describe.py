@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from granite_jax.checkpoint.directory import Checkpoint
-from granite_jax.inference.programs import max_seconds
 from granite_jax.text.tasks import LANGUAGES
 
 
@@ -44,11 +43,13 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
         "languages": list(capabilities.languages) if "translate" in capabilities.tasks else [],
         "limits": {
             "positions": config.decoder.max_position_embeddings,
-            "seconds": max_seconds(config),
+            "seconds": config.max_seconds,
             "vocabulary": config.decoder.vocab_size,
             "ctc_labels": config.encoder.output_dim,
         },
-        "adapter": None if adapter is None else dataclasses.asdict(adapter),
+        "adapter": None
+        if adapter is None
+        else {"rank": adapter.rank, "alpha": adapter.alpha, "target_modules": adapter.target_modules},
         "config": dataclasses.asdict(config),
         "verified": verify,
     }

@@ -1,4 +1,4 @@
-"""Checkpoint directories: open, load and save.
+"""Checkpoint directories, opened: configuration, weights, tokenizer, chat template.
 
 A checkpoint of this program is a directory of
 
@@ -8,34 +8,28 @@ A checkpoint of this program is a directory of
     tokenizer.json       and further files that came with the model
     chat_template.jinja
 
-Hugging Face directories (`config.json`, `model.safetensors` or shards) are read directly as well, and hub ids through
-`huggingface_hub`: what is downloaded is converted once and kept in the user's cache.
+`granite_jax.convert` opens Hugging Face directories as the same kind of object.
 """
 
-import contextlib
+import abc
 import dataclasses
 import functools
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from os import PathLike
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granite_jax.checkpoint import files, orbax
-from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER, save, stored_shapes
+from granite_jax.checkpoint import files, lora, orbax
+from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.checkpoint.tree import Shape, expected_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from granite_jax.convert.adapter import AdapterConfig
 
 # Copied along by a conversion when present. Nothing else is: a directory may hold anything.
 COMPANIONS = (
@@ -55,24 +49,37 @@ COMPANIONS = (
     "LICENSE",
 )
 
-__all__ = ["COMPANIONS", "Checkpoint", "default_dtype", "load", "open_checkpoint", "parse_dtype", "save"]
-
-_DEMO = Path(__file__).parent / "checkpoints" / "demo"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_HF_WEIGHTS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """An opened directory: its configuration is read and checked, its weights are not yet."""
+class Checkpoint(abc.ABC):
+    """An opened directory: its configuration is read and checked, its weights are not yet.
+
+    Fields:
+      raw_config: the dictionary of `config.json`.
+      read_adapter: reads the directory's LoRA adapter, if it has one.
+    """
+
+    kind: ClassVar[Literal["orbax", "hf"]]
 
     directory: Path
-    kind: Literal["orbax", "hf"]
     config: Config
-    raw_config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)  # config.json
+    raw_config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
+    read_adapter: Callable[[Path, Config], lora.Adapter | None] = dataclasses.field(repr=False, compare=False)
+
+    @abc.abstractmethod
+    def leaves(
+        self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Reads leaf by leaf: dotted path and numpy array of the dtype it is stored in; those of an adapter come first.
+
+        Args:
+          verify, adapter: as in `load_params`.
+          paths: read these leaves alone, in this order (Orbax only).
+        """
+
+    @abc.abstractmethod
+    def stored(self) -> dict[str, tuple[Shape, str]]:
+        """Shape and dtype of every leaf by dotted path; no weights are read. Raises as `load_params`."""
 
     def load_params(
         self, dtype: Any = None, sharding: Any = None, verify: bool = True, *, adapter: bool = True
@@ -93,76 +100,38 @@ class Checkpoint:
         """
         chosen = parse_dtype(dtype)
         shardings = self._shardings(sharding)
-        lora = self.adapter if adapter else None
-        if self.kind == "orbax" and not verify and lora is None:
-            return orbax.read_into(self.directory, stored_shapes(self.directory, self.config), chosen, shardings)
-        from granite_jax.convert import adapter as adapters  # here, because converting needs this module
-
-        scales = {} if lora is None else adapters.scales(lora, self.config)
+        scales = self.adapter.scales if adapter and self.adapter is not None else {}
         factors, params = {}, {}
         for path, leaf in self.leaves(verify, adapter=adapter):
             if path not in shardings:
                 factors[path] = leaf
                 continue
             if path in scales:
-                a, b = (factors[name] for name in adapters.factor_paths(path))
-                leaf = adapters.merge(leaf, a, b, scales[path], chosen)
+                a, b = (factors[name] for name in lora.factor_paths(path))
+                leaf = lora.merge(leaf, a, b, scales[path], chosen)
             leaf = leaf.astype(chosen, copy=False)
             array = jax.make_array_from_callback(leaf.shape, shardings[path], lambda index, leaf=leaf: leaf[index])
             params[path] = array.block_until_ready()  # or the leaves still on their way would add up
         return unflatten(params)
 
-    def leaves(
-        self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
-    ) -> Iterator[tuple[str, np.ndarray]]:
-        """Reads leaf by leaf: dotted path and numpy array of the dtype it is stored in; those of an adapter come first.
-
-        Args:
-          verify, adapter: as of `load_params`.
-          paths: read these leaves alone, in this order (Orbax only).
-        """
-        if self.kind == "hf":
-            assert paths is None, "Hugging Face files are read in their own order"
-            from granite_jax.convert.reader import read_leaves
-
-            yield from read_leaves(self.directory, self.config, with_adapter=adapter and self.adapter is not None)
-            return
-        expected = stored_shapes(self.directory, self.config)
-        if paths is None:
-            paths = [path for path in expected if adapter or path in expected_shapes(self.config)]
-        yield from orbax.read(self.directory, expected, verify, paths)
-
     def read(self, verify: bool = True) -> dict[str, Any]:
         """All weights as nested numpy arrays, an adapter's under `lora`. Raises as `load_params`."""
         return unflatten(dict(self.leaves(verify)))
 
-    def stored(self) -> dict[str, tuple[Shape, str]]:
-        """Shape and dtype of every leaf by dotted path; no weights are read. Raises as `load_params`."""
-        if self.kind == "hf":
-            from granite_jax.convert.reader import open_plans
-
-            with open_plans(self.directory, self.config) as plans:
-                return {plan.path: (plan.shape, plan.dtype.name) for plan in plans}
-        expected = stored_shapes(self.directory, self.config)
-        dtypes = orbax.stored_dtypes(self.directory, expected)
-        return {path: (expected[path], dtype.name) for path, dtype in dtypes.items()}
-
     @functools.cached_property
-    def adapter(self) -> "AdapterConfig | None":
-        """The LoRA adapter's configuration, or None if the checkpoint has none.
+    def adapter(self) -> lora.Adapter | None:
+        """The LoRA adapter, or None if the checkpoint has none.
 
         Raises:
           CheckpointError: it is not supported, or config.json announces one that is missing.
         """
-        from granite_jax.convert import adapter as adapters
-
-        lora = adapters.read_config(self.directory)
-        if lora is None and self.raw_config.get("has_lora_adapter"):
+        found = self.read_adapter(self.directory, self.config)
+        if found is None and self.raw_config.get("has_lora_adapter"):
             raise CheckpointError(
-                f"{self.directory}: {CONFIG} announces a LoRA adapter, but {adapters.CONFIG} is missing "
+                f"{self.directory}: {CONFIG} announces a LoRA adapter, but adapter_config.json is missing "
                 "(adapter=False loads for text alone)"
             )
-        return lora
+        return found
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of `tokenizer.json`.
@@ -231,38 +200,36 @@ class Checkpoint:
         return dict.fromkeys(paths, jnp.zeros(()).sharding if sharding is None else sharding)
 
 
-def open_checkpoint(source: str | PathLike[str], revision: str | None = None, *, converted: bool = True) -> Checkpoint:
-    """Opens "demo" (the model in this package), a directory of this program, a Hugging Face directory or a hub id.
+class OrbaxCheckpoint(Checkpoint):
+    """A directory of this program."""
 
-    Args:
-      revision: branch, tag or commit of a hub id.
-      converted: convert what comes from a hub to Orbax, once; False opens it as downloaded.
+    kind = "orbax"
 
-    Raises:
-      CheckpointError: naming the directory and what is wrong with it.
-    """
-    directory = _resolve(source, revision, converted)
-    path = files.find(directory, CONFIG)
-    if path is None:
-        raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
-    is_orbax = (directory / orbax.PARAMS).is_dir()
-    is_hf = any((directory / name).is_file() for name in _HF_WEIGHTS)
-    if is_orbax == is_hf:
-        found = "both params/ and" if is_orbax else "neither params/ nor"
-        raise CheckpointError(f"{directory}: holds {found} {_HF_WEIGHTS[0]}")
-    raw = read_json(path)
-    try:
-        return Checkpoint(directory, "orbax" if is_orbax else "hf", Config.from_dict(raw), raw)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    def load_params(
+        self, dtype: Any = None, sharding: Any = None, verify: bool = True, *, adapter: bool = True
+    ) -> dict[str, Any]:
+        """As in `Checkpoint`."""
+        if verify or (adapter and self.adapter is not None):
+            return super().load_params(dtype, sharding, verify, adapter=adapter)
+        return orbax.read_into(self.directory, self._stored_shapes, parse_dtype(dtype), self._shardings(sharding))
 
+    def leaves(
+        self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """As in `Checkpoint`."""
+        if paths is None:
+            paths = self._stored_shapes if adapter else expected_shapes(self.config)
+        yield from orbax.read(self.directory, self._stored_shapes, verify, paths)
 
-def load(
-    source: str | PathLike[str], dtype: Any = None, *, revision: str | None = None, adapter: bool = True
-) -> tuple[Config, dict[str, Any]]:
-    """Loads `(config, params)`: `open_checkpoint(source, revision)` and its `load_params(dtype, adapter=adapter)`."""
-    checkpoint = open_checkpoint(source, revision)
-    return checkpoint.config, checkpoint.load_params(dtype, adapter=adapter)
+    def stored(self) -> dict[str, tuple[Shape, str]]:
+        """As in `Checkpoint`."""
+        dtypes = orbax.stored_dtypes(self.directory, self._stored_shapes)
+        return {path: (self._stored_shapes[path], dtype.name) for path, dtype in dtypes.items()}
+
+    @functools.cached_property
+    def _stored_shapes(self) -> dict[str, Shape]:
+        adapter = self.read_adapter(self.directory, self.config)
+        return {**(adapter.shapes if adapter else {}), **expected_shapes(self.config)}
 
 
 def default_dtype() -> np.dtype:
@@ -281,20 +248,3 @@ def parse_dtype(dtype: Any) -> np.dtype:
         if dtype in (np.dtype(supported).name, supported, np.dtype(supported)):
             return np.dtype(supported)
     raise CheckpointError(f'dtype {dtype!r} is not supported, only "float32" and "bfloat16"')
-
-
-def _resolve(source: str | PathLike[str], revision: str | None, converted: bool) -> Path:
-    path = _DEMO if source == "demo" else Path(os.path.expanduser(source))
-    with contextlib.suppress(OSError):  # e.g. a name too long to exist
-        if path.is_dir():
-            if revision is not None:
-                raise CheckpointError(f"{source}: is a directory; revision {revision!r:.60} is for hub ids")
-            return path
-        if path.exists():
-            raise CheckpointError(f"{path}: not a directory")
-    is_path = not isinstance(source, str) or source in ("", "demo") or source[0] == "." or not _HUB_ID.fullmatch(source)
-    if is_path or ("/" in str(source) and path.parent.is_dir()):
-        raise CheckpointError(f"{source}: no such directory")
-    from granite_jax.checkpoint import hub
-
-    return (hub.converted if converted else hub.snapshot)(str(source), revision, COMPANIONS)

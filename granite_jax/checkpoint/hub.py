@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from granite_jax.checkpoint import files
 from granite_jax.checkpoint.orbax import PARAMS, TENSORS
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.errors import CheckpointError
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # In order of preference; the first kind that a repository has is taken, the others are left where they are.
 _WEIGHTS = (
     (TENSORS, f"{PARAMS}/*"),
@@ -61,32 +60,6 @@ def snapshot(repo_id: str, revision: str | None, companions: Iterable[str]) -> P
         raise CheckpointError(f"{where} it cannot be downloaded ({_reason(error)})") from error
 
 
-def converted(repo_id: str, revision: str | None, companions: Iterable[str]) -> Path:
-    """The directory of a repository's checkpoint converted to Orbax, which it is on first use.
-
-    A commit that was converted before needs neither the network nor the downloaded files.
-    Raises CheckpointError as `snapshot`, and as the conversion does.
-    """
-    if revision is not None and _COMMIT.fullmatch(revision) and (done := _place(repo_id, revision)) is not None:
-        return done
-    directory = snapshot(repo_id, revision, companions)
-    if (directory / PARAMS).is_dir():
-        return directory
-    if (done := _place(repo_id, directory.name)) is not None:
-        return done
-    from granite_jax.convert import convert  # here, because it opens checkpoints
-
-    place = _directory(repo_id, directory.name)
-    try:
-        convert(directory, place)
-    except (CheckpointError, OSError) as error:
-        if _place(repo_id, directory.name) is None:  # or else another process was faster
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{place}: cannot be written ({error.strerror})") from error
-    return place
-
-
 def needed(files: Iterable[str], companions: Iterable[str]) -> list[str]:
     """Of a repository's files, those to be downloaded."""
     # A name is used as a pattern: one with wildcards, or a way out of the directory, is none of ours.
@@ -117,22 +90,13 @@ def _listing(repo_id: str, revision: str | None) -> list[str]:
     import huggingface_hub
 
     info: Any = huggingface_hub.HfApi(endpoint=_endpoint()).model_info(repo_id, revision=revision)
-    if not _COMMIT.fullmatch(str(info.sha)):  # it becomes a directory's name
+    if not COMMIT.fullmatch(str(info.sha)):  # it becomes a directory's name
         raise CheckpointError(f"the hub names no commit, but {info.sha!a:.60}")
     return [file.rfilename for file in info.siblings or ()]
 
 
 def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None  # huggingface_hub itself reads it only when it is imported
-
-
-def _directory(repo_id: str, commit: str) -> Path:
-    return files.cache_directory() / "checkpoints" / repo_id.replace("/", "--") / commit
-
-
-def _place(repo_id: str, commit: str) -> Path | None:
-    directory = _directory(repo_id, commit)
-    return directory if (directory / CONFIG).is_file() else None
 
 
 def _reason(error: BaseException) -> str:

@@ -11,61 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from granite_jax.checkpoint import orbax
-from granite_jax.checkpoint.tree import Shape, expected_shapes, flatten
+from granite_jax.checkpoint.lora import Adapter
+from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 
 
-def save(
-    directory: str | PathLike[str],
-    config: Mapping[str, Any] | Path,
-    params: Mapping[str, Any],
-    *,
-    tokenizer_file: str | PathLike[str] | None = None,
-    chat_template: str | None = None,
-    extra_files: Iterable[str | PathLike[str]] = (),
-) -> None:
-    """Writes a checkpoint directory, all of it or nothing.
-
-    Args:
-      directory: must not exist, or be empty.
-      config: the dictionary of a Hugging Face `config.json`, or the file to be copied as it is.
-      params: the parameter tree, of numpy or jax arrays; an adapter's subtree `lora` only with its
-        `adapter_config.json` among `extra_files`.
-      tokenizer_file: becomes `tokenizer.json`.
-      chat_template: Jinja source, becomes `chat_template.jinja`.
-      extra_files: copied under their own names.
-
-    Raises:
-      CheckpointError: if the directory is not empty, or naming leaves that do not belong to `config`.
-    """
-    with new_directory(directory) as partial:
-        copy_files(extra_files, partial)
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, partial / TOKENIZER)
-        if chat_template is not None:
-            (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        write_weights(partial, config, flatten(params).items())
-
-
-def write_weights(directory: Path, config: Mapping[str, Any] | Path, leaves: orbax.Leaves) -> dict[str, dict[str, Any]]:
+def write_weights(
+    directory: Path, config: Mapping[str, Any] | Path, leaves: orbax.Leaves, adapter: Adapter | None = None
+) -> dict[str, dict[str, Any]]:
     """Writes `leaves` and then `config.json` into a directory that holds all other files already.
 
     Returns shape, dtype and hash of every leaf by dotted path. Raises CheckpointError naming leaves that do not belong.
     """
     parsed = Config.from_dict(read_json(config) if isinstance(config, Path) else config)
-    records = orbax.write(directory, leaves, stored_shapes(directory, parsed))
+    records = orbax.write(directory, leaves, {**(adapter.shapes if adapter else {}), **expected_shapes(parsed)})
     write_config(directory, config)
     return records
-
-
-def stored_shapes(directory: Path, config: Config) -> dict[str, Shape]:
-    """Shape of every leaf that a directory with this configuration holds, an adapter's (first) included."""
-    from granite_jax.convert import adapter  # here, because converting needs this module
-
-    return {**adapter.shapes(adapter.read_config(directory), config), **expected_shapes(config)}
 
 
 @contextlib.contextmanager

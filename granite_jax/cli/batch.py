@@ -14,7 +14,6 @@ from rich.text import Text
 from granite_jax.cli import options
 from granite_jax.cli.terminal import console, fail, line, terminated
 from granite_jax.errors import GraniteError
-from granite_jax.keywords.lists import read_keywords
 
 _LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 
@@ -93,7 +92,8 @@ def run(
     job.json. The exit status is 0 if the shard is done, whatever single utterances failed; 1 if results could not be
     written, and 143 after SIGTERM, which abandons the current part: run again; 2 if the job cannot be run as it is.
     """
-    from granite_jax import batch  # here, because it imports Grain
+    from granite_jax import batch
+    from granite_jax.keywords.lists import read_keywords
 
     try:
         with terminated() as stop, Display() as display:

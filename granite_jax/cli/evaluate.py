@@ -60,7 +60,7 @@ def evaluate(
     1 if results could not be written, and 143 after SIGTERM: run again; 2 if something asked for is not possible.
     """
     try:
-        from granite_jax import evaluation  # here, because of its packages
+        from granite_jax import evaluation
     except ModuleNotFoundError as error:
         fail(f"eval needs pip install 'granite-jax[eval]' ({error})")
         raise typer.Exit(2) from None

@@ -5,14 +5,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from granite_jax.inference.sharding import Parallel as ParallelName
+from granite_jax.inference.options import Parallel as ParallelName
+
+Format = Literal["txt", "json"]
+DtypeName = Literal["float32", "bfloat16"]
 
 Checkpoint = Annotated[
     str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
 ]
 Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)]
 Dtype = Annotated[
-    Literal["float32", "bfloat16"] | None,
+    DtypeName | None,
     typer.Option(help="default: bfloat16 where the device has it", show_default=False),
 ]
 Task = Annotated[

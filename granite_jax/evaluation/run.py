@@ -23,7 +23,7 @@ from granite_jax.batch.access import scheme
 from granite_jax.batch.commit import LocalStore
 from granite_jax.batch.job import Options
 from granite_jax.batch.parts import weights_identity
-from granite_jax.checkpoint.directory import open_checkpoint, parse_dtype
+from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
 from granite_jax.evaluation import normalize, transcribed
 from granite_jax.evaluation.datasets import EvaluationSet, Utterance, open_sets
@@ -31,10 +31,11 @@ from granite_jax.evaluation.keyword_lists import KeywordList, read_keyword_lists
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
-from granite_jax.inference.programs import Bucket
-from granite_jax.inference.sharding import Parallel
+from granite_jax.inference.buckets import Bucket
+from granite_jax.inference.options import Parallel
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model.features import SAMPLING_RATE
+from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import language_code
 
 RESULTS = "results.json"

@@ -17,9 +17,14 @@ import numpy as np
 
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
-from granite_jax.inference.programs import Bucket, Encoded, Programs, choose_bucket, draft_budget, pad_drafts
-from granite_jax.inference.speculation import Acceptance
-from granite_jax.keywords.lists import Biasing, Keywords, repair, select, trie_of
+from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
+from granite_jax.inference.options import Acceptance
+from granite_jax.inference.programs import Encoded, Programs, pad_drafts
+from granite_jax.inference.results import Transcript
+from granite_jax.keywords.automaton import trie_of
+from granite_jax.keywords.lists import Keywords
+from granite_jax.keywords.matches import repair, select
+from granite_jax.keywords.options import Biasing
 from granite_jax.keywords.spotter import candidates
 from granite_jax.model import ctc
 from granite_jax.model.config import Config
@@ -29,37 +34,6 @@ from granite_jax.text.tokenizer import Tokenizer
 
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
 _LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
-
-
-@dataclasses.dataclass(frozen=True)
-class Transcript:
-    """The result for one input.
-
-    Fields:
-      audio: name of the input: its path, or a name made from its place in the list.
-      text: the transcript or translation.
-      tokens: generated ids, without end-of-text and padding.
-      duration: seconds of audio.
-      ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
-      stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
-        the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
-        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
-        if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
-        that were heard, best first.
-      draft: ids of the draft as it was proposed.
-      accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
-      error: why there is no result, or None.
-    """
-
-    audio: str
-    text: str = ""
-    tokens: tuple[int, ...] = ()
-    duration: float = 0.0
-    ctc_text: str = ""
-    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    draft: tuple[int, ...] = ()
-    accepted: tuple[tuple[int, int, int], ...] = ()
-    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

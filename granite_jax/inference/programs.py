@@ -13,7 +13,6 @@ and keywords: these have arrays of one size, of which no more than is filled is 
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -32,34 +31,9 @@ from granite_jax.keywords.spotter import Candidates, Support
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import KVCache
-from granite_jax.model.features import HOP, SAMPLING_RATE, log_mel, num_frames
+from granite_jax.model.features import log_mel, num_frames
 
-TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
-MIN_NEW_TOKENS = 200  # the released model's own limit
-NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
-MIN_DRAFT = 32
 _TILE = 16  # slots of a bfloat16 tile: with another capacity the TPU compiler copies the cache
-DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """Shapes of one batch: rows, samples at 16 kHz, prompt tokens, cache positions."""
-
-    batch: int
-    samples: int
-    prompt: int
-    capacity: int
-
-    @property
-    def room(self) -> int:
-        """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
-        return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
-
-    @property
-    def draft(self) -> int:
-        """Draft tokens that there is room for."""
-        return draft_budget(self.samples)
 
 
 @jax.tree_util.register_dataclass
@@ -206,62 +180,9 @@ class Programs:
         return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
 
 
-def draft_budget(samples: int) -> int:
-    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
-    return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
-
-
 def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:
     """Token ids of every row, none longer than `width`, as a Draft."""
     tokens = np.zeros((len(drafts), width), np.int32)
     for row, draft in enumerate(drafts):
         tokens[row, : len(draft)] = draft
     return Draft(jnp.asarray(tokens), jnp.array([len(draft) for draft in drafts], jnp.int32))
-
-
-def new_token_budget(seconds: float) -> int:
-    """Tokens that speech of this length may need, by default."""
-    return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
-
-
-def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
-    """The bucket of audio up to `seconds`, rounded up to whole projector windows, within the model's positions."""
-    window = 2 * HOP * config.projector.window_size
-    samples = math.ceil(seconds * SAMPLING_RATE / window) * window
-    prompt = config.num_audio_tokens(num_frames(samples)) + TEXT_ROOM
-    limit = config.decoder.max_position_embeddings
-    capacity = min(limit, prompt + new_token_budget(seconds))
-    return Bucket(batch, samples, min(prompt, capacity), capacity)
-
-
-def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
-    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit."""
-    limit = max_seconds(config)
-    short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
-    full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
-    longest = make_bucket(config, 1, limit)
-    # The last one takes whatever fits the positions at all: long prompts with short audio too.
-    longest = dataclasses.replace(longest, prompt=longest.capacity)
-    middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
-    singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
-    return (*full, *singles, longest)
-
-
-def max_seconds(config: Config) -> float:
-    """The longest audio whose embeddings leave a position for anything else."""
-    windows = config.decoder.max_position_embeddings // config.projector.num_queries
-    return windows * config.projector.window_size * 2 * HOP / SAMPLING_RATE
-
-
-def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: int, limit: int) -> Bucket | None:
-    """The cheapest bucket of `batch` rows that holds this much audio, prompt and new text; None if none does."""
-    fitting = [
-        bucket
-        for bucket in buckets
-        if bucket.batch == batch
-        and samples <= bucket.samples
-        and prompt <= bucket.prompt
-        and prompt + limit <= bucket.capacity
-        and limit <= bucket.room
-    ]
-    return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt), default=None)

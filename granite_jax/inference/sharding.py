@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +21,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from granite_jax.checkpoint.tree import expected_shapes, unflatten
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import Parallel
 from granite_jax.model.config import Config
 
-Parallel = Literal["shard_map", "pmap"]
 DeviceList = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  # a class that JAX declares as a variable
 
 DATA, WHOLE = PartitionSpec("data"), PartitionSpec()

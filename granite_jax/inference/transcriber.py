@@ -13,34 +13,22 @@ import numpy as np
 
 from granite_jax.audio.load import Audio, load_audio, printable
 from granite_jax.audio.resample import TooLongError
-from granite_jax.checkpoint.directory import open_checkpoint, parse_dtype
+from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import ContextError, GraniteError
-from granite_jax.inference.engine import Pipeline, Request, Transcript
-from granite_jax.inference.programs import Bucket, Programs, Speculation, default_buckets, max_seconds, new_token_budget
-from granite_jax.inference.sharding import DeviceList, Devices, Parallel
-from granite_jax.inference.speculation import Acceptance, acceptance, drafts_of
-from granite_jax.keywords.lists import Entry, Keywords, biasing, checked, keywords_of, prepare
+from granite_jax.inference.buckets import Bucket, default_buckets, new_token_budget
+from granite_jax.inference.engine import Pipeline, Request
+from granite_jax.inference.options import Acceptance, Parallel, acceptance, drafts_of
+from granite_jax.inference.programs import Programs, Speculation
+from granite_jax.inference.results import Acoustics, Transcript
+from granite_jax.inference.sharding import DeviceList, Devices
+from granite_jax.keywords.lists import Entry, Keywords, checked, keywords_of, prepare
+from granite_jax.keywords.options import biasing
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
+from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, ChatTemplate, PromptTokens, instruction
 from granite_jax.text.tokenizer import Tokenizer
-
-__all__ = ["Acoustics", "Transcriber", "Transcript", "enable_compilation_cache"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Acoustics:
-    """What the encoder makes of one input, for pictures and measurements.
-
-    Fields:
-      features: log-mel, float32 `[t, 160]`, as of `log_mel`.
-      ctc_logits: float32 `[t, c]`.
-    """
-
-    features: np.ndarray
-    ctc_logits: np.ndarray
-
 
 _LISTS = 16  # lists of keywords that are kept ready
 
@@ -76,7 +64,7 @@ class Transcriber:
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
           batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
-          buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `programs.default_buckets`.
+          buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `buckets.default_buckets`.
           speculation: how drafts are proposed; the defaults are measured.
           devices: to run on; default the process's own, of CPUs the first alone.
           parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
@@ -280,7 +268,7 @@ class Transcriber:
         if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
             rate = None  # a file knows its own
         try:
-            return load_audio(source, sampling_rate=rate, name=name, max_seconds=max_seconds(self.config))
+            return load_audio(source, sampling_rate=rate, name=name, max_seconds=self.config.max_seconds)
         except TooLongError as error:
             positions = self.config.decoder.max_position_embeddings
             raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None

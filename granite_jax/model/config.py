@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from granite_jax.errors import CheckpointError
+from granite_jax.model.features import HOP, SAMPLING_RATE
+
+_GRANITE_4_0_1B = Path(__file__).with_name("granite-4.0-1b-speech.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +151,17 @@ class Config:
         for failed, problem in problems:
             if failed:
                 raise CheckpointError(f"config: {problem}")
+
+    @classmethod
+    def granite_4_0_1b(cls) -> "Config":
+        """The configuration of ibm-granite/granite-4.0-1b-speech."""
+        return cls.from_file(_GRANITE_4_0_1B)
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest audio whose embeddings leave a position for anything else."""
+        windows = self.decoder.max_position_embeddings // self.projector.num_queries
+        return windows * self.projector.window_size * 2 * HOP / SAMPLING_RATE
 
     def num_audio_tokens(self, num_frames):
         """Audio embeddings of `num_frames` encoder frames: works on ints and on integer arrays."""

@@ -11,7 +11,6 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from granite_jax.audio.resample import one_line
 from granite_jax.decoding import Draft, no_keywords
 from granite_jax.errors import GraniteError
-from granite_jax.inference.programs import Bucket, Programs
+from granite_jax.inference.buckets import Bucket
+from granite_jax.inference.programs import Programs
 from granite_jax.inference.sharding import DATA, WHOLE, DeviceList, Devices
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, Candidates
 from granite_jax.model import granite_speech
@@ -36,7 +36,6 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
-RELEASED = Path(__file__).with_name("granite-4.0-1b-speech.json")
 """The released model's configuration."""
 
 

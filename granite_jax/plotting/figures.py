@@ -1,15 +1,4 @@
-"""Pictures of what the model hears and writes, by matplotlib (`pip install 'granite-jax[plots]'`).
-
-Functions take arrays and results, and return a Figure; with `ax=` they draw into axes of the caller's. Colours are
-those of Okabe and Ito, which colour-blind readers can tell apart, and never the only sign.
-
-In short:
-
-    from granite_jax.plotting import figures
-
-    (transcript,) = asr.transcribe("a.wav")
-    plots.overview(asr.acoustics("a.wav"), transcript, asr.tokenizer).savefig("a.png")
-"""
+"""The figures of `granite_jax.plotting`."""
 
 import contextlib
 import difflib
@@ -27,8 +16,7 @@ from jaxtyping import Float
 
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
-from granite_jax.inference.engine import Transcript
-from granite_jax.inference.transcriber import Acoustics
+from granite_jax.inference.results import Acoustics, Transcript
 from granite_jax.model import ctc
 from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
 from granite_jax.text.tokenizer import Tokenizer

@@ -56,6 +56,7 @@ def render(source: str, context: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Reads a request from stdin and writes the reply to stdout."""
     request = json.load(sys.stdin)
     limit_process()
     try:

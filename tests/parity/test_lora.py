@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig
 from transformers import GraniteSpeechForConditionalGeneration
 
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.convert import convert
 from granite_jax.model import granite_speech
+from granite_jax.pretrained import open_checkpoint
 
 # peft, of a model that is not where it was loaded from.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")

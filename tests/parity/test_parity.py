@@ -14,7 +14,7 @@ from goldens.cases import CASES
 from parity.comparison import TIE, margins, relative_error, rms_error
 from transformers import AutoTokenizer
 
-from granite_jax.checkpoint.directory import open_checkpoint
+from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import instruction
 
 TOLERANCE = 1e-4

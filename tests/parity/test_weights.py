@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, GraniteSpeechForConditionalGeneration
 
-from granite_jax.checkpoint.directory import open_checkpoint
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
+from granite_jax.pretrained import open_checkpoint
 
 
 @pytest.fixture(params=["float32", "bfloat16"])

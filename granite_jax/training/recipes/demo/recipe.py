@@ -27,7 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from tokenizers import Tokenizer as BaseTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from granite_jax.checkpoint import directory
+from granite_jax import pretrained
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
@@ -246,7 +246,7 @@ def export(work: Work) -> None:
     params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str(finished.resolve()))
     params.pop("alignment")
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
-    directory.save(work / "demo", CONFIG, params, tokenizer_file=work / "tokenizer.json", chat_template=CHAT_TEMPLATE)
+    pretrained.save(work / "demo", CONFIG, params, tokenizer_file=work / "tokenizer.json", chat_template=CHAT_TEMPLATE)
 
 
 @app.command()

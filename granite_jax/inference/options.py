@@ -1,10 +1,13 @@
-"""What a caller may ask of self-speculative decoding: modes, thresholds, presets, drafts."""
+"""What a caller may ask of inference: how batches are spread over devices, and self-speculative decoding."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from granite_jax.errors import GraniteError
+
+Parallel = Literal["shard_map", "pmap"]
 
 PRESETS: Mapping[str, tuple[float, float]] = {
     "relaxed": (0.7, 0.2),

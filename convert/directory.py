@@ -1,0 +1,55 @@
+"""Opens checkpoint directories of either kind."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from granite_jax.checkpoint import files, orbax
+from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
+from granite_jax.checkpoint.save import CONFIG
+from granite_jax.checkpoint.tree import Shape
+from granite_jax.convert import adapter as adapters
+from granite_jax.convert.reader import INDEX, TORCH_INDEX, TORCH_WEIGHTS, WEIGHTS, open_plans, read_leaves
+from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config, read_json
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A directory as Hugging Face has it; there are no hashes to verify."""
+
+    kind = "hf"
+
+    def leaves(
+        self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """As in `Checkpoint`."""
+        assert paths is None, "Hugging Face files are read in their own order"
+        yield from read_leaves(self.directory, self.config, with_adapter=adapter and self.adapter is not None)
+
+    def stored(self) -> dict[str, tuple[Shape, str]]:
+        """As in `Checkpoint`."""
+        with open_plans(self.directory, self.config) as plans:
+            return {plan.path: (plan.shape, plan.dtype.name) for plan in plans}
+
+
+def open_directory(directory: Path) -> Checkpoint:
+    """Opens a directory of this program or of Hugging Face.
+
+    Raises:
+      CheckpointError: naming the directory and what is wrong with it.
+    """
+    path = files.find(directory, CONFIG)
+    if path is None:
+        raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
+    is_orbax = (directory / orbax.PARAMS).is_dir()
+    is_hf = any((directory / name).is_file() for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
+    if is_orbax == is_hf:
+        found = "both params/ and" if is_orbax else "neither params/ nor"
+        raise CheckpointError(f"{directory}: holds {found} {WEIGHTS}")
+    raw = read_json(path)
+    try:
+        config = Config.from_dict(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return (OrbaxCheckpoint if is_orbax else HuggingFaceCheckpoint)(directory, config, raw, adapters.read)

@@ -1,0 +1,49 @@
+"""`granite-jax convert`."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.markup import escape
+
+from granite_jax.cli import options
+from granite_jax.cli.terminal import fail, line, progress_bar
+from granite_jax.errors import GraniteError
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="checkpoint directory or hub id", show_default=False)],
+    destination: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="directory to write; must not exist, or be empty", show_default=False),
+    ],
+    dtype: Annotated[
+        options.DtypeName | None, typer.Option(help="default: that of the source", show_default=False)
+    ] = None,
+    names: Annotated[
+        Literal["released", "new"], typer.Option(help="tensor names of a Hugging Face destination")
+    ] = "released",
+    revision: options.Revision = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read everything back and compare")] = False,
+) -> None:
+    """Convert a checkpoint: Hugging Face to Orbax, or Orbax back to Hugging Face."""
+    from granite_jax import convert as converter
+
+    try:
+        with progress_bar() as bar:
+            job = bar.add_task(f"converting {escape(source)}", total=None)
+            report = converter.convert(
+                source,
+                destination,
+                dtype=dtype,
+                names=names,
+                revision=revision,
+                verify=verify,
+                progress=lambda done, total: bar.update(job, completed=done, total=total),
+            )
+    except (GraniteError, OSError) as error:
+        fail(str(error))
+        raise typer.Exit(1) from None
+    parts = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
+    sizes = f"{report.tensors} tensors, {parts} parameters, {report.dtype}, {report.bytes:,} bytes"
+    print(line(f"{destination}: {sizes}, {report.seconds:.1f} s{', verified' if verify else ''}"))

@@ -1,0 +1,31 @@
+"""`granite-jax inspect`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from granite_jax.cli import options
+from granite_jax.cli.terminal import fail, line
+from granite_jax.errors import GraniteError
+
+
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help='"demo", checkpoint directory or hub id', show_default=False)
+    ],
+    format: Annotated[options.Format, typer.Option(help="lines for people, or one JSON object")] = "txt",
+    revision: options.Revision = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read all weights and check their hashes")] = False,
+) -> None:
+    """Print what a checkpoint is: parts, parameters, tasks, languages, limits, configuration."""
+    from granite_jax.checkpoint.describe import describe, to_lines
+    from granite_jax.pretrained import open_checkpoint
+
+    try:
+        description = describe(open_checkpoint(checkpoint, revision), verify=verify)
+    except GraniteError as error:
+        fail(str(error))
+        raise typer.Exit(1) from None
+    for text in [json.dumps(description)] if format == "json" else to_lines(description):
+        print(line(text))

@@ -1,0 +1,49 @@
+"""`granite-jax plan`."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+from granite_jax.cli import options
+from granite_jax.cli.terminal import fail, line
+from granite_jax.errors import GraniteError
+
+
+def plan(
+    topology: Annotated[str, typer.Option(help="of chips, as in v5e:2x4, v6e:2x2 or v5p:2x2x1", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="as of transcribe; default: the released model", show_default=False)
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="rows of a full batch on each copy of the weights")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="of the longest audio in a full batch")] = 20.0,
+    dtype: Annotated[options.DtypeName, typer.Option(help="of the weights")] = "bfloat16",
+    model_parallel: options.ModelParallel = 1,
+    format: Annotated[options.Format, typer.Option(help="lines for people, or one JSON object a program")] = "txt",
+) -> None:
+    """Compile a model's programs for TPU chips that need not be there, and print what they take.
+
+    Prints peak memory of a chip, whether it is there, collectives and copies of the KV cache. Nothing is run. The exit
+    status is 1 if a program does not fit, 2 if nothing could be tried. Needs pip install 'granite-jax[plan]'.
+    """
+    import jax
+
+    from granite_jax.inference.buckets import make_bucket
+    from granite_jax.model.config import Config
+    from granite_jax.planning import aot
+    from granite_jax.pretrained import open_checkpoint
+
+    jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if any, is left alone
+    fits = True
+    try:
+        config = open_checkpoint(checkpoint).config if checkpoint else Config.granite_4_0_1b()
+        bucket = make_bucket(config, batch, seconds)
+        for found in aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel):
+            fits &= found.fits
+            print(json.dumps(dataclasses.asdict(found)) if format == "json" else line(str(found)), flush=True)
+    except GraniteError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+    if not fits:
+        raise typer.Exit(1)

@@ -1,0 +1,113 @@
+"""`granite-jax transcribe`."""
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from granite_jax.cli import options
+from granite_jax.cli.terminal import fail, line, progress_bar
+from granite_jax.errors import GraniteError
+
+
+def transcribe(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
+    ],
+    checkpoint: options.Checkpoint = "demo",
+    revision: options.Revision = None,
+    format: Annotated[options.Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
+    task: options.Task = "transcribe",
+    to: options.To = None,
+    prompt: options.Prompt = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    dtype: options.Dtype = None,
+    speculative: options.Speculative = "lossless",
+    ctc_threshold: options.CtcThreshold = None,
+    verify_threshold: options.VerifyThreshold = None,
+    keyword: options.Keyword = None,
+    keywords_file: options.KeywordsFile = None,
+    keyword_boost: options.KeywordBoost = None,
+    keywords_in: options.KeywordsIn = "decoder",
+    parallel: options.Parallel = "shard_map",
+    model_parallel: options.ModelParallel = 1,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="draw log-mel, CTC posteriors, words and draft of one FILE: .png, .svg or .pdf", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Transcribe or translate audio files.
+
+    Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
+    tokens, duration, ctc_text, stats, draft and accepted. Files that fail are reported on stderr, one line each. The
+    exit status is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
+    """
+    from granite_jax.inference.transcriber import Transcriber
+    from granite_jax.keywords.lists import read_keywords
+
+    try:
+        plots = None if plot is None else _plots_for(plot, files)
+        keywords = [*(read_keywords(keywords_file) if keywords_file else []), *(keyword or [])]
+        asr = Transcriber.from_pretrained(
+            checkpoint, revision=revision, dtype=dtype, parallel=parallel, model_parallel=model_parallel
+        )
+        with progress_bar() as bar:
+            job = bar.add_task("transcribing", total=len(files))
+            transcripts = asr.transcribe(
+                list(files),
+                task=task,
+                to=to,
+                prompt=prompt,
+                max_new_tokens=max_new_tokens,
+                speculative=False if speculative == "off" else speculative,
+                ctc_threshold=ctc_threshold,
+                verify_threshold=verify_threshold,
+                keywords=keywords,
+                keyword_boost=keyword_boost,
+                keywords_in=keywords_in,
+                on_error="return",
+                progress=lambda done: bar.advance(job, done),
+            )
+    except GraniteError as error:
+        fail(str(error))
+        raise typer.Exit(2) from None
+    for transcript in transcripts:
+        if transcript.error is not None:
+            fail(transcript.error)
+        elif format == "json":
+            fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            print(line(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text))
+    if any(transcript.error is not None for transcript in transcripts):
+        raise typer.Exit(1)
+    if plots is not None and plot is not None:
+        # A translation or a text by a prompt of one's own was not spoken.
+        spoken = transcripts[0].text if task != "translate" and prompt is None else transcripts[0].ctc_text
+        try:
+            figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                figure.savefig(plot)
+        except (GraniteError, OSError) as error:
+            fail(str(error))
+            raise typer.Exit(1) from None
+        if any("Glyph" in str(warning.message) for warning in caught):
+            fail(f"{plot}: characters are missing, no font here has them")
+
+
+def _plots_for(plot: Path, files: list[Path]) -> ModuleType:
+    """The module that draws, if it can draw this: asked before anything is transcribed."""
+    if len(files) > 1:
+        raise GraniteError(f"--plot draws one file, not {len(files)}")
+    try:
+        from granite_jax import plotting  # here, because matplotlib is an extra
+    except ImportError as error:
+        raise GraniteError(str(error)) from None
+    plotting.check_path(plot)
+    return plotting

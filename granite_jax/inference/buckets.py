@@ -1,0 +1,81 @@
+"""Buckets: the shapes that programs are compiled for, and which of them a batch takes."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from granite_jax.model.config import Config
+from granite_jax.model.features import HOP, SAMPLING_RATE, num_frames
+
+TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
+MIN_NEW_TOKENS = 200  # the released model's own limit
+NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
+MIN_DRAFT = 32
+DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Shapes of one batch: rows, samples at 16 kHz, prompt tokens, cache positions."""
+
+    batch: int
+    samples: int
+    prompt: int
+    capacity: int
+
+    @property
+    def room(self) -> int:
+        """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
+        return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
+
+    @property
+    def draft(self) -> int:
+        """Draft tokens that there is room for."""
+        return draft_budget(self.samples)
+
+
+def new_token_budget(seconds: float) -> int:
+    """Tokens that speech of this length may need, by default."""
+    return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
+
+
+def draft_budget(samples: int) -> int:
+    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
+    return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
+
+
+def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
+    """The bucket of audio up to `seconds`, rounded up to whole projector windows, within the model's positions."""
+    window = 2 * HOP * config.projector.window_size
+    samples = math.ceil(seconds * SAMPLING_RATE / window) * window
+    prompt = config.num_audio_tokens(num_frames(samples)) + TEXT_ROOM
+    limit = config.decoder.max_position_embeddings
+    capacity = min(limit, prompt + new_token_budget(seconds))
+    return Bucket(batch, samples, min(prompt, capacity), capacity)
+
+
+def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
+    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit."""
+    limit = config.max_seconds
+    short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
+    full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
+    longest = make_bucket(config, 1, limit)
+    # The last one takes whatever fits the positions at all: long prompts with short audio too.
+    longest = dataclasses.replace(longest, prompt=longest.capacity)
+    middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
+    singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
+    return (*full, *singles, longest)
+
+
+def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: int, limit: int) -> Bucket | None:
+    """The cheapest bucket of `batch` rows that holds this much audio, prompt and new text; None if none does."""
+    fitting = [
+        bucket
+        for bucket in buckets
+        if bucket.batch == batch
+        and samples <= bucket.samples
+        and prompt <= bucket.prompt
+        and prompt + limit <= bucket.capacity
+        and limit <= bucket.room
+    ]
+    return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt), default=None)

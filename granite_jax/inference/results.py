@@ -1,0 +1,50 @@
+"""What a caller gets for an input."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+    """The result for one input.
+
+    Fields:
+      audio: name of the input: its path, or a name made from its place in the list.
+      text: the transcript or translation.
+      tokens: generated ids, without end-of-text and padding.
+      duration: seconds of audio.
+      ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
+      stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
+        the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
+        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
+        if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
+        that were heard, best first.
+      draft: ids of the draft as it was proposed.
+      accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
+      error: why there is no result, or None.
+    """
+
+    audio: str
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    duration: float = 0.0
+    ctc_text: str = ""
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    draft: tuple[int, ...] = ()
+    accepted: tuple[tuple[int, int, int], ...] = ()
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Acoustics:
+    """What the encoder makes of one input, for pictures and measurements.
+
+    Fields:
+      features: log-mel, float32 `[t, 160]`, as of `log_mel`.
+      ctc_logits: float32 `[t, c]`.
+    """
+
+    features: np.ndarray
+    ctc_logits: np.ndarray

@@ -1,0 +1,103 @@
+"""The keywords that an utterance can hold, and its greedy CTC text with them in place."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from granite_jax.keywords.lists import Keywords
+from granite_jax.keywords.spotter import Support
+from granite_jax.model import ctc
+
+_SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
+_CUT = 3.0  # nats that a keyword loses where it begins or ends inside a word of the greedy text
+_RIVAL = 0.2  # nats a character by which a keyword must sound better than another in the same place to displace it
+
+
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """A keyword that an utterance can hold: its index, its score in nats a character, its span in frames."""
+
+    keyword: int
+    score: float
+    start: int
+    end: int
+
+
+def select(keywords: Keywords, support: Support, row: int, labels: np.ndarray, threshold: float) -> list[Heard]:
+    """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best.
+
+    Args:
+      labels: best label of every frame, `[t]`, of the utterance: a keyword that is only part of a word scores less.
+    """
+    found = []
+    for column, score, start, end in zip(*(x[row] for x in vars(support).values()), strict=True):
+        if score < threshold:
+            break
+        spelt = keywords.labels[column]
+        spaced = ctc.label_character(int(spelt[-1])) < "\u3000"
+        cut = int(_goes_on(labels[end:], spelt[-1])) + int(_goes_on(labels[:start][::-1], spelt[spelt > 0][0]))
+        score -= spaced * cut * _CUT / np.count_nonzero(spelt)
+        found.append(Heard(keywords.heard[int(column)], float(score), int(start), int(end)))
+    passed: list[Heard] = []
+    for one in sorted(found, key=lambda one: -one.score):
+        rivals = (other for other in passed if other.score - one.score > _RIVAL and _overlap(one, other))
+        if one.score >= threshold and next(rivals, None) is None:
+            passed.append(one)
+    return passed
+
+
+def _goes_on(labels: np.ndarray, edge: int) -> bool:
+    """Whether a word goes on in these frames after the character `edge`, which may last."""
+    after = labels[np.argmax(labels != edge) :] if len(labels) and labels[0] == edge else labels
+    sounding = after[after != ctc.BLANK]
+    return len(sounding) > 0 and sounding[0] != ord(" ")
+
+
+def _overlap(one: Heard, other: Heard) -> bool:
+    """Whether two spans share more than half of the shorter."""
+    shared = min(one.end, other.end) - max(one.start, other.start)
+    return 2 * shared > min(one.end - one.start, other.end - other.start)
+
+
+def repair(labels: np.ndarray, heard: Sequence[Heard], texts: Sequence[str]) -> str:
+    """The greedy CTC text with the words that fill a keyword's span replaced by the keyword.
+
+    Args:
+      labels: best label of every frame, `[t]`, of one utterance.
+      heard: best first; of several in one place, the first is taken.
+      texts: as of `Keywords`.
+    """
+    words = _words(labels)
+    for one in heard:
+        inside = [
+            i
+            for i, (_, start, end, _) in enumerate(words)
+            if min(end, one.end) - max(start, one.start) > (end - start) / 2
+        ]
+        if not inside:
+            continue
+        first, last = inside[0], inside[-1]
+        fits = abs(words[first][1] - one.start) <= _SLACK and abs(words[last][2] - one.end) <= _SLACK
+        if fits and not any(words[i][3] for i in inside):
+            words[first : last + 1] = [(texts[one.keyword], words[first][1], words[last][2], True)]
+    return " ".join(text for text, *_ in words)
+
+
+def _words(labels: np.ndarray) -> list[tuple[str, int, int, bool]]:
+    """Words of a greedy CTC path: text, first frame, frame after the last, whether it is a repaired one."""
+    words: list[tuple[str, int, int, bool]] = []
+    text, start, end, previous = "", 0, 0, ctc.BLANK
+    for frame, label in enumerate([*labels.tolist(), ord(" ")]):
+        if label not in (previous, ctc.BLANK):
+            character = ctc.label_character(label)
+            if character.isspace():
+                words += [(text, start, end, False)] if text else []
+                text = ""
+            elif character:
+                start = start if text else frame
+                text += character
+        if label != ctc.BLANK and not ctc.label_character(label).isspace():
+            end = frame + 1
+        previous = label
+    return words

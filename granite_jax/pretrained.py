@@ -1,0 +1,110 @@
+"""Whole checkpoints by name: open, load and save them.
+
+Hub ids are downloaded through `huggingface_hub`. Hugging Face checkpoints of a hub are converted once, into this
+program's directory of the user's cache, by commit.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from granite_jax.checkpoint import files, hub
+from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
+from granite_jax.checkpoint.orbax import PARAMS
+from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER, copy_files, new_directory, write_weights
+from granite_jax.checkpoint.source import local_directory
+from granite_jax.checkpoint.tree import flatten
+from granite_jax.convert import adapter as adapters
+from granite_jax.convert.api import convert
+from granite_jax.convert.directory import open_directory
+from granite_jax.errors import CheckpointError
+from granite_jax.model.config import Config, read_json
+
+
+def open_checkpoint(source: str | PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Opens "demo" (the model in this package), a directory of this program, a Hugging Face directory or a hub id.
+
+    Args:
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      CheckpointError: naming the directory and what is wrong with it.
+    """
+    directory = local_directory(source, revision)
+    return open_directory(_downloaded(str(source), revision) if directory is None else directory)
+
+
+def load(
+    source: str | PathLike[str], dtype: Any = None, *, revision: str | None = None, adapter: bool = True
+) -> tuple[Config, dict[str, Any]]:
+    """Loads `(config, params)`: `open_checkpoint(source, revision)` and its `load_params(dtype, adapter=adapter)`."""
+    checkpoint = open_checkpoint(source, revision)
+    return checkpoint.config, checkpoint.load_params(dtype, adapter=adapter)
+
+
+def save(
+    directory: str | PathLike[str],
+    config: Mapping[str, Any] | Path,
+    params: Mapping[str, Any],
+    *,
+    tokenizer_file: str | PathLike[str] | None = None,
+    chat_template: str | None = None,
+    extra_files: Iterable[str | PathLike[str]] = (),
+) -> None:
+    """Writes a checkpoint directory, all of it or nothing.
+
+    Args:
+      directory: must not exist, or be empty.
+      config: the dictionary of a Hugging Face `config.json`, or the file to be copied as it is.
+      params: the parameter tree, of numpy or jax arrays; an adapter's subtree `lora` only with its
+        `adapter_config.json` among `extra_files`.
+      tokenizer_file: becomes `tokenizer.json`.
+      chat_template: Jinja source, becomes `chat_template.jinja`.
+      extra_files: copied under their own names.
+
+    Raises:
+      CheckpointError: if the directory is not empty, or naming leaves that do not belong to `config`.
+    """
+    with new_directory(directory) as partial:
+        copy_files(extra_files, partial)
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, partial / TOKENIZER)
+        if chat_template is not None:
+            (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        parsed = Config.from_dict(read_json(config) if isinstance(config, Path) else config)
+        write_weights(partial, config, flatten(params).items(), adapters.read(partial, parsed))
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    """The directory of a repository's checkpoint converted to Orbax, which it is on first use.
+
+    A commit that was converted before needs neither the network nor the downloaded files.
+    Raises CheckpointError as `hub.snapshot`, and as the conversion does.
+    """
+    if revision is not None and hub.COMMIT.fullmatch(revision) and (done := _converted(repo_id, revision)) is not None:
+        return done
+    directory = hub.snapshot(repo_id, revision, COMPANIONS)
+    if (directory / PARAMS).is_dir():
+        return directory
+    if (done := _converted(repo_id, directory.name)) is not None:
+        return done
+    destination = _cached(repo_id, directory.name)
+    try:
+        convert(directory, destination)
+    except (CheckpointError, OSError) as error:
+        if _converted(repo_id, directory.name) is None:  # or else another process was faster
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
+    return destination
+
+
+def _cached(repo_id: str, commit: str) -> Path:
+    return files.cache_directory() / "checkpoints" / repo_id.replace("/", "--") / commit
+
+
+def _converted(repo_id: str, commit: str) -> Path | None:
+    directory = _cached(repo_id, commit)
+    return directory if (directory / CONFIG).is_file() else None
