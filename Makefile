@@ -32,7 +32,7 @@ parity: $(VENV)/.parity
 # The notebooks from their scripts (REPOSITORY=owner/name: installing from there), and the README's picture.
 notebooks: $(VENV)/.test
 	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
-	$(PY) -m granite_jax.cli transcribe tests/data/heldout/heldout-2-000250.ogg --plot colab/overview.png
+	$(PY) -m granite_jax.cli transcribe granite_jax/evaluation/heldout_clips/heldout-2-000250.ogg --plot colab/overview.png
 
 # Needs espeak-ng, and hours.
 demo-checkpoint: $(VENV)/.train

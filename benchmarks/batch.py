@@ -1,6 +1,6 @@
 """What a batch job costs: its throughput against the Transcriber's own, and its memory by the manifest's length.
 
-    python benchmarks/batch.py throughput [--checkpoint demo] [--audio tests/data/heldout] [--wav] [--batch 8]
+    python benchmarks/batch.py throughput [--checkpoint demo] [--audio DIR] [--wav] [--batch 8]
         [--rounds 3] [--limit 150] [--repeat 4]
     python benchmarks/batch.py memory [--entries 1000 1000000]
 
@@ -35,9 +35,9 @@ import soundfile
 
 from granite_jax import Transcriber, batch
 from granite_jax.audio.load import load_audio
+from granite_jax.evaluation.heldout import CLIPS
 
 SHARD = 250_000  # entries
-HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
 
 
 def to_wav(file: Path, directory: Path) -> Path:
@@ -129,7 +129,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     timed = commands.add_parser("throughput")
     timed.add_argument("--checkpoint", default="demo")
-    timed.add_argument("--audio", type=Path, default=HELDOUT)
+    timed.add_argument("--audio", type=Path, default=CLIPS)
     timed.add_argument("--wav", action="store_true", help="rewrite them as 16-bit WAV before")
     timed.add_argument("--batch", type=int, default=8)
     timed.add_argument("--rounds", type=int, default=3)

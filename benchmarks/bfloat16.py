@@ -17,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
 
-HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
-
 
 def agreement(left: Sequence[gj.Transcript], right: Sequence[gj.Transcript]) -> dict[str, float]:
     """Shares of equal transcripts, and of tokens before the first difference."""
@@ -36,7 +34,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--checkpoint", default="demo")
     args = parser.parse_args()
-    files = args.files or sorted(HELDOUT.glob("*.ogg"))
+    files = args.files or sorted(CLIPS.glob("*.ogg"))
 
     def run(dtype: str, batch_size: int) -> list[gj.Transcript]:
         asr = gj.Transcriber.from_pretrained(args.checkpoint, dtype=dtype, batch_size=batch_size)

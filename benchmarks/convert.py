@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-CONFIG = Path(__file__).parents[1] / "granite_jax" / "granite-4.0-1b-speech.json"
+CONFIG = Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json"
 BLOCK = 1 << 24
 
 

@@ -52,8 +52,8 @@ from granite_jax.keywords.options import BOOST, THRESHOLD, Biasing
 from granite_jax.keywords.phrases import IN_PLACE
 from granite_jax.model import granite_speech
 from granite_jax.model.features import log_mel, num_frames
+from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo.grammar import invent_name
-from granite_jax.training.recipes.demo.synthesis import Corpus
 
 COUNTS = (0, 100, 500, 2000)
 BOOSTS = (2.0, 4.0, 8.0, 12.0)

@@ -1,6 +1,6 @@
 """What drafts save: passes of the language model, tokens a pass, throughput against greedy decoding, word error rates.
 
-    python benchmarks/speculation.py [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--sweep]
+    python benchmarks/speculation.py [--checkpoint demo] [--audio DIR] [--batch 8] [--sweep]
 
 Prints Markdown tables. Drafts are those of the encoder's CTC head, as they are and with 10 and 20 % of their words
 corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens
@@ -33,12 +33,12 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
+from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.programs import Speculation
 from granite_jax.inference.transcriber import Transcriber, Transcript
 from granite_jax.text.tasks import instruction
 
-HELDOUT = Path(__file__).parents[1] / "tests" / "data" / "heldout"
 CORRUPTED = (0.0, 0.1, 0.2)
 MARGIN = 1e-3
 
@@ -212,7 +212,7 @@ def sweep(make: Callable[[Speculation], Transcriber], speech: Speech, turns: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo")
-    parser.add_argument("--audio", type=Path, default=HELDOUT)
+    parser.add_argument("--audio", type=Path, default=CLIPS)
     parser.add_argument("--limit", type=int, help="utterances; default all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--turns", type=int, default=5, help="of timing")

@@ -19,8 +19,6 @@ from granite_jax.inference.transcriber import Transcript
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, instruction
 
-HELDOUT = Path(__file__).parent / "data" / "heldout"
-
 
 class StandIn:
     """Takes `seconds` an utterance. Records the batches it was given."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from batch_worker import HELDOUT, DeadlyReader, StandIn
+from batch_worker import DeadlyReader, StandIn
 from typer.testing import CliRunner
 
 from granite_jax import GraniteError, batch, cli
@@ -24,6 +24,7 @@ from granite_jax.batch.manifest import MAX_LINE, Ask, Manifest
 from granite_jax.batch.parts import Shard, choose_shard
 from granite_jax.batch.reading import Reader, Source, reading
 from granite_jax.errors import AudioError
+from granite_jax.evaluation.heldout import CLIPS
 
 RATE = 16000
 ASK = Ask()
@@ -473,9 +474,9 @@ def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
     # Given a few recordings, when they are a job of the embedded checkpoint, then each line is what transcribe() gives
     from granite_jax import Transcriber
 
-    clips = sorted(HELDOUT.glob("*.ogg"))[:6]
+    clips = sorted(CLIPS.glob("*.ogg"))[:6]
     manifest = write_manifest(tmp_path / "m.jsonl", *({"audio": os.fspath(clip)} for clip in clips))
-    summary = batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=HELDOUT, part_size=4, batch_size=4)
+    summary = batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=CLIPS, part_size=4, batch_size=4)
     asr = Transcriber.from_pretrained("demo", dtype="float32", batch_size=4)
     expected = asr.transcribe(list(clips))
     found = results(tmp_path / "out")
@@ -486,11 +487,11 @@ def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
     before = part.read_bytes()
     part.unlink()
     options: dict[str, Any] = {"devices": jax.devices()[:2], "parallel": "pmap", "batch_size": 1}
-    batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=HELDOUT, part_size=4, **options)
+    batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=CLIPS, part_size=4, **options)
     assert part.read_bytes() == before
     # And the same job of other weights or another dtype is refused
     with pytest.raises(GraniteError, match="dtype was 'float32', is 'bfloat16'"):
-        batch.run(manifest, tmp_path / "out", "demo", dtype="bfloat16", root=HELDOUT, part_size=4)
+        batch.run(manifest, tmp_path / "out", "demo", dtype="bfloat16", root=CLIPS, part_size=4)
 
 
 def test_the_last_report_is_of_all_the_audio(corpus: Path, tmp_path: Path) -> None:

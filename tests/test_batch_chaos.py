@@ -19,10 +19,10 @@ import fsspec
 import numpy as np
 import pytest
 import soundfile
-from batch_worker import HELDOUT
 from fsspec.implementations.memory import MemoryFileSystem
 
 from granite_jax import batch
+from granite_jax.evaluation.heldout import CLIPS
 
 PART = 5
 ALLOW = ("file", "https")
@@ -80,8 +80,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         "zip://a::s3://b/c",
     ]
     bad = [*sorted(path.name for path in directory.iterdir()), *urls, "missing.wav", "/etc/passwd"]
-    shutil.copytree(HELDOUT, directory, dirs_exist_ok=True)
-    good = sorted(path.name for path in HELDOUT.glob("*.ogg"))
+    shutil.copytree(CLIPS, directory, dirs_exist_ok=True)
+    good = sorted(path.name for path in CLIPS.glob("*.ogg"))
     names = [*good, *bad]
     random.Random(0).shuffle(names)
     manifest = directory / "manifest.jsonl"
@@ -276,7 +276,7 @@ def test_a_store_that_fails_at_random_costs_nothing(
 ) -> None:
     # Given audio and results on a store that fails a fifth of all calls
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    failing_store.put(str(HELDOUT), "/bucket/heldout", recursive=True)
+    failing_store.put(str(CLIPS), "/bucket/heldout", recursive=True)
     FailingStore.rate = 0.2
     # When the job is run until it ends
     for _ in range(20):

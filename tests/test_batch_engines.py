@@ -11,11 +11,11 @@ import jax
 import kubernetes_validate
 import pytest
 import yaml
-from batch_worker import HELDOUT
 from typer.testing import CliRunner
 
 from granite_jax import cli
 from granite_jax.batch.ray_data import Transcribe
+from granite_jax.evaluation.heldout import CLIPS
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 JOBS = sorted(DEPLOY.glob("job-*.yaml"))
@@ -57,7 +57,7 @@ with open(results, "w") as file:
 
 def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     # Given recordings, when they go through two actors, one of which is killed midway
-    clips = [str(path) for path in sorted(HELDOUT.glob("*.ogg"))[:16]]
+    clips = [str(path) for path in sorted(CLIPS.glob("*.ogg"))[:16]]
     killed, results = tmp_path / "killed", tmp_path / "results"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     environment["RAY_raylet_start_wait_time_s"] = "120"  # of a busy machine
@@ -78,8 +78,8 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
 
 def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
     # Given rows with ids, one of whose files is missing, when they are transcribed, then it alone fails
-    clip = min(HELDOUT.glob("*.ogg"))
-    found = Transcribe(root=HELDOUT, num_readers=1, dtype="float32", batch_size=2)(
+    clip = min(CLIPS.glob("*.ogg"))
+    found = Transcribe(root=CLIPS, num_readers=1, dtype="float32", batch_size=2)(
         {"audio": [clip.name, "none.wav"], "id": ["x", None], "offset": [0.0, float("nan")]}
     )
     assert found["id"] == ["x", "none.wav"]

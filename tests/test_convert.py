@@ -18,7 +18,7 @@ from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.pretrained import open_checkpoint
 
-FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "granite-4.0-1b-speech.json").read_text())
+FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json").read_text())
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

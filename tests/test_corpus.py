@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from granite_jax.training.corpus import Corpus, Utterance
 from granite_jax.training.recipes.demo import grammar, noise, synthesis
-from granite_jax.training.recipes.demo.synthesis import Corpus, Utterance
 
 TEXT = re.compile(r"[a-z']+( [a-z']+)*")
 

@@ -8,10 +8,10 @@ import pytest
 import soundfile
 
 import granite_jax as gj
+from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
 
 ROOT = Path(__file__).parents[1]
-HELDOUT = ROOT / "tests" / "data" / "heldout"
 
 
 def _manifest(path: Path) -> list[dict]:
@@ -25,12 +25,12 @@ def asr() -> gj.Transcriber:
 
 @pytest.fixture(scope="module")
 def clips() -> list[dict]:
-    return _manifest(HELDOUT / "heldout.jsonl")
+    return _manifest(CLIPS / "heldout.jsonl")
 
 
 @pytest.fixture(scope="module")
 def transcripts(asr, clips) -> list[gj.Transcript]:
-    return asr.transcribe([HELDOUT / clip["audio"] for clip in clips])
+    return asr.transcribe([CLIPS / clip["audio"] for clip in clips])
 
 
 @pytest.mark.parametrize("kind", ["ctc_text", "text"])
@@ -46,14 +46,14 @@ def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
 
 def test_speculation_is_lossless_and_saves_passes(asr, clips, transcripts):
     # Given greedy decoding without drafts
-    greedy = asr.transcribe([HELDOUT / clip["audio"] for clip in clips], speculative=False)
+    greedy = asr.transcribe([CLIPS / clip["audio"] for clip in clips], speculative=False)
     # When compared with the default, then tokens are the same, ties of the two best logits excepted
     speculation = runpy.run_path(str(ROOT / "benchmarks" / "speculation.py"))
     config, params = gj.load("demo", dtype="float32")
     assert config == asr.config
     for clip, ours, theirs in zip(clips, transcripts, greedy, strict=True):
         if ours.tokens != theirs.tokens:
-            samples, _ = soundfile.read(HELDOUT / clip["audio"], dtype="float32")
+            samples, _ = soundfile.read(CLIPS / clip["audio"], dtype="float32")
             place = speculation["first_difference"](ours.tokens, theirs.tokens)
             assert speculation["margin"](asr, params, samples, theirs.tokens[:place]) <= 1e-3, clip["audio"]
     # And the language model runs at most a fifth as often as it writes

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from batch_worker import HELDOUT, StandIn
+from batch_worker import StandIn
 from typer.testing import CliRunner
 
 from granite_jax import AudioError, GraniteError, Transcriber, cli, evaluation
@@ -19,6 +19,7 @@ from granite_jax.batch.manifest import MAX_LINE
 from granite_jax.batch.tfds import Examples
 from granite_jax.evaluation import heldout
 from granite_jax.evaluation.datasets import Utterance, open_sets
+from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.keyword_lists import read_keyword_lists
 from granite_jax.evaluation.metrics import Counts, difference, keyword_counts, rate, score, score_translations
 from granite_jax.evaluation.normalize import normalizer
@@ -247,10 +248,10 @@ def test_sets_of_tfds_need_an_extra_that_is_named(monkeypatch: pytest.MonkeyPatc
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 20 of the held-out clips."""
     directory = tmp_path_factory.mktemp("clips")
-    lines = (HELDOUT / "heldout.jsonl").read_text().splitlines()[:20]
+    lines = (CLIPS / "heldout.jsonl").read_text().splitlines()[:20]
     write(directory / "heldout.jsonl", *lines)
     for line in lines:
-        shutil.copy(HELDOUT / json.loads(line)["audio"], directory)
+        shutil.copy(CLIPS / json.loads(line)["audio"], directory)
     return directory
 
 

@@ -13,22 +13,11 @@ from hf_fixture import make_tokenizer
 import granite_jax as gj
 from granite_jax.decoding import build, pool
 from granite_jax.decoding.automaton import FIRST
-from granite_jax.keywords.lists import (
-    IN_PLACE,
-    Biasing,
-    Heard,
-    Place,
-    biasing,
-    checked,
-    keywords_of,
-    places,
-    prepare,
-    read_keywords,
-    repair,
-    select,
-    sounds,
-    trie_of,
-)
+from granite_jax.keywords.automaton import trie_of
+from granite_jax.keywords.lists import checked, keywords_of, prepare, read_keywords, sounds
+from granite_jax.keywords.matches import Heard, repair, select
+from granite_jax.keywords.options import Biasing, biasing
+from granite_jax.keywords.phrases import IN_PLACE, Place, places
 from granite_jax.keywords.spotter import Support
 from granite_jax.model import ctc
 from granite_jax.text.tokenizer import Tokenizer

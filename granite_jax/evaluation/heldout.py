@@ -15,8 +15,8 @@ from granite_jax.checkpoint.files import cache_directory
 from granite_jax.errors import GraniteError
 from granite_jax.model.features import SAMPLING_RATE
 
-CLIPS = Path(__file__).parents[2] / "tests" / "data" / "heldout"
-"""300 clips of synthetic speech and `heldout.jsonl`, in a source tree."""
+CLIPS = Path(__file__).with_name("heldout_clips")
+"""300 clips of synthetic speech and `heldout.jsonl`."""
 SPLIT = "test"
 
 

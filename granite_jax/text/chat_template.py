@@ -135,7 +135,7 @@ def _render_isolated(source: str, content: str, bos_token: str, eos_token: str) 
         "bos_token": bos_token,
         "eos_token": eos_token,
     }
-    worker = [sys.executable, "-P", str(Path(__file__).with_name("_template_worker.py"))]
+    worker = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
     request = json.dumps({"source": source, "context": context}).encode()
     try:
         done = subprocess.run(worker, input=request, capture_output=True, timeout=_RENDER_SECONDS, check=False)

@@ -1,4 +1,4 @@
-"""Renders one chat template, as a process of its own: `python _template_worker.py < request.json > reply.json`.
+"""Renders one chat template, as a process of its own: `python template_worker.py < request.json > reply.json`.
 
 A template is a program from a checkpoint nobody vouches for. minijinja gives it no access to Python, and `fuel` bounds
 its steps; but not, or not in all versions, its memory (`x = x ~ x` forty times) and its stack (a sum of forty thousand

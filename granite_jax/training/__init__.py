@@ -1,1 +1,1 @@
-"""Training of a small Granite Speech: the text grammar, the synthetic speech and the training loop."""
+"""Training of a small Granite Speech: corpora, batches, losses and steps; whole trainings are in `recipes`."""

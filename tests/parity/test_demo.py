@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, GraniteSpeechForConditionalGeneration
 import granite_jax as gj
 from granite_jax.audio.load import load_audio
 from granite_jax.convert import convert
+from granite_jax.evaluation.heldout import CLIPS
 
-HELDOUT = Path(__file__).parents[1] / "data" / "heldout"
-CLIPS = 24
+NUM_CLIPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_transformers_hears_the_same_texts_in_the_exported_checkpoint(exported):
     model = GraniteSpeechForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(exported)
     asr = gj.Transcriber.from_pretrained("demo", dtype="float32", compilation_cache=False)
-    clips = [json.loads(line)["audio"] for line in (HELDOUT / "heldout.jsonl").read_text().splitlines()[:CLIPS]]
+    clips = [json.loads(line)["audio"] for line in (CLIPS / "heldout.jsonl").read_text().splitlines()[:NUM_CLIPS]]
     # When both transcribe held-out clips
-    ours = [transcript.text for transcript in asr.transcribe([HELDOUT / clip for clip in clips])]
-    theirs = [_reference_text(model, tokenizer, load_audio(HELDOUT / clip).samples, asr) for clip in clips]
+    ours = [transcript.text for transcript in asr.transcribe([CLIPS / clip for clip in clips])]
+    theirs = [_reference_text(model, tokenizer, load_audio(CLIPS / clip).samples, asr) for clip in clips]
     # Then the texts are equal
-    assert len(ours) == CLIPS and all(ours)
+    assert len(ours) == NUM_CLIPS and all(ours)
     assert ours == theirs

@@ -35,6 +35,7 @@ from granite_jax.model.features import log_mel, num_frames
 from granite_jax.text.tasks import ChatTemplate, instruction
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.training import batches
+from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo import synthesis
 from granite_jax.training.steps import TrainState, ctc_step, lm_step, make_optimizer
 
@@ -136,14 +137,14 @@ def data(work: Work) -> None:
     """Synthesise training and held-out speech, and train the tokenizer."""
     synthesis.generate(work / "train", "train", TRAIN_UTTERANCES, seed=1)
     synthesis.generate(work / "heldout", "heldout", HELDOUT_UTTERANCES, seed=2)
-    corpus = synthesis.Corpus.open(work / "train")
+    corpus = Corpus.open(work / "train")
     train_tokenizer([corpus[i].text for i in range(len(corpus))]).save(str(work / "tokenizer.json"))
 
 
 @app.command()
 def encoder(work: Work) -> None:
     """Stage 1: the encoder by CTC."""
-    config, corpus = Config.from_dict(CONFIG), synthesis.Corpus.open(work / "train")
+    config, corpus = Config.from_dict(CONFIG), Corpus.open(work / "train")
     buckets = batches.make_buckets(corpus.lengths, ENCODER_FRAMES)
     steps = ENCODER_STEPS
     optimizer = make_optimizer(ENCODER_PEAK, steps, WARMUP)
@@ -160,7 +161,7 @@ def encoder(work: Work) -> None:
             ocp.save(str((work / "encoder").resolve()), state.params, overwrite=True)
 
 
-def encode_corpus(config: Config, params: Any, corpus: synthesis.Corpus, path: Path) -> np.ndarray:
+def encode_corpus(config: Config, params: Any, corpus: Corpus, path: Path) -> np.ndarray:
     """Encoder activations of every utterance, one after another, float16 `[frames, d]` in a memory-mapped file."""
     starts = frame_starts(corpus)
     done = path.with_suffix(".done")
@@ -182,7 +183,7 @@ def encode_corpus(config: Config, params: Any, corpus: synthesis.Corpus, path: P
     return hidden
 
 
-def frame_starts(corpus: synthesis.Corpus) -> np.ndarray:
+def frame_starts(corpus: Corpus) -> np.ndarray:
     """First frame of every utterance among the corpus's encoder frames, and the total: int64 `[len + 1]`."""
     return np.concatenate([[0], np.cumsum(num_frames(corpus.lengths))])
 
@@ -205,7 +206,7 @@ def decoder(work: Work) -> None:
 
 def decoder_round(work: Path, config: Config, params: Any, settings: Round, seed: int) -> Any:
     """The parameters after one round from `params`; saves the latest to WORK/decoder now and then."""
-    corpus = synthesis.Corpus.open(work / "train")
+    corpus = Corpus.open(work / "train")
     tokenizer = Tokenizer.from_file(work / "tokenizer.json")
     frozen = {"encoder": ocp.load(str((work / "encoder").resolve()))["encoder"]}
     hidden, starts = encode_corpus(config, frozen, corpus, work / "hidden.f16"), frame_starts(corpus)
@@ -254,7 +255,7 @@ def evaluate(work: Work) -> None:
     """Word error rates of WORK/demo on the held-out utterances, as a Markdown table."""
     from granite_jax.evaluation.metrics import score
 
-    corpus = synthesis.Corpus.open(work / "heldout")
+    corpus = Corpus.open(work / "heldout")
     asr = Transcriber.from_pretrained(work / "demo", dtype="float32")
     spoken = [corpus[i] for i in range(len(corpus))]
     transcripts = asr.transcribe([utterance.samples for utterance in spoken])

@@ -1,7 +1,7 @@
-"""Synthetic speech: the sentences of `corpus`, spoken by espeak-ng in several voices, as 16 kHz int16.
+"""Synthetic speech: the sentences of `grammar`, spoken by espeak-ng in several voices, as 16 kHz int16.
 
     python -m granite_jax.training.recipes.demo.synthesis generate OUT --split train --count 30000 --seed 1
-    python -m granite_jax.training.recipes.demo.synthesis export-heldout tests/data/heldout
+    python -m granite_jax.training.recipes.demo.synthesis export-heldout granite_jax/evaluation/heldout_clips
     python -m granite_jax.training.recipes.demo.synthesis export-samples samples
 
 Utterance i of a seed depends on (seed, i) alone, so neither thread timing nor the count changes it.
@@ -25,6 +25,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
+from granite_jax.training.corpus import Utterance
 from granite_jax.training.recipes.demo.grammar import Sentence, Split, compose
 from granite_jax.training.recipes.demo.noise import Samples, babble, mix_at_snr, pink, white
 
@@ -61,55 +62,6 @@ class Recipe:
     pauses: tuple[float, ...]
     noise: str | None
     snr_db: float | None
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One stored utterance; `samples` is int16 `[n]` at 16 kHz."""
-
-    id: str
-    text: str
-    names: tuple[str, ...]
-    voice: str
-    speed: int
-    snr_db: float | None
-    samples: NDArray[np.int16]
-
-
-class Corpus:
-    """A generated directory, read through a memory map."""
-
-    def __init__(self, entries: list[dict[str, Any]], audio: NDArray[np.int16]) -> None:
-        self._entries, self._audio = entries, audio
-
-    @classmethod
-    def open(cls, directory: str | Path) -> "Corpus":
-        """Opens what `generate` wrote. Raises FileNotFoundError, or ValueError if the index reaches past the audio."""
-        root = Path(directory)
-        with open(root / "index.jsonl", encoding="utf-8") as lines:
-            entries = [json.loads(line) for line in lines]
-        audio = np.memmap(root / "audio.i16", dtype="<i2", mode="r")
-        end = max((e["offset"] + e["samples"] for e in entries), default=0)
-        if end > audio.size:
-            raise ValueError(f"{root / 'audio.i16'}: index needs {end} samples, file holds {audio.size}")
-        return cls(entries, audio)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getitem__(self, index: int) -> Utterance:
-        entry = self._entries[index]
-        samples = self._audio[entry["offset"] : entry["offset"] + entry["samples"]]
-        fields = {key: entry[key] for key in ("id", "text", "voice", "speed", "snr_db")}
-        return Utterance(names=tuple(entry["names"]), samples=samples, **fields)
-
-    def __iter__(self) -> Iterator[Utterance]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Samples of every utterance, `[len(self)]`."""
-        return np.array([e["samples"] for e in self._entries], np.int64)
 
 
 # --- what to say, and how ------------------------------------------------------------------------------------
@@ -277,7 +229,7 @@ def generate(
 
 @app.command("export-heldout")
 def export_heldout(
-    out: Path = Path("tests/data/heldout"),
+    out: Path = Path("granite_jax/evaluation/heldout_clips"),
     count: Annotated[int, typer.Option(min=1)] = 300,
 ) -> None:
     """Write the first held-out utterances as Ogg/Opus clips with a manifest, heldout.jsonl."""
