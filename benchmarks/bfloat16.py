@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
+from granite_jax.evaluation.heldout import CLIPS
 
 
 def agreement(left: Sequence[gj.Transcript], right: Sequence[gj.Transcript]) -> dict[str, float]:

@@ -165,11 +165,18 @@ def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
 
 
 def read(directory: Path, config: Config) -> Adapter | None:
-    """The adapter of a directory as leaves of the parameter tree, or None. Raises as `read_config` and `factors`."""
+    """The adapter of a directory as leaves of the parameter tree, or None if it has none.
+
+    Raises:
+      CheckpointError: naming `adapter_config.json`, which is not supported or cannot be applied to the model.
+    """
     lora = read_config(directory)
     if lora is None:
         return None
-    shapes = {factor.path: factor.shape for factor in factors(lora, config)}
+    try:
+        shapes = {factor.path: factor.shape for factor in factors(lora, config)}
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory / CONFIG}: {error}") from None
     return Adapter(lora.rank, lora.alpha, lora.target_modules, shapes, _scales(lora, config))
 
 

@@ -156,7 +156,7 @@ def test_flac_of_unknown_or_overstated_length_is_read_to_its_end(claimed):
 
 
 def test_overlong_files_are_refused_by_their_header_before_any_decoding(monkeypatch):
-    monkeypatch.setattr(_audio_file, "_blocks", lambda decoder: pytest.fail("decoded"))
+    monkeypatch.setattr(decode, "_blocks", lambda decoder: pytest.fail("decoded"))
     with pytest.raises(AudioError, match="audio: is longer than 14400 seconds"):
         load_audio(with_flac_length(encode(tone(), form="FLAC"), 1 << 35))
 
@@ -169,7 +169,7 @@ def test_decoding_stops_at_the_limit_when_the_header_keeps_silent():
     blocks = []
     original = decode._blocks
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AudioError, match="longer than 5 seconds"):
-        patch.setattr(_audio_file, "_blocks", lambda *a: (blocks.append(b) or b for b in original(*a)))
+        patch.setattr(decode, "_blocks", lambda *a: (blocks.append(b) or b for b in original(*a)))
         load_audio(bomb, max_seconds=5)
     # Then hardly more than that is decoded
     assert sum(map(len, blocks)) < 10 * SAMPLE_RATE

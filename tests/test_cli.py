@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
+from granite_jax.cli.terminal import line
 from granite_jax.inference.buckets import Bucket
 
 TINY: dict[str, Any] = {
@@ -44,7 +45,7 @@ def loaded(asr: Transcriber, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Has the command take one Transcriber for every checkpoint; the calls that would have loaded one."""
     calls: list[tuple] = []
     monkeypatch.setattr(
-        cli.Transcriber, "from_pretrained", lambda source, **options: calls.append((source, options)) or asr
+        Transcriber, "from_pretrained", lambda source, **options: calls.append((source, options)) or asr
     )
     return calls
 
@@ -76,11 +77,11 @@ def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: lis
     result = invoke("transcribe", *recordings, "--max-new-tokens", "4")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "".join(
-        f"{path}: {cli._line(text)}\n" for path, text in zip(recordings, texts, strict=True)
+        f"{path}: {line(text)}\n" for path, text in zip(recordings, texts, strict=True)
     )
 
     # And for one file its text alone
-    assert invoke("transcribe", recordings[1], "--max-new-tokens", "4").stdout == cli._line(texts[1]) + "\n"
+    assert invoke("transcribe", recordings[1], "--max-new-tokens", "4").stdout == line(texts[1]) + "\n"
 
 
 def test_json_is_one_object_a_line(asr: Transcriber, loaded: list, recordings: list[str]) -> None:
@@ -157,8 +158,8 @@ def test_an_unknown_checkpoint_is_one_line(recordings: list[str], name: str) -> 
 
 def test_output_is_safe_to_print() -> None:
     # Given text that would steer a terminal or break the line, when it is printed, then it does neither
-    assert cli._line("a\x1b[31mb\r\nc\x85d\u2028e\tf") == "a [31mb  c d e f"
-    assert cli._line("Zoë, 東京 👩\u200d🚀") == "Zoë, 東京 👩\u200d🚀"
+    assert line("a\x1b[31mb\r\nc\x85d\u2028e\tf") == "a [31mb  c d e f"
+    assert line("Zoë, 東京 👩\u200d🚀") == "Zoë, 東京 👩\u200d🚀"
 
 
 def test_a_process_in_a_pipe(checkpoint: Path, recordings: list[str], tmp_path: Path) -> None:
@@ -329,8 +330,9 @@ def test_pictures_that_cannot_be_drawn(
 
 def test_pictures_need_an_extra(loaded: list, recordings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Given no matplotlib, when a picture is asked for, then the extra that has it is named
-    monkeypatch.delitem(sys.modules, "granite_jax.plotting.figures", raising=False)
-    monkeypatch.delattr("granite_jax.plotting.figures", raising=False)
+    for module in ("granite_jax.plotting.figures", "granite_jax.plotting"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("granite_jax.plotting", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("transcribe", recordings[0], "--plot", "out.png")
     assert (result.exit_code, result.stdout) == (2, "")

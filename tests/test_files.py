@@ -116,6 +116,6 @@ def test_files_too_small_for_what_they_declare_are_refused(tmp_path: Path, monke
 
     # When it is opened, then it is refused before anything is allocated, but for a size that does no harm
     assert set(orbax.stored_dtypes(tmp_path, expected)) == set(expected)
-    monkeypatch.setattr(_orbax, "_FREE_BYTES", 0)
+    monkeypatch.setattr(orbax, "_FREE_BYTES", 0)
     with pytest.raises(CheckpointError, match=rf"params: declares {declared} bytes of tensors, its files hold {size}$"):
         next(orbax.read(tmp_path, expected, verify=False))
