@@ -1,7 +1,11 @@
 """Opening, loading and saving checkpoint directories."""
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +97,22 @@ def test_of_two_writers_the_first_wins(tmp_path: Path) -> None:
             (first / "file").write_text("first")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    # Given a writer that is killed, and one that is not
+    code = "import os, sys; from granite_jax.checkpoint.save import new_directory\n"
+    code += "with new_directory(sys.argv[1]): os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    with new_directory(tmp_path / "out") as alive:
+        assert not left.exists()
+
+        # When a third one writes to the same place, then what the killed one left is gone, and nothing of the other
+        with contextlib.suppress(ZeroDivisionError), new_directory(tmp_path / "out"):
+            raise ZeroDivisionError
+        assert list(tmp_path.iterdir()) == [alive]
 
 
 def test_no_file_names_the_directory_it_was_written_in(own: Path) -> None:

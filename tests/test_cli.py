@@ -76,9 +76,7 @@ def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: lis
     texts = [transcript.text for transcript in asr.transcribe(list(recordings), max_new_tokens=4)]
     result = invoke("transcribe", *recordings, "--max-new-tokens", "4")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "".join(
-        f"{path}: {line(text)}\n" for path, text in zip(recordings, texts, strict=True)
-    )
+    assert result.stdout == "".join(f"{path}: {line(text)}\n" for path, text in zip(recordings, texts, strict=True))
 
     # And for one file its text alone
     assert invoke("transcribe", recordings[1], "--max-new-tokens", "4").stdout == line(texts[1]) + "\n"
