@@ -10,6 +10,7 @@ nothing is left in it. The exit status is 1 if the checkpoint does not come back
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import ml_dtypes
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +33,7 @@ BLOCK = 1 << 24
 def write(directory: Path, scale: float) -> None:
     """Writes config.json and model.safetensors of random bfloat16 numbers between 2^-7 and 2."""
     from granite_jax.checkpoint.tree import expected_shapes
-    from granite_jax.convert import mapping
+    from granite_jax.convert import mapping, safetensors_file
     from granite_jax.model.config import Config
 
     raw = json.loads(CONFIG.read_text())
@@ -41,18 +43,12 @@ def write(directory: Path, scale: float) -> None:
     (directory / "config.json").write_text(json.dumps(raw))
     config = Config.from_dict(raw)
     tensors = [(name, shape) for name, shape, *_ in mapping.hf_tensors(expected_shapes(config))]
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in tensors:
-        end = offset + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
+    size = 2 * sum(math.prod(shape) for _, shape in tensors)
     rng = np.random.default_rng(0)
     with open(directory / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, offset, BLOCK):
-            bits = rng.integers(0, 1 << 16, (min(BLOCK, offset - start)) // 2, dtype=np.uint16)
+        file.write(safetensors_file.make_header((name, np.dtype(ml_dtypes.bfloat16), shape) for name, shape in tensors))
+        for start in range(0, size, BLOCK):
+            bits = rng.integers(0, 1 << 16, min(BLOCK, size - start) // 2, dtype=np.uint16)
             file.write(((bits & 0x83FF) | 0x3C00).tobytes())
 
 

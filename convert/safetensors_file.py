@@ -1,4 +1,4 @@
-"""The safetensors format, read by plain file reads.
+"""The safetensors format, by plain file reads and writes.
 
 The header is checked in full before anything of its size is allocated, so that damage is reported by the tensor's name;
 a memory-mapped file would count as resident memory twice. Format (huggingface/safetensors, README): 8 bytes of
@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -113,6 +114,20 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor
         name: StoredTensor(name, path, shape, dtype_name, start + begin, end - begin, file)
         for name, dtype_name, shape, begin, end in entries
     }
+
+
+def make_header(tensors: Iterable[tuple[str, np.dtype, Shape]]) -> bytes:
+    """A file up to its data: what is to follow are the bytes of these tensors (name, dtype, shape), in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    names = {dtype: name for name, dtype in (*DTYPES.items(), ("I64", np.dtype("int64")))}
+    offset = 0
+    for name, dtype, shape in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_name(name: Any) -> str:

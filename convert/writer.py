@@ -14,14 +14,13 @@ from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
 from granite_jax.checkpoint.orbax import DTYPES
 from granite_jax.checkpoint.save import CONFIG, copy_files, write_config
 from granite_jax.checkpoint.tree import expected_shapes
-from granite_jax.convert import adapter, mapping
+from granite_jax.convert import adapter, mapping, safetensors_file
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
 from granite_jax.model.config import read_json
 
 Names = Literal["released", "new"]
 
 MAX_SHARD_BYTES = 5_000_000_000
-_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def export(
     done, path, leaf = 0, None, None
     for name, file in files.items():
         with open(hf_dir / name, "wb") as opened:
-            opened.write(_header(file))
+            opened.write(safetensors_file.make_header((entry.name, entry.dtype, entry.shape) for entry in file))
             for entry in file:
                 if entry.path not in (None, path):
                     leaf = None
@@ -175,20 +174,3 @@ def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
         size += entry.nbytes
     # Wide elements first, which keeps every tensor aligned.
     return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
-
-
-def _header(entries: list[_Entry]) -> bytes:
-    """A safetensors file up to its data: header length (8 bytes, little-endian), JSON header."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    offset = 0
-    for entry in entries:
-        end = offset + entry.nbytes
-        header[entry.name] = {
-            "dtype": _DTYPE_NAMES[entry.dtype.name],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

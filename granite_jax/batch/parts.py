@@ -12,6 +12,7 @@ from granite_jax.batch.commit import Store
 from granite_jax.checkpoint.directory import Checkpoint
 from granite_jax.checkpoint.orbax import TENSORS
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
+from granite_jax.checkpoint.tree import flatten
 from granite_jax.errors import GraniteError
 
 JOB = "job.json"
@@ -115,19 +116,12 @@ def claim(store: Store, description: Mapping[str, Any]) -> str:
     """
     text = json.dumps(description, indent=1, sort_keys=True)
     if not store.create(JOB, (text + "\n").encode()):
-        existing, wanted = _flat(read_job(store)), _flat(json.loads(text))
+        existing, wanted = flatten(read_job(store)), flatten(json.loads(text))
         different = [key for key in sorted(existing | wanted) if existing.get(key) != wanted.get(key)]
         if different:
             changes = "; ".join(f"{key} was {existing.get(key)!r:.60}, is {wanted.get(key)!r:.60}" for key in different)
             raise GraniteError(f"the output directory holds results of another job: {changes}")
     return fingerprint_of(description)
-
-
-def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in description.items():
-        flat |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def fingerprint_of(description: Mapping[str, Any]) -> str:

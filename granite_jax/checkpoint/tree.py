@@ -6,6 +6,8 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from flax import traverse_util
+
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.model.granite_speech import abstract_params
@@ -13,24 +15,14 @@ from granite_jax.model.granite_speech import abstract_params
 Shape = tuple[int, ...]
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dictionaries -> one dictionary with dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return traverse_util.flatten_dict(tree, sep=".")
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, name = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    return traverse_util.unflatten_dict(flat, sep=".")
 
 
 @functools.lru_cache(maxsize=8)
