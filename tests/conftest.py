@@ -20,6 +20,9 @@ install_import_hook([f"granite_jax.{module}" for module in CHECKED], "array_chec
 def pytest_configure(config: pytest.Config) -> None:
     """Configures jax before any test module is imported, hence before its backend starts."""
     jax.config.update("jax_num_cpu_devices", DEVICES)
+    # Every change of dtype or rank is written down, or it is a mistake.
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
