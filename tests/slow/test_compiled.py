@@ -12,7 +12,7 @@ import pytest
 
 from granite_jax.decoding import WINDOW
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "compiled.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "compiled.py"
 V5E_BYTES = 15.75 * 2**30  # of a chip's memory that programs can have
 
 pytestmark = pytest.mark.skipif(

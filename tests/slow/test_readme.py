@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from granite_jax import Transcriber, cli
 from granite_jax.evaluation import heldout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _PARSED_ONLY = re.compile(r"<!-- parsed only: .+ -->")
 # As small as can be, with room for the new tokens of a short recording.

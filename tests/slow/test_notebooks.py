@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLAB = ROOT / "colab"
 NAMES = sorted(path.stem for path in COLAB.glob("*.ipynb"))
 SAMPLES = {

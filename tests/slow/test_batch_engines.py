@@ -17,7 +17,7 @@ from granite_jax import cli
 from granite_jax.batch.ray_data import Transcribe
 from granite_jax.evaluation.heldout import CLIPS
 
-DEPLOY = Path(__file__).parents[1] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 JOBS = sorted(DEPLOY.glob("job-*.yaml"))
 # In a process of its own: Ray leaves threads and warnings in those it is started from.
 RAY = """
@@ -61,7 +61,7 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     killed, results = tmp_path / "killed", tmp_path / "results"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     environment["RAY_raylet_start_wait_time_s"] = "120"  # of a busy machine
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
     command = [sys.executable, "-c", RAY, str(killed), str(results), *clips]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)

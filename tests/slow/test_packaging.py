@@ -18,7 +18,7 @@ import pytest
 import soundfile
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ["granite_jax", "convert", "checkpoints", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
 HEAVY = {"torch", "torchaudio", "transformers", "tensorflow"}
 
