@@ -20,7 +20,17 @@ from granite_jax.batch.tfds import Examples
 from granite_jax.evaluation import heldout
 from granite_jax.evaluation.datasets import Utterance, open_sets
 from granite_jax.evaluation.keyword_lists import read_keyword_lists
-from granite_jax.evaluation.metrics import Counts, difference, keyword_counts, rate, score, score_translations
+from granite_jax.evaluation.metrics import (
+    GAP,
+    Counts,
+    align_words,
+    difference,
+    keyword_counts,
+    rate,
+    relative_difference,
+    score,
+    score_translations,
+)
 from granite_jax.evaluation.normalize import normalizer
 from granite_jax.evaluation.run import needed_buckets
 from granite_jax.programs import Bucket
@@ -140,6 +150,12 @@ def test_keyword_errors_are_those_of_the_lists_own_script(
     assert [(int(c.errors[0]), int(c.total[0])) for c in found] == [biased, unbiased]
 
 
+def test_words_are_aligned_in_order() -> None:
+    # Given a wrong, an inserted and a missing word, when aligned, then each has its counterpart or a gap
+    pairs = align_words("turn off the lamp please", "turn on the big lamp")
+    assert pairs == [("turn", "turn"), ("off", "on"), ("the", "the"), (GAP, "big"), ("lamp", "lamp"), ("please", GAP)]
+
+
 def test_the_average_weighs_sets_alike_and_the_difference_pairs_utterances() -> None:
     # Given a set of a hundred utterances with 10 % errors and a small one with 50 %
     rng = np.random.default_rng(1)
@@ -153,6 +169,18 @@ def test_the_average_weighs_sets_alike_and_the_difference_pairs_utterances() -> 
     found = difference([large], [worse])
     assert (found.rate, found.low, found.high) == pytest.approx((10.0, 10.0, 10.0))
     assert difference([large], [large]).rate == difference([large], [large]).high == 0.0
+
+
+def test_the_relative_difference_is_a_share_of_the_first_rate() -> None:
+    # Given a run with 10 % errors, and one that makes half of its errors in every utterance
+    before = Counts(np.array([2, 0, 4, 2] * 25), np.full(100, 20))
+    after = Counts(before.errors // 2, before.total)
+    # When they are compared, then the second has half as many errors, whatever utterances there are
+    found = relative_difference([before], [after])
+    assert (found.rate, found.low, found.high) == pytest.approx((-50.0, -50.0, -50.0))
+    # And where errors are spread otherwise, the interval is that of the ratio of both rates
+    spread = relative_difference([before], [Counts(before.errors[::-1], before.total)])
+    assert spread.rate == 0.0 and spread.low < 0.0 < spread.high
 
 
 def test_normalisers_do_what_the_leaderboard_does() -> None:
