@@ -1,6 +1,7 @@
 """Eight emulated CPU devices, a compilation cache between runs, and array types checked at run time."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         # An entry that another run is just writing is compiled again, which is no failure.
         config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Ten short files in two directories, for batch jobs."""
+    from batch_jobs import write_corpus
+
+    return write_corpus(tmp_path / "corpus")
