@@ -66,7 +66,9 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
     command = [sys.executable, "-c", RAY, str(killed), str(results), *clips]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, processes = zip(*json.loads(results.read_text()), strict=True)
     # Then another process did the rest of its work, and each recording is there once, with the text that the class

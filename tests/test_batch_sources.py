@@ -1,8 +1,12 @@
 """What a batch job reads: directories, segments, URLs, data sets and object stores; and what it refuses to read."""
 
+import contextlib
 import json
+import multiprocessing
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +141,31 @@ def test_a_manifest_that_changes_under_a_job_ends_it(corpus: Path) -> None:
         manifest.read(1)
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Kills the processes of what takes longer, and raises TimeoutError."""
+
+    def expire(*_: Any) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise TimeoutError(f"it takes longer than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_processes_survive_files_that_kill_them(corpus: Path) -> None:
     # Given files, two of which kill whoever reads them
     names = ["a/1.wav", "b/2.wav", "deadly.wav", "a/3.wav", "b/4.wav", "b/6.wav", "deadly/too.wav", "a/7.wav"]
     manifest = Manifest.scan(write_lines(corpus / "m.jsonl", *({"audio": n} for n in names)), 4, ASK)
     reader = DeadlyReader(Access(str(corpus)), 10.0)
     # When they are read by processes, then each other file is read, in order, and these two have an error
-    with reading(Source(manifest, range(manifest.parts)), reader, "processes", 1) as reads:
+    with time_limit(120), reading(Source(manifest, range(manifest.parts)), reader, "processes", 1) as reads:
         found = list(reads)
     assert [read.entry.audio for read in found] == names
     assert {read.entry.audio: read.error for read in found if read.audio is None} == {
@@ -165,7 +187,8 @@ class Tones(tfds.core.GeneratorBasedBuilder):
 Tones(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True, cwd=tmp_path)
+    command = [sys.executable, "-c", code, tmp_path]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, timeout=120)
     (prepared,) = tmp_path.glob("*/1.0.0")
     summary, _ = run(f"tfds:{prepared}#test", tmp_path / "out")
     found = results(tmp_path / "out")
