@@ -17,6 +17,7 @@ and commits.
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -33,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import soundfile
 
+from benchmarks.timing import measure_in_turns, paired_ratios
 from granite_jax import Transcriber, batch
 from granite_jax.audio.load import load_audio
 from granite_jax.evaluation.heldout import CLIPS
@@ -67,24 +69,24 @@ def throughput(checkpoint: str, files: list[Path], batch_size: int, rounds: int,
         "batch job": (job, repeat),
         "one file at a time": (lambda times: [asr.transcribe(file) for file in files * times], 1),
     }
+
+    def measure(way: Callable[[int], Any], times: int) -> tuple[float, float]:
+        began, cpu = time.perf_counter(), time.process_time()
+        way(times)
+        audio = seconds * times
+        return audio / (time.perf_counter() - began), 3600 * (time.process_time() - cpu) / audio
+
     for way, _ in ways.values():
         way(1)  # compiles
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    busy: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, (way, times) in ways.items():
-            began, cpu = time.perf_counter(), time.process_time()
-            way(times)
-            rates[name].append(seconds * times / (time.perf_counter() - began))
-            busy[name].append(3600 * (time.process_time() - cpu) / (seconds * times))
+    measured = measure_in_turns({name: functools.partial(measure, *way) for name, way in ways.items()}, rounds)
+    rates = {name: [rate for rate, _ in pairs] for name, pairs in measured.items()}
+    busy = {name: [cpu for _, cpu in pairs] for name, pairs in measured.items()}
     described = f"{len(files)} {files[0].suffix[1:]} files, {seconds:.0f} s of audio, {repeat} times"
     print(f"{described}, batches of {batch_size}, {rounds} rounds\n")
     print("| way | audio seconds a second | CPU seconds an hour of audio |\n| --- | --- | --- |")
     for name, found in rates.items():
         print(f"| {name} | {statistics.median(found):.1f} | {statistics.median(busy[name]):.0f} |")
-    shares = [
-        job / alone for alone, job in zip(rates["device only (audio in memory)"], rates["batch job"], strict=True)
-    ]
+    shares = paired_ratios(rates)["batch job"]  # the first way is the device alone
     percent = [f"{100 * share:.1f}" for share in (statistics.median(shares), min(shares), max(shares))]
     print("\nThe job has {} % of the device-only rate ({} to {} %).".format(*percent))
 

@@ -4,11 +4,12 @@
     python benchmarks/keywords.py rates DIR RESULTS [--parts lists ctc curve] [--limit N]
     python benchmarks/keywords.py report DIR RESULTS
     python benchmarks/keywords.py cost
+    python benchmarks/keywords.py gate [--batch 1] [--seconds 10]
 
 `rates` runs one condition after another and adds a line to RESULTS for each; conditions that are there already are left
 out, so that it can be stopped and started again. `report` prints Markdown. Utterances hold invented names unseen in
 training. Each utterance's list is its own names and N distractors: names invented by the same grammar, so that many
-sound alike, drawn anew for every utterance. Words are aligned by jiwer.
+sound alike, drawn anew for every utterance. Words are aligned, and intervals found, by granite_jax.evaluation.
 
     B-WER      errors on the utterance's names, and insertions of names of the list, a hundred of its names
     U-WER      errors on all other words, a hundred of these
@@ -18,6 +19,7 @@ sound alike, drawn anew for every utterance. Words are aligned by jiwer.
     heard      names of the utterances that pass the gate, a hundred names; other names, a hundred utterances
 
 `ctc` measures the gate and the repair of drafts by themselves: the encoder's text is final, no language model runs.
+`gate` times the gate beside the encoder of granite-4.0-1b-speech with random weights.
 Intervals are 95 % bootstrap intervals over utterances; of changes, over the same utterances with and without keywords.
 """
 
@@ -26,7 +28,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,24 +35,35 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jiwer
 import numpy as np
-from whisper_normalizer.english import EnglishTextNormalizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.timing import elapsed, measure_in_turns, median_ratios
+from granite_jax.audio.load import SAMPLE_RATE
 from granite_jax.decoding import Automata, Trie, no_keywords, pool
 from granite_jax.decoding.automaton import FIRST
+from granite_jax.evaluation.metrics import (
+    GAP,
+    Counts,
+    Rate,
+    align_words,
+    difference,
+    keyword_counts,
+    rate,
+    relative_difference,
+)
+from granite_jax.evaluation.normalize import normalizer
 from granite_jax.inference.buckets import make_bucket
 from granite_jax.inference.engine import Pipeline, Request
 from granite_jax.inference.programs import Encoded, pad_drafts
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
-from granite_jax.keywords.lists import prepare
-from granite_jax.keywords.options import BOOST, THRESHOLD, Biasing
-from granite_jax.keywords.phrases import IN_PLACE
+from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, Biasing, prepare
 from granite_jax.model import granite_speech
+from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames
+from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo.grammar import invent_name
 
@@ -60,16 +72,8 @@ BOOSTS = (2.0, 4.0, 8.0, 12.0)
 THRESHOLDS: tuple[float | bool, ...] = (-0.8, -1.2, -2.0, -3.0, False)
 CURVE, CURVE_UTTERANCES = 500, 600  # distractors of the curve, and of how many utterances it is
 UNRELATED = 500  # keywords none of which is spoken
-RESAMPLES = 2_000
 COMPILATION = "/jax/core/compile/backend_compile_duration"
-# Columns of `count` that are added up, and those they are divided by; no columns stand for utterances.
-MEASURES = {
-    "B-WER": ([0], [1]),
-    "U-WER": ([2], [3]),
-    "deleted": ([4], [1, 3]),
-    "false": ([5], []),
-    "misplaced": ([6], []),
-}
+MEASURES = ("B-WER", "U-WER", "deleted", "false", "misplaced")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,65 +216,33 @@ def read_results(path: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any
     return {record["condition"]: record for record in records if record["setting"] == setting}
 
 
-normal = functools.cache(EnglishTextNormalizer())
+normalize = functools.cache(normalizer("english"))
 
 
-def count(reference: str, hypothesis: str, names: set[str], listed: set[str]) -> tuple[int, ...]:
-    """(name errors, names, other errors, other words, deletions, false keywords, misplaced names) of one utterance."""
-    aligned = jiwer.process_words(reference, hypothesis)
-    words, written = aligned.references[0], aligned.hypotheses[0]
-    errors, deleted, false, misplaced = [0, 0], 0, 0, 0
-    for chunk in aligned.alignments[0]:
-        if chunk.type == "equal":
-            continue
-        spoken, put = words[chunk.ref_start_idx : chunk.ref_end_idx], written[chunk.hyp_start_idx : chunk.hyp_end_idx]
-        false += sum(word in listed - names for word in put)
-        misplaced += sum(word in names for word in put)
-        deleted += len(spoken) if chunk.type == "delete" else 0
-        for word in put if chunk.type == "insert" else spoken:
-            errors[word not in (listed if chunk.type == "insert" else names)] += 1
-    total = sum(word in names for word in words)
-    return errors[0], total, errors[1], len(words) - total, deleted, false, misplaced
+def count(speech: Speech, texts: Sequence[str], lists: Sequence[Sequence[str]]) -> dict[str, Counts]:
+    """The events of each measure in every utterance, and what they are counted against."""
+    said, written = ([normalize(text) for text in group] for group in (speech.texts, texts))
+    names, listed = ([set(map(normalize, group)) for group in groups] for groups in (speech.names, lists))
+    names_counts, others_counts = keyword_counts(said, written, listed)
+    deleted, false, misplaced = np.zeros((3, len(said)), np.int64)
+    for row, (reference, hypothesis) in enumerate(zip(said, written, strict=True)):
+        wrong = [(spoken, put) for spoken, put in align_words(reference, hypothesis) if spoken != put]
+        distractors = listed[row] - names[row]
+        deleted[row] = sum(put == GAP for _, put in wrong)
+        false[row] = sum(put in distractors for _, put in wrong)
+        misplaced[row] = sum(put in names[row] for _, put in wrong)
+    utterances = np.ones(len(said), np.int64)
+    return {
+        "B-WER": names_counts,
+        "U-WER": others_counts,
+        "deleted": Counts(deleted, names_counts.total + others_counts.total),
+        "false": Counts(false, utterances),
+        "misplaced": Counts(misplaced, utterances),
+    }
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What `count` says of every utterance, `[utterances, 7]`."""
-
-    rows: np.ndarray
-
-    @classmethod
-    def of(cls, speech: Speech, texts: Sequence[str], lists: Sequence[Sequence[str]]) -> "Counts":
-        rows = [
-            count(normal(spoken), normal(text), set(map(normal, names)), set(map(normal, listed)))
-            for spoken, text, names, listed in zip(speech.texts, texts, speech.names, lists, strict=True)
-        ]
-        return cls(np.array(rows))
-
-    def rates(self, measure: str, picks: np.ndarray) -> np.ndarray:
-        """The measure of each sample of utterances, `[samples]`."""
-        over, under = MEASURES[measure]
-        events = self.rows[:, over].sum(1)[picks].sum(-1)
-        total = self.rows[:, under].sum(1)[picks].sum(-1) if under else picks.shape[-1]
-        return 100 * events / np.maximum(total, 1)
-
-    def rate(self, measure: str) -> float:
-        return float(self.rates(measure, np.arange(len(self.rows))))
-
-    def interval(self, measure: str, base: "Counts | None" = None) -> str:
-        """The rate and its interval, or those of its difference to another's."""
-        picks = np.random.default_rng(0).integers(len(self.rows), size=(RESAMPLES, len(self.rows)))
-        resampled = self.rates(measure, picks) - (base.rates(measure, picks) if base else 0.0)
-        value = self.rate(measure) - (base.rate(measure) if base else 0.0)
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        return f"{value:+.2f} ({low:+.2f} to {high:+.2f})" if base else f"{value:.2f} ({low:.2f} to {high:.2f})"
-
-    def reduction(self, measure: str, base: "Counts") -> str:
-        """The relative change of a rate, and its interval."""
-        picks = np.random.default_rng(0).integers(len(self.rows), size=(RESAMPLES, len(self.rows)))
-        resampled = 100 * (self.rates(measure, picks) / np.maximum(base.rates(measure, picks), 1e-9) - 1)
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        return f"{100 * (self.rate(measure) / base.rate(measure) - 1):+.0f} % ({low:+.0f} to {high:+.0f})"
+def with_interval(value: Rate, style: str = ".2f", unit: str = "") -> str:
+    return f"{value.rate:{style}}{unit} ({value.low:{style}} to {value.high:{style}})"
 
 
 def changed(ours: dict[str, Any], base: dict[str, Any]) -> str:
@@ -301,12 +273,15 @@ def report(speech: Speech, done: dict[str, dict[str, Any]]) -> None:
             ours, plain = done[name], done[base]
             distractors = conditions(["lists", "ctc"])[name].distractors
             listed = lists(distractors or 0)
-            counts, none = (Counts.of(speech, record["texts"], listed) for record in (ours, plain))
-            cells = [title, "", counts.interval("B-WER"), "", counts.interval("U-WER"), "", counts.interval("deleted")]
+            counts, none = (count(speech, record["texts"], listed) for record in (ours, plain))
+            found = {measure: with_interval(rate([counts[measure]])) for measure in MEASURES}
+            cells = [title, "", found["B-WER"], "", found["U-WER"], "", found["deleted"]]
             if name != base:
-                cells[1], cells[3] = heard(speech, ours), counts.reduction("B-WER", none)
-                cells[5], cells[6] = counts.interval("U-WER", none), counts.interval("deleted", none)
-            cells += [counts.interval("false"), counts.interval("misplaced"), changed(ours, plain)]
+                changes = {measure: difference([none[measure]], [counts[measure]]) for measure in ("U-WER", "deleted")}
+                relative = relative_difference([none["B-WER"]], [counts["B-WER"]])
+                cells[1], cells[3] = heard(speech, ours), with_interval(relative, "+.0f", " %")
+                cells[5], cells[6] = (with_interval(change, "+.2f") for change in changes.values())
+            cells += [found["false"], found["misplaced"], changed(ours, plain)]
             print("| " + " | ".join(cells) + " |", flush=True)
 
     for way, base in (("gate", "none"), ("no gate", "none"), ("ctc", "ctc")):
@@ -325,19 +300,20 @@ def report(speech: Speech, done: dict[str, dict[str, Any]]) -> None:
         print(f"\nFirst {len(listed)} utterances, {CURVE} distractors\n\n| gate | boost | {' | '.join(MEASURES)} |")
         print(f"|{' --- |' * (2 + len(MEASURES))}")
         for name in ["none", *curve]:
-            counts = Counts.of(part, done[name]["texts"][:CURVE_UTTERANCES], listed)
+            counts = count(part, done[name]["texts"][:CURVE_UTTERANCES], listed)
             _, threshold, boost = name.split(", ") if name != "none" else ("", "none", "")
-            print(f"| {threshold} | {boost} | {' | '.join(f'{counts.rate(m):.2f}' for m in MEASURES)} |", flush=True)
+            values = " | ".join(f"{rate([counts[measure]]).rate:.2f}" for measure in MEASURES)
+            print(f"| {threshold} | {boost} | {values} |", flush=True)
 
 
-def ratios(modes: dict[str, Callable[[], float]], turns: int) -> dict[str, float]:
-    """The time that each mode reports over the first's: the median over turns in which each runs once."""
-    found: dict[str, list[float]] = {name: [] for name in modes}
-    for _ in range(turns):
-        seconds = {name: run() for name, run in modes.items()}
-        for name in modes:
-            found[name].append(seconds[name] / next(iter(seconds.values())))
-    return {name: statistics.median(values) for name, values in found.items()}
+def print_ratios(title: str, runs: dict[str, Callable[[], Any]], turns: int) -> None:
+    """Prints a Markdown table of the time of each run over the first's, compilation aside."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds = measure_in_turns({name: functools.partial(elapsed, run) for name, run in runs.items()}, turns)
+    print(f"\n| {title} | time |\n| --- | --- |")
+    for name, ratio in median_ratios(seconds).items():
+        print(f"| {name} | {ratio:.3f} |", flush=True)
 
 
 def invented_lists(seed: int) -> Iterator[list[tuple[str, None]]]:
@@ -359,15 +335,13 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     samples = rng.uniform(-0.1, 0.1, (batch, bucket.samples)).astype(np.float32)
     lengths = np.full(batch, bucket.samples, np.int32)
 
-    def sounds(keywords):
+    def make_candidates(keywords):
         return jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords and keywords.labels] * batch))
 
-    def encode(candidates) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(programs.encode(params, samples, lengths, candidates))
-        return time.perf_counter() - start
+    def encode(candidates) -> Encoded:
+        return programs.encode(params, samples, lengths, candidates)
 
-    audio = programs.encode(params, samples, lengths, sounds(None)).audio
+    audio = encode(make_candidates(None)).audio
     length = 20 + int(config.num_audio_tokens(bucket.samples // 320))
     tokens = np.full((batch, bucket.prompt), 5, np.int32)
     tokens[:, 10 : length - 10] = config.audio_token_id
@@ -403,15 +377,11 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
         run()
     sizes = {name: compiled_bytes(table) for name, table in tables.items()}
     print(f"\n| decode step, batch {batch} | time | compiled bytes |\n| --- | --- | --- |")
-    for name, ratio in ratios(steps, turns).items():
+    for name, ratio in median_ratios(measure_in_turns(steps, turns)).items():
         print(f"| {name} | {ratio:.3f} | {sizes[name] / next(iter(sizes.values())):.3f} |", flush=True)
-    arrays = {"no keywords": sounds(None), "2,000 keywords": sounds(gated)}
-    encodings = {name: functools.partial(encode, array) for name, array in arrays.items()}
-    for run in encodings.values():
-        run()
-    print(f"\n| encode and gate, batch {batch}, 5 s | time |\n| --- | --- |")
-    for name, ratio in ratios(encodings, turns).items():
-        print(f"| {name} | {ratio:.3f} |", flush=True)
+    candidates = {"no keywords": make_candidates(None), "2,000 keywords": make_candidates(gated)}
+    encodings = {name: functools.partial(encode, labels) for name, labels in candidates.items()}
+    print_ratios(f"encode and gate, batch {batch}, 5 s", encodings, turns)
 
     # Through the pipeline, where lists are placed as they are in use.
     compiled = [0]
@@ -429,9 +399,35 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     print(f"\nCompilations for later lists of the same bucket: {len(compiled) - first}")
 
 
+def gate_cost(tokenizer: Tokenizer, batch: int, seconds: float, turns: int) -> None:
+    """Prints the time of the gate over that of granite-4.0-1b-speech's encoder, with random weights in float32."""
+    config = Config.granite_4_0_1b()
+    params = {"encoder": jax.jit(lambda: granite_speech.init(config, jax.random.key(0))["encoder"])()}
+    rng = np.random.default_rng(0)
+    samples = rng.uniform(-0.1, 0.1, (batch, int(seconds * SAMPLE_RATE))).astype(np.float32)
+    lengths = np.full(batch, samples.shape[1], np.int32)
+
+    @jax.jit
+    def encode(params: Any, samples: jax.Array, lengths: jax.Array) -> jax.Array:
+        hidden = granite_speech.encode(config, params, log_mel(samples, lengths), num_frames(lengths)).hidden
+        return granite_speech.ctc_logits(config, params, hidden)
+
+    logits = encode(params, samples, lengths)
+    score = jax.jit(spotter.support)
+    names = next(invented_lists(seed=0))
+    for number in COUNTS[1:]:
+        keywords = prepare(names[:number], Biasing(), tokenizer, config.encoder.output_dim)
+        candidates = jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords.labels] * batch))
+        runs = {
+            "encoder": functools.partial(encode, params, samples, lengths),
+            "gate": functools.partial(score, logits, num_frames(lengths), candidates),
+        }
+        print_ratios(f"granite-4.0-1b-speech, batch {batch}, {seconds:g} s, {number:,} keywords", runs, turns)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["rates", "report", "cost"])
+    parser.add_argument("command", choices=["rates", "report", "cost", "gate"])
     parser.add_argument("audio", type=Path, nargs="?", help="a directory of synthesis.py")
     parser.add_argument("results", type=Path, nargs="?", help="JSON lines, one a condition")
     parser.add_argument("--checkpoint", default="demo")
@@ -439,11 +435,15 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="utterances; default all")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--turns", type=int, default=11, help="of timing")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of audio, for `gate`")
     args = parser.parse_args()
     if args.command != "report":
         asr = Transcriber.from_pretrained(args.checkpoint, dtype="float32", batch_size=args.batch)
     if args.command == "cost":
         cost(asr, args.batch, args.turns)
+        return
+    if args.command == "gate":
+        gate_cost(asr.tokenizer, args.batch, args.seconds, args.turns)
         return
     speech = Speech.read(args.audio, args.limit)
     setting = {

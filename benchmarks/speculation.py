@@ -1,6 +1,6 @@
 """What drafts save: passes of the language model, tokens a pass, throughput against greedy decoding, word error rates.
 
-    python benchmarks/speculation.py [--checkpoint demo] [--audio DIR] [--batch 8] [--sweep]
+    python benchmarks/speculation.py [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--sweep]
 
 Prints Markdown tables. Drafts are those of the encoder's CTC head, as they are and with 10 and 20 % of their words
 corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens
@@ -16,11 +16,10 @@ turns is printed.
 
 import argparse
 import dataclasses
+import functools
 import json
 import random
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
+from benchmarks.timing import elapsed, measure_in_turns, median_ratios
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.programs import Speculation
@@ -123,18 +123,11 @@ def notebook_passes(drafts: Sequence[Sequence[int]], greedy: list[Transcript]) -
     ]
 
 
-def time_in_turn(modes: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+def throughputs(modes: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     """Throughput of every mode over that of the first: the median over turns in which each runs once."""
-    ratios: dict[str, list[float]] = {name: [] for name in modes}
-    for _ in range(turns):
-        seconds = {}
-        for name, run in modes.items():
-            start = time.perf_counter()
-            run()
-            seconds[name] = time.perf_counter() - start
-        for name in modes:
-            ratios[name].append(next(iter(seconds.values())) / seconds[name])
-    return {name: statistics.median(values) for name, values in ratios.items()}
+    runs = {name: functools.partial(elapsed, run) for name, run in modes.items()}
+    seconds = measure_in_turns(runs, turns)
+    return median_ratios({name: [1 / value for value in values] for name, values in seconds.items()})
 
 
 def compare(ours: Transcriber, paper: Transcriber, params: Any, speech: Speech, turns: int) -> None:
@@ -159,7 +152,7 @@ def compare(ours: Transcriber, paper: Transcriber, params: Any, speech: Speech, 
                 for name in ("relaxed-accurate", "relaxed-fast")
             }
         found = {name: run() for name, run in modes.items()}
-        speed = time_in_turn(modes, turns)
+        speed = throughputs(modes, turns)
         passes = {name: passes_of(transcripts) for name, transcripts in found.items()}
         found["notebook"] = greedy
         passes["notebook"] = notebook_passes([ours.tokenizer.encode(text) for text in drafts], greedy)
@@ -205,7 +198,7 @@ def sweep(make: Callable[[Speculation], Transcriber], speech: Speech, turns: int
         }
         for run in modes.values():
             run()
-        columns.append(f"{time_in_turn(modes, turns)['lossless']:.2f}")
+        columns.append(f"{throughputs(modes, turns)['lossless']:.2f}")
         print(f"| {setting.window} | {' | '.join(columns)} |", flush=True)
 
 

@@ -122,5 +122,5 @@ batch.merge(work / "interrupted")
 print("the same text:", (work / "interrupted" / "transcripts.jsonl").read_text() == texts["all devices"])
 
 # %% [markdown]
-# Outside a notebook the job is `granite-jax batch manifest.jsonl --out DIR`; `deploy/` has manifests for Kubernetes, and
-# `granite_jax.batch.ray_data` runs it on Ray.
+# Outside a notebook the job is `granite-jax batch manifest.jsonl --out DIR`; `deploy/` has a manifest for Kubernetes,
+# and `granite_jax.batch.ray_data` runs it on Ray.

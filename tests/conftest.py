@@ -1,12 +1,14 @@
 """Eight emulated CPU devices, a compilation cache between runs, and array types checked at run time."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 # Before anything imports jax: a machine with an accelerator, too, tests on the CPU.
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import hypothesis
 import jax
 from jaxtyping import install_import_hook
 
@@ -28,3 +30,30 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         # An entry that another run is just writing is compiled again, which is no failure.
         config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
+
+
+# Property-based tests and random loops: the cases of each, by GRANITE_JAX_TESTS. They are the same ones in every run.
+for profile, cases in {"fast": 100, "ci": 500, "soak": 10_000}.items():
+    hypothesis.settings.register_profile(
+        profile,
+        max_examples=cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+hypothesis.settings.load_profile(os.environ.get("GRANITE_JAX_TESTS", "fast"))
+
+
+@pytest.fixture(scope="session")
+def num_cases() -> int:
+    """The cases of a loop over random inputs: as many as hypothesis tries."""
+    return hypothesis.settings.default.max_examples
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Ten short files in two directories, for batch jobs."""
+    from batch_jobs import write_corpus
+
+    return write_corpus(tmp_path / "corpus")

@@ -46,13 +46,13 @@ class Hub(http.server.ThreadingHTTPServer):
 def serve() -> Iterator[Hub]:
     """A running hub."""
     with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
+        thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
             yield hub
         finally:
             hub.shutdown()
-            thread.join()
+            thread.join(60)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -175,13 +175,13 @@ def test_decoding_stops_at_the_limit_when_the_header_keeps_silent():
     assert sum(map(len, blocks)) < 10 * SAMPLE_RATE
 
 
-def test_mutated_files_raise_nothing_but_audio_errors():
+def test_mutated_files_raise_nothing_but_audio_errors(num_cases):
     # Given files of all formats with damaged headers and bodies
     generator = random.Random(0)
     files = [encode(tone(0.2), form=form) for form in ("WAV", "FLAC", "OGG", "MP3")]
     files.append(encode(np.stack([tone(0.2)] * 2, 1), 44_100, subtype="FLOAT"))
     outcomes = {"read": 0, "refused": 0}
-    for _ in range(250):
+    for _ in range(num_cases):
         data = bytearray(generator.choice(files))
         reach = generator.choice([64, len(data)])
         for _ in range(generator.randint(1, 8)):
@@ -195,7 +195,7 @@ def test_mutated_files_raise_nothing_but_audio_errors():
         except AudioError as error:
             assert str(error).startswith("audio: ") and "\n" not in str(error)
             outcomes["refused"] += 1
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > num_cases / 5
 
 
 # What cannot be read.

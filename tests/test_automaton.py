@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_speculation import VOCABULARY, boosts_after, keyword_lists, pooled
 
@@ -20,7 +20,6 @@ def run_automata(automata, tokens, logits):
     return states, boosts, Bias.of(automata, VOCABULARY).best(logits, states)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
 def test_the_automaton_finds_what_a_plain_search_finds(data: st.DataObject, seed: int) -> None:
     # Given lists of keywords of which two are the same, and texts in which they occur in part or as a whole

@@ -68,7 +68,7 @@ def invoke(*arguments: str | Path) -> Result:
 def shell(*arguments: str | bytes | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Runs the command as a process, with pipes."""
     command = [sys.executable, "-W", "error", "-m", "granite_jax.cli", *arguments]
-    return subprocess.run(command, capture_output=True, check=False, **options)
+    return subprocess.run(command, capture_output=True, check=False, timeout=200, **options)
 
 
 def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: list[str]) -> None:
@@ -282,7 +282,7 @@ def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
     code += "from granite_jax import cli; sys.argv[0] = 'granite-jax'; cli.main()"
     command = [sys.executable, "-c", code, "convert", checkpoint, tmp_path / "own"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        command, capture_output=True, text=True, check=False, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     )
     assert (done.returncode, done.stdout) == (1, "")
     # Orbax's threads write there, too, even into the same line.

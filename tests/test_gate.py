@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_jax.keywords import spotter
@@ -26,7 +26,6 @@ def best_alignment(relative: np.ndarray, labels: list[int]) -> tuple[float, int,
     return best
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
 def test_scores_are_those_of_the_best_of_all_alignments(data: st.DataObject, seed: int) -> None:
     # Given logits of two utterances of different length, and keywords with doubled letters

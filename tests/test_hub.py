@@ -170,7 +170,7 @@ def test_the_command_takes_hub_ids(server: hub_server.Hub, tmp_path: Path) -> No
     own = tmp_path / "own"
     command = [sys.executable, "-m", "granite_jax.cli", "convert", REPO, own, "--revision", COMMIT, "--verify"]
     caches = {"HF_HUB_CACHE": str(tmp_path / "hub"), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | caches)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=os.environ | caches)
     assert (done.returncode, done.stderr) == (0, "")  # no bar of the client's in a pipe either
     parts = {part: sum(x.size for x in jax.tree.leaves(tree)) for part, tree in open_checkpoint(own).read().items()}
     sizes = ", ".join(f"{part} {count:,}" for part, count in sorted(parts.items()))

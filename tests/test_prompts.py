@@ -191,10 +191,10 @@ def test_prompts_have_the_ids_of_the_whole_rendered_text(reference, tokenizer, t
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_random_prompts_have_the_ids_of_the_whole_rendered_text(reference, tokenizer, template):
+def test_random_prompts_have_the_ids_of_the_whole_rendered_text(reference, tokenizer, template, num_cases):
     source, rendered = TEMPLATES[template]
     generator = random.Random(0)
-    for _ in range(100):
+    for _ in range(num_cases):
         text = "a" + "".join(generator.choice("abo k?.!-AS_|<>{}é日") for _ in range(generator.randrange(12))) + "o"
         assert (
             joined(ChatTemplate(source).tokens(tokenizer, text)) == reference.encode(rendered.replace("{}", text)).ids

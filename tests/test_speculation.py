@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
@@ -219,7 +219,6 @@ def hostile_drafts(draw: st.DrawFn, text: list[int]) -> list[int]:
 @pytest.mark.parametrize(
     ("rows", "window", "realign"), [(1, 4, "nearest"), (5, 4, "nearest"), (5, 1, "nearest"), (3, 7, "none")]
 )
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), seed=st.integers(0, 10_000))
 def test_lossless_is_greedy_whatever_the_drafts(
     rows: int, window: int, realign: str, data: st.DataObject, seed: int
@@ -260,7 +259,6 @@ def test_lossless_is_greedy_whatever_the_drafts(
     assert not np.asarray(state.tokens)[np.arange(ROOM) >= np.asarray(state.counts)[:, None]].any()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(data=st.data(), seed=st.integers(0, 10_000), threshold=st.sampled_from([0.0, 0.02, 0.2, 0.6]))
 def test_relaxed_is_the_papers_verification(data: st.DataObject, seed: int, threshold: float) -> None:
     # Given a random model and drafts that it finds more or less plausible

@@ -22,7 +22,7 @@ from granite_jax.evaluation.normalize import normalizer
 RESAMPLES = 2_000
 _CHUNK = 1 << 22  # utterances that are drawn at a time
 _TOKENIZERS = {"ja": "ja-mecab", "zh": "zh"}
-_GAP = ""  # no word is empty
+GAP = ""  # stands where a word has no counterpart: no word is empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +114,20 @@ def keyword_counts(
     """
     columns = np.zeros((len(references), 2, 2), np.int64)  # utterance; keyword or not; errors, words
     for row, reference, hypothesis, listed in zip(columns, references, hypotheses, keywords, strict=True):
-        # Backwards, so that alignments of equal cost are, but for few, chosen as by the lists' script.
-        said_words, heard_words = reference.split()[::-1], hypothesis.split()[::-1]
-        for said, heard in kaldialign.align(said_words, heard_words, _GAP, sclite_mode=True):
+        for said, heard in align_words(reference, hypothesis):
             group = row[0 if (said or heard) in listed else 1]
-            group += said != heard, said != _GAP
+            group += said != heard, said != GAP
     return Counts(columns[:, 0, 0], columns[:, 0, 1]), Counts(columns[:, 1, 0], columns[:, 1, 1])
+
+
+def align_words(reference: str, hypothesis: str) -> list[tuple[str, str]]:
+    """Pairs of a reference's word and the hypothesis's word in its place, in order, of texts that are normalised.
+
+    A missing word is paired with `GAP`, and so is an inserted one.
+    """
+    # Backwards, so that alignments of equal cost are, but for few, chosen as by the lists' script.
+    said_words, heard_words = reference.split()[::-1], hypothesis.split()[::-1]
+    return kaldialign.align(said_words, heard_words, GAP, sclite_mode=True)[::-1]
 
 
 def rate(sets: Sequence[Counts]) -> Rate:
@@ -130,6 +138,11 @@ def rate(sets: Sequence[Counts]) -> Rate:
 def difference(a: Sequence[Counts], b: Sequence[Counts]) -> Rate:
     """How much higher b's rate is than a's, of the same utterances: both are resampled together."""
     return _mean([(theirs.errors - ours.errors, ours.total) for ours, theirs in zip(a, b, strict=True)])
+
+
+def relative_difference(a: Sequence[Counts], b: Sequence[Counts]) -> Rate:
+    """How much higher b's rate is than a's, in percent of a's, of the same utterances: both are resampled together."""
+    return _mean([(theirs.errors - ours.errors, ours.errors) for ours, theirs in zip(a, b, strict=True)])
 
 
 def _mean(sets: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rate:

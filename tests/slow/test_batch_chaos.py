@@ -110,17 +110,22 @@ def lines(files: Files) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    """Starts a process."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a process. Those that a failed test leaves are killed, or Python would wait for them at its end."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
+    processes = []
 
     def start(*arguments: Any, **options: Any) -> Any:
         process = CONTEXT.Process(target=batch_worker.in_process, args=(temporary, *arguments), kwargs=options)
         process.start()
+        processes.append(process)
         return process
 
-    return start
+    yield start
+    for process in processes:
+        process.kill()
+        process.join(DEADLINE)
 
 
 def wait_for(condition: Callable[[], Any]) -> None:
@@ -159,7 +164,7 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
         if not worker.is_alive():
             break
         worker.kill()
-        worker.join()
+        worker.join(DEADLINE)
         kills += 1
     # When it ends by itself, then every utterance is there once, byte by byte as undisturbed
     assert worker.exitcode == 0
@@ -206,9 +211,11 @@ def test_a_listing_is_agreed_on_by_racing_workers(tmp_path: Path) -> None:
         out = tmp_path / "out"
         options = {"part_size": PART, "num_shards": 8}
         workers = [pool.submit(batch_worker.run, corpus, out, shard=shard, **options) for shard in range(8)]
-        summaries = [worker.result() for worker in workers]
-        done.set()
-        disturbance.result()
+        try:
+            summaries = [worker.result(DEADLINE) for worker in workers]
+        finally:
+            done.set()
+        disturbance.result(DEADLINE)
     # Then they agree on one listing, and do all of it
     assert len({summary.fingerprint for summary in summaries}) == 1
     assert batch.merge(out)["entries"] == sum(summary.entries for summary in summaries)
@@ -222,7 +229,7 @@ def test_a_full_disk_loses_nothing_that_was_committed(
     worker = start(batch_worker.run, corpus.manifest, out, seconds=0.002, part_size=PART, allow=ALLOW)
     wait_for(lambda: count(out) > 5)
     worker.kill()
-    worker.join()
+    worker.join(DEADLINE)
     before = parts(out)
     # When the job is run with room for less than a part, then it ends with an error, and leaves nothing half written
     quota = min(map(len, undisturbed.values())) - 1

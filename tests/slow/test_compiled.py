@@ -38,9 +38,8 @@ def reports() -> dict[str, dict]:
     # Without the lock of libtpu.so, which is there to share out chips: none is used, and other tests may run as well.
     environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu()), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     arguments = ["--topology", "v5e:2x4", "--batch", "64", "--capacity", "544"]
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(SCRIPT), *arguments]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     return {line["program"]: line for line in lines}
@@ -74,8 +73,8 @@ def test_the_command_says_what_does_not_fit() -> None:
     # Given the embedded checkpoint, when it is planned with batches that no chip has memory for
     environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu())}
     command = [sys.executable, "-m", "granite_jax.cli", "plan", "--topology", "v5e:2x2", "--checkpoint", "demo"]
-    options = ["--seconds", "5", "--batch", "500000"]
-    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+    command += ["--seconds", "5", "--batch", "500000"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
 
     # Then it says so, by its exit status, too, and what libtpu has to say is not there
     assert (done.returncode, done.stderr) == (1, "")

@@ -100,7 +100,7 @@ def test_one_command_names_another_repository(tmp_path: Path) -> None:
         copy.write_text(path.read_text())
     (former,) = re.findall(r"github\.com/([\w.-]+/[\w.-]+)", cells("1_quickstart").cells[1].source)
     command = [sys.executable, str(tmp_path / "colab" / "pairs.py"), "--repository", "someone/a-fork.jax"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=60)
     for path in [*(tmp_path / "colab").glob("[0-9]*"), tmp_path / "README.md"]:
         text = path.read_text()
         assert "someone/a-fork.jax" in text
@@ -127,6 +127,7 @@ def test_the_installation_is_for_the_machines_accelerator(tmp_path: Path, device
         capture_output=True,
         text=True,
         check=True,
+        timeout=60,
     )
     assert done.stdout == f"-m pip install --quiet colab/..[{extras}]\n"
 

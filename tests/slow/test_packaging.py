@@ -30,7 +30,7 @@ def run(code: str, *arguments: str | Path, path: Path) -> str:
         f"import site, sys; sys.path += {packages}; sys.path.insert(0, {str(path)!r}); site.addsitedir(sys.path[0])"
     )
     command = [sys.executable, "-W", "error", "-P", "-S", "-c", f"{program}; {code}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -40,7 +40,7 @@ def build(kind: str, source: Path, destination: Path) -> Path:
     destination.mkdir()
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
     command = [sys.executable, "-c", f"import sys; {code}", str(destination)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return destination / done.stdout.splitlines()[-1]
 
