@@ -10,18 +10,32 @@ LIBTPU := libtpu==0.0.52
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Files that share compiled programs go to one worker.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: demo test lint types parity notebooks demo-checkpoint clean
+.PHONY: demo test test-slow test-all soak lint types parity notebooks demo-checkpoint clean
 
 demo: $(VENV)/.package
 	$(PY) samples/demo.py
 
-test: $(VENV)/.test $(VENV)/.libtpu
-	$(PY) -m pytest -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+# What a newcomer runs: minutes, and no Ray, TensorFlow, Jupyter or TPU compiler.
+test: $(VENV)/.test
+	$(PYTEST) $(ARGS)
+
+# Processes that are killed, Ray, notebooks, packaging, the TPU compiler, the examples of the documentation, more random cases.
+test-slow: $(VENV)/.test-slow $(VENV)/.libtpu
+	GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" $(ARGS)
+
+test-all: test test-slow
+
+# By hand: 10,000 random cases an entry, hours of audio, further topologies.
+soak: $(VENV)/.test-slow $(VENV)/.libtpu
+	GRANITE_JAX_TESTS=soak $(PYTEST) tests/test_*.py tests/slow -m "soak or fuzz" --timeout=7200 -o faulthandler_timeout=7300 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/.dev
 	$(PY) -m pyright --pythonpath $(PY)
@@ -30,7 +44,7 @@ parity: $(VENV)/.parity
 	$(PY) -m pytest tests/parity $(ARGS)
 
 # The notebooks from their scripts (REPOSITORY=owner/name: installing from there), and the README's picture.
-notebooks: $(VENV)/.test
+notebooks: $(VENV)/.test-slow
 	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
 	$(PY) -m granite_jax.cli transcribe granite_jax/evaluation/heldout_clips/heldout-2-000250.ogg --plot colab/overview.png
 
@@ -52,7 +66,7 @@ $(VENV)/.package: pyproject.toml | $(VENV)/.created
 	@touch $@
 
 # The package with an extra.
-$(VENV)/.test $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml | $(VENV)/.created
+$(VENV)/.test $(VENV)/.test-slow $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml | $(VENV)/.created
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
@@ -63,7 +77,7 @@ $(VENV)/.parity: pyproject.toml | $(VENV)/.created
 	rm -f $(VENV)/lib/python3*/site-packages/torchaudio/lib/*.so
 	@touch $@
 
-# The TPU compiler, for tests/test_compiled.py. Beside the packages, not among them, where every `import jax` would look for a
+# The TPU compiler, for tests/slow/test_compiled.py. Beside the packages, not among them, where every `import jax` would look for a
 # TPU; --no-deps and --target leave the rest alone.
 $(VENV)/.libtpu: | $(VENV)/.created
 ifeq ($(shell uname -sm),Linux x86_64)

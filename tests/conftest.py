@@ -32,6 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache")
 
 
+# Files whose tests share compiled programs, hence one worker; and what takes longest, which therefore begins first.
+GROUPS = {"test_keyword_transcriber": "random", "test_speculative_transcriber": "random"}
+HEAVY = ("test_sharding", "test_model", "test_transcriber", "test_speculation", "random", "test_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.stem, item.path.stem)))
+    items.sort(key=lambda item: _rank(GROUPS.get(item.path.stem, item.path.stem)))
+
+
+def _rank(group: str) -> int:
+    return HEAVY.index(group) if group in HEAVY else len(HEAVY)
+
+
 # Property-based tests and random loops: the cases of each, by GRANITE_JAX_TESTS. They are the same ones in every run.
 for profile, cases in {"fast": 100, "ci": 500, "soak": 10_000}.items():
     hypothesis.settings.register_profile(

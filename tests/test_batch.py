@@ -238,6 +238,7 @@ def test_the_command_runs_and_merges(corpus: Path, tmp_path: Path, monkeypatch: 
     assert "GRANITE_JAX_NUM_SHARDS is not set" in invoke(corpus, "--out", out)[2]
 
 
+@pytest.mark.slow
 def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
     # Given a few recordings, when they are a job of the embedded checkpoint, then each line is what transcribe() gives
     from granite_jax import Transcriber

@@ -33,6 +33,7 @@ def transcripts(asr, clips) -> list[gj.Transcript]:
     return asr.transcribe([CLIPS / clip["audio"] for clip in clips])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ctc_text", "text"])
 def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
     # Given 300 clips of new sentences with unseen names, some noisy
@@ -44,6 +45,7 @@ def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
     assert score(references, hypotheses).wer.rate <= 5.0
 
 
+@pytest.mark.slow
 def test_speculation_is_lossless_and_saves_passes(asr, clips, transcripts):
     # Given greedy decoding without drafts
     greedy = asr.transcribe([CLIPS / clip["audio"] for clip in clips], speculative=False)
@@ -60,6 +62,7 @@ def test_speculation_is_lossless_and_saves_passes(asr, clips, transcripts):
     assert 5 * sum(t.stats["llm_passes"] for t in transcripts) <= sum(len(t.tokens) for t in transcripts)
 
 
+@pytest.mark.slow
 def test_every_clip_ends_by_itself(transcripts):
     # Then no transcript ran into its limit of new tokens
     assert [t.audio for t in transcripts if t.stats["finish"] != "end"] == []

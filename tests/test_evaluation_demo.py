@@ -44,6 +44,7 @@ def test_the_demos_set_is_read_without_tensorflow(clips: Path, tmp_path: Path) -
         heldout.prepare(tmp_path, tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_demo_is_evaluated_for_real(clips: Path, tmp_path: Path) -> None:
     # Given the clips as a TFDS data set, when the embedded checkpoint is evaluated on it, then hardly a word is wrong
     prepared = heldout.prepare(tmp_path, clips)

@@ -22,6 +22,8 @@ from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.pretrained import open_checkpoint
 
+pytestmark = pytest.mark.fuzz
+
 SLACK = 3 << 20  # Python's objects for a header and the parameter tree's shapes
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 1, "hidden_dim": 4, "dim_head": 2, "max_pos_emb": 40, "output_dim": 6},

@@ -119,6 +119,7 @@ def test_activations_logits_and_tokens_are_those_of_transformers(name, tmp_path)
         np.testing.assert_array_equal(chosen_by.argmax(-1)[decided], golden[f"{sound}/tokens"][decided])
 
 
+@pytest.mark.slow
 def test_tokens_do_not_depend_on_batch_order_or_bucket(checkpoint, config, params, utterances):
     # Given every utterance transcribed alone
     def transcribe(batch: int, seconds: float, rows):
@@ -294,6 +295,7 @@ def test_long_prompts_in_chunks_of_queries_equal_the_whole(config, params, monke
     np.testing.assert_allclose(chunked_cache.k, cache.k, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_and_stop_at_the_end_of_the_samples(config, params, utterances):
     # Given a short and a long utterance with prompts
     samples, lengths = padded([utterances[0], utterances[1]], 48_000, 0.5)

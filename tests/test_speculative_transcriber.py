@@ -64,6 +64,7 @@ def test_a_draft_of_the_callers_own_is_used_for_any_task(pipeline: SimpleNamespa
     assert sum(t.stats["llm_passes"] for t in found) < sum(t.stats["llm_passes"] for t in greedy)
 
 
+@pytest.mark.slow
 def test_relaxed_mode_is_the_papers_three_steps(pipeline: SimpleNamespace) -> None:
     # Given thresholds between the utterances' entropies, and between the drafts' likelihoods
     asr = pipeline.asr
@@ -152,6 +153,7 @@ def test_all_modes_share_three_programs_a_bucket(pipeline: SimpleNamespace) -> N
     assert pipeline.asr.compilations == 3
 
 
+@pytest.mark.slow
 def test_a_text_that_fills_the_models_last_position(tmp_path: Path) -> None:
     # Given a model with room for the prompt and 8 tokens, to the position
     audio = 0.1 * np.random.default_rng(5).standard_normal(16_000).astype(np.float32)

@@ -30,6 +30,7 @@ def params(config):
     return granite_speech.init(config, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_ctc_steps_learn_one_batch_and_keep_real_running_statistics(config, params):
     # Given one batch of noise with labels, and a fresh encoder
     rng = np.random.default_rng(0)
