@@ -10,6 +10,7 @@ noise, so every row is of full length. granite_jax and transformers run one afte
 The output is a probe of what is installed, one JSON object for every measurement as soon as it is made, and Markdown
 tables. Without torch or transformers, the tables have no numbers of theirs. If a Python package is missing, the probe
 prints the command that downloads its wheel elsewhere; wheels in the directory `--wheels` are used as if installed.
+The exit status is 1 if something of granite_jax could not be measured.
 
 What the tables mean:
 
@@ -181,7 +182,7 @@ class Bench:
         try:
             return action()
         except Exception as error:  # every framework has a class of its own for too little memory
-            self.emit("failed", name=name, error=f"{type(error).__name__}: {error}"[:400])
+            self.emit("failed", name=name, error=f"{type(error).__name__}: {' '.join(str(error).split())}"[:400])
             return None
 
     def once(self, name: str, action: Action) -> Any:
@@ -582,6 +583,7 @@ def main() -> None:
     for text in report(rows, work):
         print(f"\n{text}")
     print(f"\n{time.perf_counter() - began:.0f} s in all")
+    sys.exit(any((row["part"], row["kind"]) == ("jax", "failed") for row in rows))
 
 
 if __name__ == "__main__":
