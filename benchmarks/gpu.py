@@ -246,11 +246,12 @@ def run_jax(work: Workload, bench: Bench) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from granite_jax import model
-    from granite_jax.config import Config
     from granite_jax.decoding import no_keywords
-    from granite_jax.gate import candidates
-    from granite_jax.programs import Programs, make_bucket, pad_drafts
+    from granite_jax.inference.buckets import make_bucket
+    from granite_jax.inference.programs import Programs, pad_drafts
+    from granite_jax.keywords.spotter import candidates
+    from granite_jax.model import granite_speech
+    from granite_jax.model.config import Config
 
     device, wait = jax.devices()[0], jax.block_until_ready
     bench.emit("once", name="import", seconds=time.perf_counter() - began)
@@ -282,7 +283,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
 
     @jax.jit
     def random(key: jax.Array) -> Any:
-        params = model.init(config, key, jnp.bfloat16)
+        params = granite_speech.init(config, key, jnp.bfloat16)
         embedding = jax.random.normal(key, (config.decoder.vocab_size, config.decoder.hidden_size), jnp.bfloat16)
         params["decoder"]["embedding"]["embedding"] = embedding
         params["decoder"]["head"]["kernel"] = jnp.roll(embedding, 1, axis=0).T
