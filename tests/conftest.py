@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,22 @@ hypothesis.settings.load_profile(os.environ.get("GRANITE_JAX_TESTS", "fast"))
 def num_cases() -> int:
     """The cases of a loop over random inputs: as many as hypothesis tries."""
     return hypothesis.settings.default.max_examples
+
+
+@pytest.fixture(scope="session")
+def random_asr(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Transcriber with random weights and one bucket, of four rows up to 3 s: three programs."""
+    from hf_fixture import write_random_checkpoint
+
+    from granite_jax import Transcriber
+    from granite_jax.inference.buckets import Bucket
+
+    directory = tmp_path_factory.mktemp("random")
+    write_random_checkpoint(directory, seed=1)
+    buckets = [Bucket(4, 48_000, 140, 170)]
+    return Transcriber.from_pretrained(
+        directory, dtype="float32", batch_size=4, buckets=buckets, compilation_cache=False
+    )
 
 
 @pytest.fixture

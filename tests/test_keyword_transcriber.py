@@ -6,28 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hf_fixture import write_random_checkpoint
 from typer.testing import CliRunner
 
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.decoding import FullError, pool
-from granite_jax.inference.buckets import Bucket
 
 LIMIT = 12
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    directory = tmp_path_factory.mktemp("random")
-    write_random_checkpoint(directory, seed=1)
-    asr = gj.Transcriber.from_pretrained(
-        directory, dtype="float32", batch_size=4, buckets=[Bucket(4, 48_000, 140, 170)], compilation_cache=False
-    )
+def pipeline(random_asr: gj.Transcriber) -> SimpleNamespace:
     rng = np.random.default_rng(0)
     audio = [0.1 * rng.standard_normal(int(16_000 * s)).astype(np.float32) for s in (1.0, 2.0, 1.5, 2.5, 0.7, 3.0)]
-    run = functools.partial(asr.transcribe, audio, max_new_tokens=LIMIT)
-    return SimpleNamespace(asr=asr, audio=audio, run=run, plain=run())
+    run = functools.partial(random_asr.transcribe, audio, max_new_tokens=LIMIT)
+    return SimpleNamespace(asr=random_asr, audio=audio, run=run, plain=run())
 
 
 def tokens_of(transcripts: list[gj.Transcript]) -> list[tuple[int, ...]]:

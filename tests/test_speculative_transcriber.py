@@ -24,13 +24,8 @@ LIMIT = 10
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    directory: Path = tmp_path_factory.mktemp("random")
-    write_random_checkpoint(directory, seed=1)
-    bucket = Bucket(4, 48_000, 110, 140)
-    asr = gj.Transcriber.from_pretrained(
-        directory, dtype="float32", batch_size=4, buckets=[bucket], compilation_cache=False
-    )
+def pipeline(random_asr: gj.Transcriber) -> SimpleNamespace:
+    asr = random_asr
     rng = np.random.default_rng(0)
     audio = [0.1 * rng.standard_normal(int(16_000 * seconds)).astype(np.float32) for seconds in SECONDS]
     texts = asr.transcribe(audio, speculative=False, max_new_tokens=LIMIT)
