@@ -1,6 +1,8 @@
 """Eight emulated CPU devices, a compilation cache between runs, and array types checked at run time."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
 import jax
+import optax
+from flax import nnx
 from jaxtyping import install_import_hook
 
 DEVICES = 8
@@ -18,6 +22,22 @@ DEVICES = 8
 CHECKED = ["array_types", "model", "inference.programs", "decoding"]
 
 install_import_hook([f"granite_jax.{module}" for module in CHECKED], "array_checks.check_signature")
+
+
+def _promoting(function: Callable) -> Callable:
+    """A function of a library that relies on implicit changes of dtype, under JAX's own rules for these."""
+
+    @functools.wraps(function)
+    def promoting(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return promoting
+
+
+# bfloat16 activations less their float32 mean; a float to the power of an int32 count.
+nnx.LayerNorm.__call__ = _promoting(nnx.LayerNorm.__call__)
+optax.tree.bias_correction = _promoting(optax.tree.bias_correction)
 
 
 def pytest_configure(config: pytest.Config) -> None:

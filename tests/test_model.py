@@ -312,7 +312,7 @@ def test_gradients_are_finite_and_stop_at_the_end_of_the_samples(config, params,
             audio = granite_speech.project(config, params, encoded.hidden, frames)
             logits, _ = granite_speech.prefill(config, params, jnp.asarray(tokens), jnp.asarray(token_lengths), audio)
             ctc = jax.nn.log_softmax(granite_speech.ctc_logits(config, params, encoded.hidden))
-            valid = jnp.arange(ctc.shape[1]) < frames[:, None]
+            valid = jnp.arange(ctc.shape[1])[None, :] < frames[:, None]
             return -jax.nn.log_softmax(logits)[..., 9].sum() - jnp.where(valid, ctc[..., 40], 0).mean()
 
         return jax.grad(loss, argnums=(0, 1))(params, samples)

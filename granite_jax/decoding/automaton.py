@@ -163,7 +163,8 @@ class Automata:
             # A root that fails to itself has been searched.
             return states, boosts, searching & ~found & (failed != carry[0])
 
-        return jax.lax.while_loop(lambda carry: carry[2].any(), search, (states, states * 0.0, states > 0))[:2]
+        boosts = states.astype(jnp.float32) * 0.0
+        return jax.lax.while_loop(lambda carry: carry[2].any(), search, (states, boosts, states > 0))[:2]
 
     def walk(
         self, states: Lengths, tokens: Tokens, count: Int[Array, ""]
@@ -178,17 +179,18 @@ class Automata:
             return states, found, jax.lax.dynamic_update_slice_in_dim(lifts, lift[:, None], i, axis=1)
 
         found = jnp.zeros((1, tokens.shape[1] + 1), jnp.int32) + states[:, None]
+        lifts = found[:, 1:].astype(jnp.float32) * 0.0
         if tokens.shape[1] == 0:
-            return found, found[:, 1:] * 0.0
+            return found, lifts
         # Without keywords there is nothing to walk.
         count = jnp.where((states > 0).any(), count, 0)
-        return jax.lax.fori_loop(0, count, step, (states, found, found[:, 1:] * 0.0))[1:]
+        return jax.lax.fori_loop(0, count, step, (states, found, lifts))[1:]
 
     def _edge(self, states: Lengths, tokens: Lengths) -> Lengths:
         """The edge of a state that a token takes, -1 for none."""
         size = self.slots.shape[0] - _PROBES + 1
         home = _home(states.astype(jnp.uint32), tokens.astype(jnp.uint32), self.seed, size).astype(jnp.int32)
-        probed = self.slots[home[..., None] + jnp.arange(_PROBES)]
+        probed = self.slots[home[:, None] + jnp.arange(_PROBES)[None, :]]
         hit = (probed[..., 0] == states[..., None]) & (probed[..., 1] == tokens[..., None])
         return jnp.where(hit, probed[..., 2], -1).max(axis=-1)
 
@@ -255,7 +257,7 @@ class Bias:
             return start + _CHUNK, bias.at[jnp.arange(len(roots))[:, None], tokens].max(boosts)
 
         begin, end = automata.first[roots], automata.first[roots + 1]
-        bias = jnp.zeros((1, vocabulary)) + begin[:, None] * 0.0
+        bias = jnp.zeros((1, vocabulary)) + begin[:, None].astype(jnp.float32) * 0.0
         bias = jax.lax.while_loop(lambda carry: (carry[0] < end).any(), add, (begin, bias))[1]
         return cls(automata, bias)
 
@@ -286,7 +288,7 @@ class Bias:
 
 def _edges(automata: Automata, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens and boosts of the next edges from `start` on; boosts from `end` on are 0."""
-    place = start[..., None] + jnp.arange(_CHUNK)
+    place = start[..., None] + jax.lax.broadcasted_iota(jnp.int32, (*start.shape, _CHUNK), start.ndim)
     inside = place < end[..., None]
     place = jnp.where(inside, place, 0)
     return automata.tokens[place], jnp.where(inside, automata.boosts[place], 0.0)

@@ -30,11 +30,11 @@ class Draft:
     @property
     def inside(self) -> Bool[Array, "b n"]:
         """Positions that hold a token."""
-        return jnp.arange(self.tokens.shape[1]) < self.lengths[:, None]
+        return jnp.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
 
     def window(self, cursor: Lengths, width: int) -> Tokens:
         """The `width` tokens from `cursor` on; those past the end mean nothing."""
-        place = jnp.minimum(cursor[:, None] + jnp.arange(width), self.tokens.shape[1] - 1)
+        place = jnp.minimum(cursor[:, None] + jnp.arange(width)[None, :], self.tokens.shape[1] - 1)
         return jnp.take_along_axis(self.tokens, place, axis=1)
 
 
@@ -56,10 +56,10 @@ def nearest_token(draft: Draft, expected: Lengths, token: Lengths) -> Lengths:
     draft  "call | dak|f|iki | now"     the decoder wrote "iki" for " dak": goes on at " now";
                                         had it written " dag", which is nowhere: at "f"
     """
-    positions = jnp.arange(draft.tokens.shape[1])
+    positions = jnp.arange(draft.tokens.shape[1])[None, :]
     offset = positions - expected[:, None]
     matches = draft.inside & (draft.tokens == token[:, None])
-    rank = jnp.where(matches, 2 * jnp.abs(offset) + (offset < 0), jnp.iinfo(jnp.int32).max)
+    rank = jnp.where(matches, 2 * jnp.abs(offset) + (offset < 0).astype(jnp.int32), jnp.iinfo(jnp.int32).max)
     place = jnp.argmin(rank, axis=1).astype(jnp.int32)
     return jnp.where(matches.any(axis=1), place + 1, jnp.minimum(expected + 1, draft.lengths))
 

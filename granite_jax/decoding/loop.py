@@ -72,7 +72,7 @@ class Proposed:
 def with_end(draft: Draft, end_of_text: int) -> Tokens:
     """The draft's tokens and end-of-text after the last: int32 `[b, n + 1]`."""
     tokens = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
-    return jnp.where(jnp.arange(tokens.shape[1]) == draft.lengths[:, None], end_of_text, tokens)
+    return jnp.where(jnp.arange(tokens.shape[1])[None, :] == draft.lengths[:, None], end_of_text, tokens)
 
 
 def choose(
@@ -149,7 +149,8 @@ def decode(
     def accept(state: DecodeState, chosen: Tokens, agreed: Lengths, states: Int[Array, "b p"]) -> DecodeState:
         """`states` are the automaton's before each of `chosen`, of which the last one taken was not proposed."""
         before, last = (jnp.take_along_axis(x, agreed[:, None], axis=1)[:, 0] for x in (states, chosen))
-        state = dataclasses.replace(state, passes=state.passes + ~state.finished).accept(chosen, agreed, end_of_text)
+        passes = state.passes + (~state.finished).astype(jnp.int32)
+        state = dataclasses.replace(state, passes=passes).accept(chosen, agreed, end_of_text)
         return dataclasses.replace(
             state,
             cursor=realign(draft, state.cursor, state.pending),
@@ -162,7 +163,7 @@ def decode(
         states, _ = bias.automata.walk(state.matched, proposals, jnp.int32(width))
         logits, cache = step(jnp.concatenate([state.pending[:, None], proposals], axis=1), state.cache)
         choices = choose(logits, bias, states, end_of_text=end_of_text, never=never)
-        agrees = (proposals == choices[:, :-1]) & (jnp.arange(width) < state.proposable[:, None])
+        agrees = (proposals == choices[:, :-1]) & (jnp.arange(width)[None, :] < state.proposable[:, None])
         # Rolled back at once: rows that are done stay where they are and never run past the capacity.
         cache = cache.rolled_back(state.cache.lengths)
         return accept(dataclasses.replace(state, cache=cache), choices, _leading(agrees), states)
@@ -225,9 +226,9 @@ def _judge(verified: Verified, draft: Draft, thresholds: Float[Array, "b"], end_
     proposed = with_end(draft, end_of_text)
     relaxed = jnp.isfinite(thresholds)[:, None]
     passes = jnp.where(relaxed, verified.likelihoods > thresholds[:, None], proposed == verified.choices)
-    passes &= jnp.arange(proposed.shape[1]) <= draft.lengths[:, None]
+    passes &= jnp.arange(proposed.shape[1])[None, :] <= draft.lengths[:, None]
     agreed = _leading(passes)
-    chosen = jnp.where(jnp.arange(proposed.shape[1]) < agreed[:, None], proposed, verified.choices)
+    chosen = jnp.where(jnp.arange(proposed.shape[1])[None, :] < agreed[:, None], proposed, verified.choices)
     return chosen, jnp.minimum(agreed, draft.lengths)
 
 

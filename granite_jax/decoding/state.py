@@ -88,11 +88,11 @@ class DecodeState:
           The state with the cache holding what was accepted, except the token now pending. End-of-text ends a row,
           wherever it is among the tokens, and is not kept. `cursor` has moved past the accepted proposals.
         """
-        step = jnp.arange(chosen.shape[1])
+        step = jnp.arange(chosen.shape[1])[None, :]
         run = jnp.where(self.finished, 0, jnp.minimum(agreed + 1, self.limits - self.counts))
         ends = (chosen == end_of_text) & (step < run[:, None])
         kept = jnp.minimum(run, jnp.where(ends, step, chosen.shape[1]).min(axis=1))
-        place = jnp.arange(self.tokens.shape[1]) - self.counts[:, None]
+        place = jnp.arange(self.tokens.shape[1])[None, :] - self.counts[:, None]
         placed = jnp.take_along_axis(chosen, jnp.clip(place, 0, chosen.shape[1] - 1), axis=1)
         last = jnp.take_along_axis(chosen, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
         used = jnp.minimum(agreed, kept)

@@ -128,7 +128,7 @@ class Programs:
         end_of_text = self.config.decoder.eos_token_id
         # No draft is longer than its row's limit, which leaves room for as much.
         width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
-        place = jnp.arange(width) - lengths[:, None]
+        place = jnp.arange(width)[None, :] - lengths[:, None]
         drafted = jnp.take_along_axis(draft.tokens, jnp.clip(place, 0, draft.tokens.shape[1] - 1), axis=1)
         prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
         return granite_speech.prefill_reduced(

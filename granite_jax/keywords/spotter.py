@@ -135,4 +135,4 @@ def _align(
     scores = (none, worst, worst[..., 0])
     spans = (zeros, zeros, zeros[..., 0], zeros[..., 0])
     (_, _, best), (_, _, start, end) = jax.lax.fori_loop(0, frames, step, (scores, spans))
-    return best / jnp.maximum(real.sum(axis=2), 1), start, end
+    return best / jnp.maximum(real.sum(axis=2), 1).astype(jnp.float32), start, end

@@ -69,7 +69,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, h: Hidden) -> Hidden:
         wide = h.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return wide.astype(h.dtype) * self.scale[...].astype(h.dtype)
+        return wide.astype(h.dtype) * self.scale[None, None, :].astype(h.dtype)
 
 
 def _rotate(x: Float[Array, "b k p h"], cos: Float[Array, "b p h"], sin: Float[Array, "b p h"]) -> jax.Array:
@@ -127,12 +127,12 @@ class Attention(nnx.Module):
         def mixed(weights, values):
             return jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(values.dtype), values)
 
-        causal = jnp.arange(k.shape[2]) <= offset + jnp.arange(q.shape[3])[:, None]
+        causal = jnp.arange(k.shape[2])[None, :] <= offset + jnp.arange(q.shape[3])[:, None]
         own = scored(k, causal)
         if cached is None:
             return mixed(jax.nn.softmax(own), v)
         cached_k, cached_v, lengths = cached
-        filled = jnp.arange(cached_k.shape[2]) < lengths[:, None, None, None, None]
+        filled = (jnp.arange(cached_k.shape[2])[None, :] < lengths[:, None])[:, None, None, None, :]
         # One softmax over two places: the cache is never joined with the new keys, which would copy it.
         past = scored(cached_k, filled)
         peak = jnp.maximum(past.max(-1, keepdims=True), own.max(-1, keepdims=True))
@@ -216,6 +216,6 @@ class Decoder(nnx.Module):
     def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine tables in float32: `[b, p, h]`."""
         half = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
-        angles = positions[..., None].astype(jnp.float32) * self.config.rope_theta**-half
+        angles = positions[..., None].astype(jnp.float32) * (self.config.rope_theta**-half)[None, None, :]
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)

@@ -89,9 +89,11 @@ class BatchNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         if train:
             mean = jnp.mean(wide, axis=(0, 1), where=valid[..., None])
-            statistics = BatchStatistics(mean, jnp.mean((wide - mean) ** 2, axis=(0, 1), where=valid[..., None]))
-        scale = self.scale[...] * jax.lax.rsqrt(statistics.var + 1e-5)
-        return ((wide - statistics.mean) * scale + self.bias[...]).astype(x.dtype), statistics
+            centered = wide - mean[None, None, :]
+            statistics = BatchStatistics(mean, jnp.mean(centered**2, axis=(0, 1), where=valid[..., None]))
+        scale = self.scale[...].astype(jnp.float32) * jax.lax.rsqrt(statistics.var + 1e-5)
+        centered, bias = wide - statistics.mean[None, None, :], self.bias[...].astype(jnp.float32)
+        return (centered * scale[None, None, :] + bias[None, None, :]).astype(x.dtype), statistics
 
 
 class ConvolutionModule(nnx.Module):
@@ -118,7 +120,7 @@ class ConvolutionModule(nnx.Module):
         kernel = self.depthwise[...].astype(jnp.float32)
         size, frames = len(kernel), x.shape[1]
         padded = jnp.pad(x, ((0, 0), (size // 2, size // 2 - (size + 1) % 2), (0, 0))).astype(jnp.float32)
-        shifted = (padded[:, i : i + frames] * kernel[i] for i in range(size))
+        shifted = (padded[:, i : i + frames] * kernel[None, None, i] for i in range(size))
         return jnp.asarray(sum(shifted), x.dtype)
 
 
@@ -174,7 +176,7 @@ class Encoder(nnx.Module):
 
         `train` normalises by the batch's own statistics; `capture_layers` keeps every block's output.
         """
-        valid = jnp.arange(features.shape[1]) < lengths[:, None]
+        valid = jnp.arange(features.shape[1])[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)
 
         def block(h, layer_and_index):

@@ -65,13 +65,13 @@ def log_mel(samples: Samples, lengths: Lengths) -> Features:
     with jax.default_matmul_precision("highest"):
         mel = _power_spectrum(_frames(samples, lengths)) @ _mel_filters()
     log = jnp.log10(jnp.maximum(mel, 1e-10))
-    valid = jnp.arange(log.shape[1]) < (lengths // HOP + 1)[:, None]
+    valid = jnp.arange(log.shape[1])[None, :] < (lengths // HOP + 1)[:, None]
     # The maximum includes an odd last frame, which stacking then drops.
     peak = jnp.max(jnp.where(valid[..., None], log, -jnp.inf), axis=(1, 2), keepdims=True)
     log = jnp.maximum(log, peak - 8.0) / 4.0 + 1.0
     batch, mel_frames, _ = log.shape
     stacked = log[:, : mel_frames // 2 * 2].reshape(batch, mel_frames // 2, 2 * NUM_MELS)
-    return jnp.where((jnp.arange(mel_frames // 2) < num_frames(lengths)[:, None])[..., None], stacked, 0.0)
+    return jnp.where((jnp.arange(mel_frames // 2)[None, :] < num_frames(lengths)[:, None])[..., None], stacked, 0.0)
 
 
 def _power_spectrum(frames: jax.Array) -> jax.Array:

@@ -187,7 +187,7 @@ def prefill_reduced(
     chunk = max(1, min(wanted, _LOGIT_ROWS // batch))
     padded = -(-wanted // chunk) * chunk
     operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - wanted))), operand)
-    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded), tokens.shape[1] - 1)
+    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded)[None, :], tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
     def reduced(start: jax.Array) -> Any:

@@ -72,7 +72,7 @@ class Projector(nnx.Module):
         config = self.config
         batch, frames, width = h.shape
         windows = -(-frames // config.window_size)
-        h = jnp.where((jnp.arange(frames) < lengths[:, None])[..., None], h, 0)
+        h = jnp.where((jnp.arange(frames)[None, :] < lengths[:, None])[..., None], h, 0)
         h = jnp.pad(h, ((0, 0), (0, windows * config.window_size - frames), (0, 0)))
         h = h.reshape(batch, windows, config.window_size, width)
         x = self.norm(self.query[...].astype(h.dtype))

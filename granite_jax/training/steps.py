@@ -50,7 +50,7 @@ def spec_augment(key: jax.Array, features: Features) -> Features:
     def spans(start_key, size_key, length, most):  # [b, length], True where masked
         size = jax.random.randint(size_key, (batch, _MASKS, 1), 0, most + 1)
         start = jax.random.randint(start_key, (batch, _MASKS, 1), 0, length)
-        index = jnp.arange(length)
+        index = jnp.arange(length)[None, None, :]
         return jnp.any((index >= start) & (index < start + size), axis=1)
 
     mels = spans(keys[0], keys[1], width // 2, _MASKED_MELS)
@@ -68,12 +68,13 @@ def ctc_loss(
 ) -> tuple[Float[Array, ""], BatchStatistics]:
     """Middle and final CTC loss in nats a label, and the batch's BatchNorm statistics."""
     encoded = granite_speech.encode(config, params, features, lengths, capture_layers=True, train=True)
-    frame_padding = (jnp.arange(features.shape[1]) >= lengths[:, None]).astype(jnp.float32)
-    label_padding = (jnp.arange(labels.shape[1]) >= label_lengths[:, None]).astype(jnp.float32)
+    frame_padding = (jnp.arange(features.shape[1])[None, :] >= lengths[:, None]).astype(jnp.float32)
+    label_padding = (jnp.arange(labels.shape[1])[None, :] >= label_lengths[:, None]).astype(jnp.float32)
 
     def loss(hidden):
         logits = granite_speech.ctc_logits(config, params, hidden)
-        return optax.ctc_loss(logits, frame_padding, labels, label_padding).sum() / label_lengths.sum()
+        losses = optax.ctc_loss(logits, frame_padding, labels, label_padding)
+        return losses.sum() / label_lengths.sum().astype(jnp.float32)
 
     assert encoded.layers is not None
     middle = encoded.layers[config.encoder.self_condition_layer]
@@ -132,7 +133,7 @@ def lm_loss(
     logits, _ = granite_speech.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     target = (positions + 1 >= prompt_lengths[:, None]) & (positions + 1 < lengths[:, None])
-    loss = jnp.sum(losses * target) / jnp.sum(target)
+    loss = jnp.sum(losses * target.astype(jnp.float32)) / jnp.sum(target).astype(jnp.float32)
     if "alignment" in params:
         answer = jnp.take_along_axis(tokens, jnp.minimum(positions + prompt_lengths[:, None], width), axis=1)
         loss += ALIGNMENT_WEIGHT * _alignment_loss(
@@ -143,12 +144,12 @@ def lm_loss(
 
 def _alignment_loss(logits: Logits, audio_lengths: Lengths, answer: Tokens, answer_lengths: Lengths) -> jax.Array:
     """CTC loss in nats a token of the answer read off the audio embeddings; token 0 (padding) is the blank."""
-    audio_padding = (jnp.arange(logits.shape[1]) >= audio_lengths[:, None]).astype(jnp.float32)
-    answer_padding = (jnp.arange(answer.shape[1]) >= answer_lengths[:, None]).astype(jnp.float32)
+    audio_padding = (jnp.arange(logits.shape[1])[None, :] >= audio_lengths[:, None]).astype(jnp.float32)
+    answer_padding = (jnp.arange(answer.shape[1])[None, :] >= answer_lengths[:, None]).astype(jnp.float32)
     losses = optax.ctc_loss(logits, audio_padding, answer, answer_padding)
     # An answer of more tokens than audio embeddings has no alignment; optax gives it a huge loss.
-    aligned = losses < 1e4
-    return jnp.sum(losses * aligned) / jnp.sum(answer_lengths)
+    aligned = (losses < 1e4).astype(jnp.float32)
+    return jnp.sum(losses * aligned) / jnp.sum(answer_lengths).astype(jnp.float32)
 
 
 def lm_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:
