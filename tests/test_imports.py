@@ -9,7 +9,7 @@ import pytest
 CODE = "import sys; sys.modules.update(dict.fromkeys({absent!r})); {code}"
 HEAVY = ["jax", "flax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "huggingface_hub", "tokenizers"]
 # What is on a machine for a GPU benchmark, and what is not.
-HOST = [
+HOST = ["grain", "huggingface_hub", "orbax", "soundfile", "soxr", "tensorflow_datasets", "tokenizers", "typer"]
     "grain",
     "huggingface_hub",
     "minijinja",
