@@ -24,13 +24,15 @@ test: $(VENV)/.test
 
 # Processes that are killed, Ray, notebooks, packaging, the TPU compiler, the examples of the documentation, more random cases.
 test-slow: $(VENV)/.test-slow $(VENV)/.libtpu
-	GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" $(ARGS)
+	GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" --timeout=600 \
+		-o faulthandler_timeout=660 $(ARGS)
 
 test-all: test test-slow
 
 # By hand: 10,000 random cases an entry, hours of audio, further topologies.
 soak: $(VENV)/.test-slow $(VENV)/.libtpu
-	GRANITE_JAX_TESTS=soak $(PYTEST) tests/test_*.py tests/slow -m "soak or fuzz" --timeout=7200 -o faulthandler_timeout=7300 $(ARGS)
+	GRANITE_JAX_TESTS=soak $(PYTEST) tests/test_*.py tests/slow -m "soak or fuzz" --timeout=7200 \
+		-o faulthandler_timeout=7260 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -148,14 +148,16 @@ def test_bad_files_lose_nothing_else(corpus: Corpus, undisturbed: Files) -> None
     assert len({found[name]["text"] for name in corpus.good}) == 300
 
 
+@pytest.mark.parametrize("readers", ["threads", pytest.param("processes", marks=pytest.mark.soak)])
 def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
-    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path, readers: str
 ) -> None:
     # Given a job whose worker is killed at random instants and started again
     out, kills, moments = tmp_path / "out", 0, random.Random(0)
+    options = {"part_size": PART, "allow": ALLOW, "readers": readers}
     while True:
         before = count(out)
-        worker = start(batch_worker.run, corpus.manifest, out, seconds=0.003, part_size=PART, allow=ALLOW)
+        worker = start(batch_worker.run, corpus.manifest, out, seconds=0.003, **options)
         if kills % 2:  # from its start on, or when it has done something, so that there is an end
             wait_for(lambda: count(out) > before or not worker.is_alive())  # noqa: B023
         worker.join(moments.uniform(0, 0.05 if kills % 2 else 0.3))
