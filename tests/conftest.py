@@ -77,6 +77,7 @@ for profile, cases in {"fast": 100, "ci": 500, "soak": 10_000}.items():
         derandomize=True,
         database=None,
         suppress_health_check=list(hypothesis.HealthCheck),
+        phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},  # which can take minutes
     )
 hypothesis.settings.load_profile(os.environ.get("GRANITE_JAX_TESTS", "fast"))
 

@@ -54,6 +54,12 @@ def test_what_is_no_file_is_not_found(checkpoint: Path) -> None:
             files.require(checkpoint, name)
 
 
+def test_a_name_that_is_no_line_of_text_is_escaped(checkpoint: Path) -> None:
+    # Given a name with a line break, as an index may hold, when it is asked for, then the error is one line
+    with pytest.raises(CheckpointError, match=r"checkpoint/'a\\rb': no such file$"):
+        files.require(checkpoint, "a\rb")
+
+
 @pytest.mark.parametrize(
     ("name", "target", "message"),
     [

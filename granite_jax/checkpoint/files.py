@@ -26,7 +26,7 @@ def require(directory: Path, name: str) -> Path:
     """As `find`, but raises CheckpointError if there is no such file."""
     path = find(directory, name)
     if path is None:
-        raise CheckpointError(f"{directory / name}: no such file")
+        raise CheckpointError(f"{directory / (name if name.isprintable() else ascii(name))}: no such file")
     return path
 
 
