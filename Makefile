@@ -10,8 +10,8 @@ LIBTPU := libtpu==0.0.52
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-# Files that share compiled programs go to one worker.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
+# A file's tests go to one worker (conftest.py says which files share one). A worker that had to be killed is not replaced.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadscope --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test test-slow test-all soak lint types parity notebooks demo-checkpoint clean
 
