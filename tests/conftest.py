@@ -10,7 +10,6 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import optax
 from flax import nnx
 from jaxtyping import install_import_hook
 
@@ -32,9 +31,8 @@ def _promoting(function: Callable) -> Callable:
     return promoting
 
 
-# bfloat16 activations less their float32 mean; a float to the power of an int32 count.
+# It takes the float32 mean from bfloat16 activations.
 nnx.LayerNorm.__call__ = _promoting(nnx.LayerNorm.__call__)
-optax.tree.bias_correction = _promoting(optax.tree.bias_correction)
 
 
 def pytest_configure(config: pytest.Config) -> None:
