@@ -13,7 +13,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
 import jax
-import optax
 from flax import nnx
 from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
@@ -36,9 +35,8 @@ def _promoting(function: Callable) -> Callable:
     return promoting
 
 
-# bfloat16 activations less their float32 mean; a float to the power of an int32 count.
+# It takes the float32 mean from bfloat16 activations.
 nnx.LayerNorm.__call__ = _promoting(nnx.LayerNorm.__call__)
-optax.tree.bias_correction = _promoting(optax.tree.bias_correction)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -62,7 +62,7 @@ def toy_step(table: jax.Array, tokens: jax.Array, cache: History) -> tuple[jax.A
     # As the KV cache writes: a slice that would run past the end is moved back, over what was there.
     write = jax.vmap(lambda row, new, length: jax.lax.dynamic_update_slice(row, new, (length,)))
     history = write(cache.tokens, tokens, cache.lengths)
-    ends = cache.lengths[:, None] + 1 + jnp.arange(tokens.shape[1])
+    ends = cache.lengths[:, None] + 1 + jnp.arange(tokens.shape[1])[None, :]
     logits = jax.vmap(jax.vmap(logits_of, (None, None, 0)), (None, 0, 0))(table, history, ends)
     return logits, History(history, cache.lengths + tokens.shape[1])
 
