@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # Property-based tests and random loops: the cases of each, by GRANITE_JAX_TESTS. They are the same ones in every run.
-for profile, cases in {"fast": 100, "ci": 500, "soak": 10_000}.items():
+for profile, cases in {"fast": 50, "ci": 500, "soak": 10_000}.items():
     hypothesis.settings.register_profile(
         profile,
         max_examples=cases,

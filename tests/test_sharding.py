@@ -64,8 +64,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         {"devices": 8},
         {"devices": 8, "parallel": "pmap"},
         {"devices": 8, "model_parallel": 2},
-        {"devices": 4, "model_parallel": 4},
-        {"devices": 3, "batch_size": 1},
+        pytest.param({"devices": 4, "model_parallel": 4}, marks=pytest.mark.slow),
+        pytest.param({"devices": 3, "batch_size": 1}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
