@@ -1,6 +1,6 @@
 """What drafts save: passes of the language model, tokens a pass, throughput against greedy decoding, word error rates.
 
-    python benchmarks/speculation.py [--checkpoint demo] [--audio tests/data/heldout] [--batch 8] [--sweep]
+    python benchmarks/speculation.py [--checkpoint demo] [--audio DIR] [--batch 8] [--sweep]
 
 Prints Markdown tables. Drafts are those of the encoder's CTC head, as they are and with 10 and 20 % of their words
 corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens

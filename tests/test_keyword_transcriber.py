@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from retraces import retraces
 from typer.testing import CliRunner
 
 import granite_jax as gj
@@ -48,6 +49,7 @@ def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeli
     gated = pipeline.run(**options | {"keyword_gate": -8.0})
     assert any(t.stats.get("keywords") for t in gated)
     assert tokens_of(gated) == tokens_of(pipeline.run(speculative=False, **options | {"keyword_gate": -8.0}))
+    assert retraces(pipeline.asr._pipeline.programs, 1) == []
     assert pipeline.asr.compilations == 3
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_fixture import write_random_checkpoint
+from retraces import retraces
 from typer.testing import CliRunner
 
 import granite_jax as gj
@@ -145,6 +146,7 @@ def test_all_modes_share_three_programs_a_bucket(pipeline: SimpleNamespace) -> N
     pipeline.run(speculative="relaxed-fast")
     pipeline.run(draft=["a" * 500] * len(pipeline.audio), task="punctuate")
     pipeline.run(draft=[""] * len(pipeline.audio))
+    assert retraces(pipeline.asr._pipeline.programs, 1) == []
     assert pipeline.asr.compilations == 3
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from retraces import retraces
 from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
@@ -50,6 +51,7 @@ def asr(checkpoint: Path) -> Transcriber:
 @pytest.fixture(autouse=True)
 def nothing_more_is_compiled(asr: Transcriber):
     yield
+    assert retraces(asr._pipeline.programs, len(asr.buckets)) == []
     assert asr.compilations == 3 * len(asr.buckets)
 
 

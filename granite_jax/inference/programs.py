@@ -10,10 +10,11 @@ A `Bucket` fixes all of these shapes, so the number of compilations is at most t
 and keywords: these have arrays of one size, of which no more than is filled is computed.
 """
 
-import collections
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ class Speculation:
 
 
 class Programs:
-    """The programs of one configuration, and a count of how often each was traced."""
+    """The programs of one configuration, and what each was traced for: the type of every array, by argument."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class Programs:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.speculation = speculation or Speculation()
-        self.traces: collections.Counter[str] = collections.Counter()
+        self.traces: dict[str, list[dict[str, str]]] = {"encode": [], "prefill": [], "decode": []}
         self.devices = devices or Devices.make(jax.devices()[:1])
         cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
         fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
@@ -99,9 +100,15 @@ class Programs:
         self.decode = compiled(self._counted(self._decode), drafts, state, static="room", donate=2)
 
     def _counted(self, function: Callable) -> Callable:
+        signature, traces = inspect.signature(function), self.traces[function.__name__.strip("_")]
+
         @functools.wraps(function)
         def counted(*args, **kwargs):
-            self.traces[function.__name__.strip("_")] += 1
+            arguments = dict(signature.bind(*args, **kwargs).arguments)
+            leaves = jax.tree.leaves_with_path(arguments)
+            traces.append(
+                {jax.tree_util.keystr(path, simple=True, separator="."): _type(leaf) for path, leaf in leaves}
+            )
             return function(*args, **kwargs)
 
         return counted
@@ -178,6 +185,11 @@ class Programs:
         """Tokens that are never produced."""
         audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
         return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
+
+
+def _type(leaf: Any) -> str:
+    """What a program is traced anew for, if it changes."""
+    return f"{jax.typeof(leaf)}{' (weak)' * jax.typeof(leaf).weak_type}" if isinstance(leaf, jax.Array) else str(leaf)
 
 
 def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:

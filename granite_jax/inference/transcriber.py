@@ -124,7 +124,7 @@ class Transcriber:
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far: at most three a bucket."""
-        return self._pipeline.programs.traces.total()
+        return sum(map(len, self._pipeline.programs.traces.values()))
 
     @property
     def read_ahead(self) -> int:
