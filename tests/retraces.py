@@ -4,7 +4,7 @@ from granite_jax.inference.programs import Programs
 
 
 def retraces(programs: Programs, expected: int) -> list[str]:
-    """A line for each trace of a program beyond the `expected` ones: how it differs from the most similar earlier one."""
+    """A line for each trace beyond the `expected` ones: the program, and how it differs from the most similar trace."""
     return [
         f"{name}: {min((_changes(earlier, trace) for earlier in traces[:number]), key=len)}"
         for name, traces in programs.traces.items()

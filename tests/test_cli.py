@@ -160,6 +160,7 @@ def test_output_is_safe_to_print() -> None:
     assert line("Zoë, 東京 👩\u200d🚀") == "Zoë, 東京 👩\u200d🚀"
 
 
+@pytest.mark.slow
 def test_a_process_in_a_pipe(checkpoint: Path, recordings: list[str], tmp_path: Path) -> None:
     # Given a real process with pipes, and a file whose name is not text
     odd = os.fsencode(tmp_path) + b"/odd\xff\n.wav"

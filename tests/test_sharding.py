@@ -63,7 +63,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     [
         {"devices": 8},
         {"devices": 8, "parallel": "pmap"},
-        {"devices": 8, "model_parallel": 2},
+        pytest.param({"devices": 8, "model_parallel": 2}, marks=pytest.mark.slow),
         pytest.param({"devices": 4, "model_parallel": 4}, marks=pytest.mark.slow),
         pytest.param({"devices": 3, "batch_size": 1}, marks=pytest.mark.slow),
     ],
@@ -87,7 +87,14 @@ def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[st
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"devices": 4}, {"devices": 2, "parallel": "pmap"}, {"devices": 4, "model_parallel": 2}], ids=str
+    "options",
+    [
+        {"devices": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"devices": 2, "parallel": "pmap"}, marks=pytest.mark.slow),
+        pytest.param({"devices": 4, "model_parallel": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_acoustics_are_those_of_the_functions(job: SimpleNamespace, options: dict[str, Any]) -> None:
     # Given an utterance that is no whole number of seconds, and what the pure functions make of it alone

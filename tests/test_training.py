@@ -1,5 +1,7 @@
 """Losses, optimizer steps, batches and evaluation of the embedded checkpoint's recipe."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ def config() -> Config:
 
 @pytest.fixture(scope="module")
 def params(config):
-    return granite_speech.init(config, jax.random.key(0))
+    return jax.jit(functools.partial(granite_speech.init, config))(jax.random.key(0))
 
 
 def promoting(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
