@@ -292,6 +292,7 @@ def test_two_hundred_lengths_compile_nothing_new(asr: Transcriber) -> None:
     assert [t.error for t in transcripts] == [None] * 203
 
 
+@pytest.mark.slow
 def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
     # Given a prompt far longer than buckets for short audio have room for, when short audio comes with it
     prompt = "write down " + "every word of it, " * 20
