@@ -41,7 +41,7 @@ asr = gj.Transcriber.from_pretrained(CHECKPOINT, dtype="float32")
 # 80 mel bands every 10 ms. Two such frames make an encoder frame of 20 ms: `[t, 160]`.
 
 # %%
-path = ROOT / "tests" / "data" / "heldout" / "heldout-2-000250.ogg"
+path = ROOT / "granite_jax" / "evaluation" / "heldout_clips" / "heldout-2-000250.ogg"
 waveform, rate = soundfile.read(path, dtype="float32")
 lengths = jnp.array([len(waveform)])
 features = gj.log_mel(jnp.asarray(waveform)[None], lengths)

@@ -63,7 +63,7 @@ print(f"{every.compilations} programs were compiled: encode, prefill, decode")
 # The files become an immutable manifest, its lines parts, and each part a file that appears as a whole or not at all. Any number of workers may share a job (`shard=`, `num_shards=`), each on its own machine.
 
 # %%
-folder = ROOT / "tests" / "data" / "heldout"
+folder = ROOT / "granite_jax" / "evaluation" / "heldout_clips"
 LIMIT = 24 if jax.default_backend() == "cpu" else 300
 listed = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()][:LIMIT]
 work = Path(tempfile.mkdtemp())

@@ -54,7 +54,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Files whose tests share compiled programs, hence a worker; and what takes longest, which therefore begins first.
 GROUPS = {"test_keyword_transcriber": "random", "test_speculative_transcriber": "random"}
-HEAVY = ("test_sharding", "test_model", "test_transcriber", "test_speculation", "random", "test_training")
+HEAVY = (
+    *("test_batch_engines", "test_compiled", "test_demo", "test_notebooks", "test_batch_chaos"),
+    *("test_sharding", "test_model", "test_transcriber", "test_speculation", "random", "test_training"),
+)
 
 
 def group_of(path: str) -> str:

@@ -245,8 +245,8 @@ def test_the_real_transcriber_gives_its_own_results(tmp_path: Path) -> None:
 
     clips = sorted(CLIPS.glob("*.ogg"))[:6]
     manifest = write_lines(tmp_path / "m.jsonl", *({"audio": os.fspath(clip)} for clip in clips))
-    summary = batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=CLIPS, part_size=4, batch_size=4)
-    asr = Transcriber.from_pretrained("demo", dtype="float32", batch_size=4)
+    summary = batch.run(manifest, tmp_path / "out", "demo", dtype="float32", root=CLIPS, part_size=4)
+    asr = Transcriber.from_pretrained("demo", dtype="float32")
     expected = asr.transcribe(list(clips))
     found = results(tmp_path / "out")
     assert summary.transcribed == 6

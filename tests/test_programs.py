@@ -1,10 +1,16 @@
 """The compiled programs by themselves."""
 
+from pathlib import Path
+
 import hf_fixture
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from retraces import retraces
 
+from granite_jax import Transcriber
+from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
 from granite_jax.keywords.spotter import candidates
 from granite_jax.model.config import Config
@@ -27,3 +33,14 @@ def test_a_retrace_names_the_argument_that_changed() -> None:
     trace(4800)
     trace(9600)
     assert retraces(programs, 1) == ["encode: ['samples was float32[1,4800], is float32[1,9600]']"]
+
+
+@pytest.mark.slow
+def test_bfloat16_runs_on_bfloat16_weights(tmp_path: Path) -> None:
+    # Given a model in bfloat16, when it transcribes, then a result comes from weights of that type
+    hf_fixture.write_random_checkpoint(tmp_path / "hf")
+    buckets = [Bucket(1, 48_000, 100, 140)]
+    asr = Transcriber.from_pretrained(tmp_path / "hf", dtype="bfloat16", batch_size=1, buckets=buckets)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._pipeline._params)} == {"bfloat16"}
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000).astype(np.float32)
+    assert len(asr.transcribe(noise, max_new_tokens=5)[0].tokens) == 5

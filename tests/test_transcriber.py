@@ -292,7 +292,6 @@ def test_two_hundred_lengths_compile_nothing_new(asr: Transcriber) -> None:
     assert [t.error for t in transcripts] == [None] * 203
 
 
-@pytest.mark.slow
 def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
     # Given a prompt far longer than buckets for short audio have room for, when short audio comes with it
     prompt = "write down " + "every word of it, " * 20
@@ -341,15 +340,6 @@ def test_a_checkpoint_that_was_trained_for_less_says_so(asr: Transcriber) -> Non
         less.transcribe([speech(1)], task="punctuate")
     with pytest.raises(PromptError, match="not trained for task 'translate', only for transcribe"):
         less.transcribe([speech(1)], task="translate", to="fr")
-
-
-@pytest.mark.slow
-def test_bfloat16_runs_on_bfloat16_weights(checkpoint: Path) -> None:
-    # Given a model in bfloat16, when it transcribes, then a result comes from weights of that type
-    bucket = [Bucket(1, 3 * RATE // 4800 * 4800, 100, 140)]
-    asr = Transcriber.from_pretrained(checkpoint, dtype="bfloat16", batch_size=1, buckets=bucket)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._pipeline._params)} == {"bfloat16"}
-    assert len(asr.transcribe(speech(2.0), max_new_tokens=5)[0].tokens) == 5
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
