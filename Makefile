@@ -23,8 +23,9 @@ test: $(VENV)/.test
 	$(PYTEST) $(ARGS)
 
 # Processes that are killed, Ray, notebooks, packaging, the TPU compiler, the examples of the documentation, more random cases.
+# Three workers, because some tests wait for processes.
 test-slow: $(VENV)/.test-slow $(VENV)/.libtpu
-	GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" --timeout=600 \
+	PYTEST_XDIST_AUTO_NUM_WORKERS=3 GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" --timeout=600 \
 		-o faulthandler_timeout=660 $(ARGS)
 
 test-all: test test-slow

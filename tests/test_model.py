@@ -122,10 +122,14 @@ def test_activations_logits_and_tokens_are_those_of_transformers(name, tmp_path)
 @pytest.mark.slow
 def test_tokens_do_not_depend_on_batch_order_or_bucket(checkpoint, config, params, utterances):
     # Given every utterance transcribed alone
-    def transcribe(batch: int, seconds: float, rows):
+    @functools.cache
+    def load(batch: int, seconds: float) -> Transcriber:
         bucket = make_bucket(config, batch, seconds)
-        asr = Transcriber(config, params, checkpoint.tokenizer(), batch_size=batch, buckets=[bucket])
-        return {row: t.tokens for row, t in zip(rows, asr.transcribe([utterances[i] for i in rows]), strict=True)}
+        return Transcriber(config, params, checkpoint.tokenizer(), batch_size=batch, buckets=[bucket])
+
+    def transcribe(batch: int, seconds: float, rows):
+        transcripts = load(batch, seconds).transcribe([utterances[i] for i in rows])
+        return {row: transcript.tokens for row, transcript in zip(rows, transcripts, strict=True)}
 
     rows = list(range(16))
     alone = transcribe(1, 3.3, rows)

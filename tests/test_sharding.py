@@ -64,7 +64,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         {"devices": 8},
         {"devices": 8, "parallel": "pmap"},
         pytest.param({"devices": 8, "model_parallel": 2}, marks=pytest.mark.slow),
-        pytest.param({"devices": 4, "model_parallel": 4}, marks=pytest.mark.slow),
+        pytest.param({"devices": 4, "model_parallel": 4}, marks=pytest.mark.soak),
         pytest.param({"devices": 3, "batch_size": 1}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -218,7 +218,7 @@ def hostile_drafts(draw: st.DrawFn, text: list[int]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("rows", "window", "realign"),
-    [(1, 4, "nearest"), (5, 4, "nearest"), (5, 1, "nearest"), pytest.param(3, 7, "none", marks=pytest.mark.slow)],
+    [(1, 4, "nearest"), (5, 4, "nearest"), (5, 1, "nearest"), (3, 7, "none")],
 )
 @given(data=st.data(), seed=st.integers(0, 10_000))
 def test_lossless_is_greedy_whatever_the_drafts(

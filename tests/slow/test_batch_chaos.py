@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from granite_jax import batch
 from granite_jax.evaluation.heldout import CLIPS
 
-PART = 5
+PART = 8
 ALLOW = ("file", "https")
 RATE = 16000
 DEADLINE = 120.0

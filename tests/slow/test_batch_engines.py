@@ -65,6 +65,7 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     environment["RAY_raylet_start_wait_time_s"] = "120"  # of a busy machine
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
+    environment["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())  # or the programs here would be others
     command = [sys.executable, "-c", RAY, str(killed), str(results), *clips]
     # First, so that the actors find the programs in the compilation cache.
     expected = Transcribe(dtype="float32", root="/", num_readers=2, batch_size=2)({"audio": clips})
