@@ -12,6 +12,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # A file's tests go to one worker (conftest.py says which files share one). A worker that had to be killed is not replaced.
 PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadscope --no-loadscope-reorder --max-worker-restart=0
+# Most of a test's time is compilation: LLVM's optimizations cost more of it than these models take to run. Parity and the
+# slow tier compile as users do.
+QUICK_COMPILATION := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 .PHONY: demo test test-slow test-all soak lint types parity notebooks demo-checkpoint clean
 
@@ -20,7 +23,7 @@ demo: $(VENV)/.package
 
 # What a newcomer runs: minutes, and no Ray, TensorFlow, Jupyter or TPU compiler.
 test: $(VENV)/.test
-	$(PYTEST) $(ARGS)
+	$(QUICK_COMPILATION) $(PYTEST) $(ARGS)
 
 # Processes that are killed, Ray, notebooks, packaging, the TPU compiler, the examples of the documentation, more random cases.
 # Three workers, because some tests wait for processes.
