@@ -87,7 +87,8 @@ def plan(
       model_parallel: chips that share a copy of the weights.
 
     Raises:
-      GraniteError: the TPU compiler is not installed, there is no such topology, or model_parallel does not divide it.
+      GraniteError: the TPU compiler is not installed or of another time than JAX, there is no such topology, or
+        model_parallel does not divide it.
     """
     chips = _chips(topology)
     limit = _limit(chips[0])
@@ -166,7 +167,12 @@ def _compile(lowered: Any) -> Any:
 def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int) -> Plan:
     if compiled is None:
         return Plan(name, False, limit, cache_bytes=cache_bytes)
-    memory, text, vocabulary = compiled.memory_analysis(), compiled.as_text(), config.decoder.vocab_size
+    memory, vocabulary = compiled.memory_analysis(), config.decoder.vocab_size
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        versions = f"JAX {jax.__version__} cannot read what this TPU compiler wrote"
+        raise GraniteError(f"{name}: {versions}, use releases of the same time ({one_line(error)})") from None
     copies = _sizes(r"= bf16\[([\d,]+)\][^=]* copy\(", text)
     collectives = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     return Plan(
