@@ -61,21 +61,21 @@ def export(
     chosen = None if dtype is None else np.dtype(dtype)
     dtypes = {path: chosen or DTYPES[stored] for path, (_, stored) in checkpoint.stored().items()}
     lora, shards = _adapter_entries(checkpoint, dtypes, names), _shards(_entries(checkpoint, dtypes, names), max_bytes)
-    files = {adapter.WEIGHTS: lora} if lora else {}
+    contents = {adapter.WEIGHTS: lora} if lora else {}
     for number, shard in enumerate(shards, 1):
-        files[WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"] = shard
+        contents[WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"] = shard
     copy_files(companions(checkpoint), hf_dir)
     _write_processor_config(checkpoint, hf_dir)
     if lora:
         raw = {**read_json(hf_dir / adapter.CONFIG), "base_model_name_or_path": str(home or hf_dir)}
         (hf_dir / adapter.CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    entries = [entry for file in files.values() for entry in file]
+    entries = [entry for file in contents.values() for entry in file]
     # Each leaf is read once, if its tensors follow each other, and forgotten before the next one.
     order = [path for path, _ in itertools.groupby(entry.path for entry in entries) if path is not None]
     leaves = checkpoint.leaves(paths=order)
     progress = progress or (lambda done, total: None)
     done, path, leaf = 0, None, None
-    for name, file in files.items():
+    for name, file in contents.items():
         with open(hf_dir / name, "wb") as opened:
             opened.write(safetensors_file.make_header((entry.name, entry.dtype, entry.shape) for entry in file))
             for entry in file:
@@ -88,7 +88,7 @@ def export(
                 done += 1
                 progress(done, len(entries))
     if len(shards) > 1:
-        _write_index(hf_dir, {name: file for name, file in files.items() if name != adapter.WEIGHTS})
+        _write_index(hf_dir, {name: file for name, file in contents.items() if name != adapter.WEIGHTS})
     write_config(hf_dir, configuration(checkpoint, chosen))
 
 
