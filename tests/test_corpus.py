@@ -1,5 +1,6 @@
-"""The text grammar, the noise mixture and the reader of synthetic speech. None of this needs espeak-ng."""
+"""Texts, noise, rendering and the reader of synthetic speech. None of this needs a synthesizer or Debian's texts."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from granite_jax.training.corpus import Corpus, Utterance
-from granite_jax.training.recipes.demo import grammar, noise, synthesis
+from granite_jax.training.recipes.demo import grammar, noise, sets, synthesis, texts
 
 TEXT = re.compile(r"[a-z']+( [a-z']+)*")
 
 
 def spoken(index: int) -> Utterance:
     samples = np.arange(100 * (index + 1), dtype=np.int16) - 50
-    return Utterance(f"u{index}", f"call zelgad {index}", ("zelgad",), "en-us", 150, 12.5 if index else None, samples)
+    said = f"call zelgad {index}", ("zelgad",)
+    return Utterance(f"u{index}", *said, "grammar", "en-us", 150, 12.5 if index else None, samples)
 
 
 def test_sentences_are_raw_transcripts_of_the_promised_length_and_share_of_names() -> None:
@@ -137,22 +140,160 @@ def test_audio_shorter_than_its_index_is_named(tmp_path: Path) -> None:
 
 
 def test_rendering_is_deterministic_bounded_and_never_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Given a synthesiser that always speaks for six seconds
+    # Given a synthesizer that always speaks for six seconds, and eight sentences
     tone = np.sin(np.arange(6 * synthesis.RATE, dtype=np.float32) / 7)
     monkeypatch.setattr(synthesis, "speak", lambda *_: tone)
+    draw = lambda rng, index: [grammar.compose(rng, "train") for _ in range(8)]  # noqa: E731
+    # When rendered, with whatever room, noise, band and level is drawn
+    for index in range(6):
+        first, again = (synthesis.utterance(4, index, "train", draw, [tone], noisy=True) for _ in range(2))
+        # Then
+        assert np.array_equal(first.samples, again.samples) and first.text == again.text
+        assert 15 * synthesis.RATE < first.samples.size <= synthesis.MAX_SECONDS * synthesis.RATE
+        assert np.abs(first.samples.astype(int)).max() < 32_767
+        assert TEXT.fullmatch(first.text) and set(first.names) <= set(first.text.split())
+
+
+def test_a_warped_voice_keeps_its_pace_and_shifts_its_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a synthesizer that hums at 1 kHz, for as long as its speed says
+    def hum(text: str, voice: str, speed: int, pitch: int) -> noise.Samples:
+        return np.sin(2 * np.pi * 1000 * np.arange(int(synthesis.RATE * 150 / speed)) / synthesis.RATE).astype("f4")
+
+    monkeypatch.setattr(synthesis, "speak", hum)
+    rng = np.random.default_rng(0)
+    recipe = synthesis.draw_recipe(rng, [grammar.compose(rng, "train")], "train")
+    recipe = dataclasses.replace(recipe, speed=150, warp=1.1)
     # When
-    first, again = (synthesis.utterance(4, 2, "train", [tone], parts=8, noisy=True) for _ in range(2))
+    spoken = synthesis._voiced("text", recipe)
+    # Then it hums at 1.1 kHz for the same second
+    peak = np.abs(np.fft.rfft(spoken)).argmax() * synthesis.RATE / spoken.size
+    assert peak == pytest.approx(1100, rel=0.01) and spoken.size == pytest.approx(synthesis.RATE, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", synthesis.SILENT_SOUNDS)
+def test_what_says_nothing_has_no_text_and_the_level_asked_for(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    # Given one sound to choose from
+    monkeypatch.setattr(synthesis, "SILENT_SOUNDS", (kind,))
+    draw = lambda rng, index: [grammar.Sentence("", (), "silence")]  # noqa: E731
+    clip = np.sin(np.arange(3 * synthesis.RATE, dtype=np.float32) / 7)
+    # When
+    items = [synthesis.utterance(3, i, "train", draw, [clip]) for i in range(8)]
     # Then
-    assert np.array_equal(first.samples, again.samples) and first.text == again.text
-    assert first.samples.size <= synthesis.MAX_SECONDS * synthesis.RATE
-    assert first.samples.size > 24 * synthesis.RATE, "four sentences of six seconds fit"
-    assert np.abs(first.samples.astype(int)).max() < 32_767
-    assert TEXT.fullmatch(first.text) and set(first.names) <= set(first.text.split())
+    seconds = [item.samples.size / synthesis.RATE for item in items]
+    peaks = [np.abs(item.samples.astype(int)).max() for item in items]
+    assert {(item.text, item.kind) for item in items} == {("", "silence")}
+    assert min(seconds) > 0.5 and max(seconds) < 22.1
+    assert max(peaks) <= 32_767 * 10 ** ((-42 if kind == "babble" else -6) / 20)
+    assert any(peaks) == (kind != "nothing")
 
 
-def test_a_missing_synthesiser_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_telephone_keeps_the_middle_of_the_band_alone() -> None:
+    # Given tones below, in and above the band
+    tone = {f: np.sin(2 * np.pi * f * np.arange(16_000) / 16_000).astype(np.float32) for f in (80, 1000, 6000)}
+    # When
+    power = {f: float(np.mean(noise.telephone(wave) ** 2)) for f, wave in tone.items()}
+    # Then
+    assert power[1000] == pytest.approx(0.5, rel=0.05)
+    assert power[80] < 1e-4 and power[6000] < 1e-4
+
+
+def test_a_missing_synthesizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda program: None if program == "flite" else program)
     # When / Then
-    with pytest.raises(RuntimeError, match="espeak-ng not found: install"):
-        synthesis.espeak_version()
+    with pytest.raises(RuntimeError, match="flite not found: install"):
+        synthesis.require_synthesizers()
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's two packages, with texts of this test's."""
+    kept = [f"The {color} {animal} saw {count} of my friends." for color in ("red", "blue", "green", "pale", "dark")
+            for animal in ("bird", "goat", "fox", "crow") for count in ("two", "three", "four", "all")]  # fmt: skip
+    left_out = ["IBM saw my friends.", "Route 66 is long.", "Zzyzx saw my friends.", "Too short.", "The b saw my goat."]
+    (tmp_path / "fortunes").mkdir()
+    quoted = "I saw them, twice!\n\t\t-- Somebody Whose Name Is Left Out"
+    (tmp_path / "fortunes" / "some").write_text("\n%\n".join([*kept, *left_out, quoted]) + "\n%\n")
+    (tmp_path / "fortunes" / "some.dat").write_bytes(bytes(range(256)))
+    listed = {word.strip(".").lower() for text in kept for word in text.split()}
+    others = ["i", "them", "twice", "is", "long", "b", "Boston", "lantern's"]
+    (tmp_path / "words").write_text("\n".join([*sorted(listed), *others]) + "\n")
+    monkeypatch.setattr(texts, "FORTUNES", tmp_path / "fortunes")
+    monkeypatch.setattr(texts, "WORD_LIST", tmp_path / "words")
+
+
+def test_sentences_of_fortunes_are_raw_transcripts_divided_between_the_splits(packages: None) -> None:
+    # When
+    train, heldout = texts.TextSource.open("train"), texts.TextSource.open("heldout")
+    # Then all that can be said as it is written is there once, without attributions
+    every = [*train.sentences, *heldout.sentences]
+    assert len(every) == len(set(every)) == 81 and "i saw them twice" in every
+    assert all(TEXT.fullmatch(text) for text in every)
+    assert 0 < len(heldout.sentences) < len(train.sentences)
+    assert "lantern's" not in train.rare and "boston" not in train.rare
+
+
+@pytest.mark.parametrize("kind", texts.SHARES)
+def test_every_kind_of_text_is_a_raw_transcript_with_its_names(packages: None, kind: str) -> None:
+    # Given
+    source, rng = texts.TextSource.open("train"), np.random.default_rng(0)
+    # When
+    drawn = [source.draw(rng, kind) for _ in range(100)]
+    # Then
+    assert {sentence.kind for sentence in drawn} == {kind}
+    assert all(TEXT.fullmatch(s.text) or (kind == "silence" and not s.text) for s in drawn)
+    assert all(set(s.names) <= set(s.text.split()) for s in drawn)
+    assert len({s.text for s in drawn}) > (80 if kind not in ("sentence", "silence") else 0)
+
+
+def test_texts_have_the_shares_that_are_promised(packages: None) -> None:
+    # Given / When
+    source, rng = texts.TextSource.open("train"), np.random.default_rng(0)
+    kinds = [source.draw(rng).kind for _ in range(2000)]
+    # Then
+    assert sum(texts.SHARES.values()) == pytest.approx(1) and texts.SHARES["grammar"] <= 0.2
+    assert all(kinds.count(kind) / 2000 == pytest.approx(share, abs=0.04) for kind, share in texts.SHARES.items())
+
+
+def test_missing_texts_name_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Given
+    monkeypatch.setattr(texts, "FORTUNES", tmp_path / "absent")
+    # When / Then
+    with pytest.raises(FileNotFoundError, match="absent: install Debian's 'fortunes'"):
+        texts.TextSource.open("train")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "zero"), (17, "seventeen"), (40, "forty"), (305, "three hundred five"), (12_000, "twelve thousand"),
+     (99_999, "ninety nine thousand nine hundred ninety nine")],
+)  # fmt: skip
+def test_numbers_in_words(number: int, said: str) -> None:
+    assert texts.in_words(number) == said
+
+
+def test_free_sentences_are_raw_transcripts_and_divided_between_tuning_and_test() -> None:
+    # When filled in
+    rng = np.random.default_rng(0)
+    filled = [sets.free_sentence(rng, line) for line in sets.FREE]
+    # Then
+    assert all(TEXT.fullmatch(sentence.text) for sentence in filled)
+    assert {grammar.name_split(name) for sentence in filled for name in sentence.names} == {"heldout"}
+    assert not set(sets.TUNE_LINES) & set(sets.TEST_LINES)
+    assert len(set(sets.TEST_LINES)) == 300 and len(set(sets.TUNE_LINES)) == 100
+
+
+def test_recordings_of_people_are_read_with_what_is_said(tmp_path: Path) -> None:
+    # Given a directory as Debian's
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "cards.transcription").write_text("<s> ten of clubs  </s> (001)\n")
+    soundfile.write(tmp_path / "cards" / "001.wav", np.zeros(160, np.int16), 16_000)
+    np.arange(100, dtype="<i2").tofile(tmp_path / "numbers.raw")
+    # When
+    found = list(sets.human(tmp_path))
+    # Then
+    assert [(item.group, item.text, len(item.samples)) for item in found] == [
+        ("people (cards)", "ten of clubs", 160),
+        ("people (commands)", None, 100),
+    ]
+    assert list(sets.human(tmp_path / "absent")) == []

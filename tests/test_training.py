@@ -87,7 +87,7 @@ def test_lm_loss_is_the_mean_over_the_answer_alone(config, params):
     tokens = jnp.array([[audio, audio, audio, 9, 7, 8], [audio, audio, audio, 9, 7, 0]])
     lengths, prompt_lengths = jnp.array([6, 5]), jnp.array([4, 4])
     # When the loss is computed
-    loss = steps.lm_loss(config, params, hidden, jnp.array([15, 15]), tokens, prompt_lengths, lengths)
+    loss = steps.lm_loss(config, params, hidden, jnp.array([15, 15]), tokens, tokens, prompt_lengths, lengths)
     # Then it is the mean negative log-likelihood of exactly those three tokens
     embeddings = granite_speech.project(config, params, hidden, jnp.array([15, 15]))
     positions = jnp.broadcast_to(jnp.arange(5), (2, 5))
@@ -97,6 +97,78 @@ def test_lm_loss_is_the_mean_over_the_answer_alone(config, params):
     likelihood = jax.nn.log_softmax(logits)
     wanted = [likelihood[0, 3, 7], likelihood[0, 4, 8], likelihood[1, 3, 7]]
     np.testing.assert_allclose(loss, -np.mean(wanted), rtol=1e-5)
+
+
+def test_lm_loss_asks_for_what_was_said_after_a_history_with_mistakes(config, params):
+    # Given an answer of three tokens, the second of which is misheard in the history
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(1, 15, 32)), jnp.float32)
+    audio, frames = config.audio_token_id, jnp.array([15])
+    said, history = jnp.array([[audio, audio, audio, 9, 7, 8, 1]]), jnp.array([[audio, audio, audio, 9, 7, 300, 1]])
+    # When the loss is computed
+    loss = steps.lm_loss(config, params, hidden, frames, history, said, jnp.array([4]), jnp.array([7]))
+    # Then it is that of what was said, where the decoder reads the mistake
+    embeddings = granite_speech.project(config, params, hidden, frames)
+    logits, _ = granite_speech.prefill(
+        config, params, history[:, :-1], jnp.array([6]), embeddings, logit_positions=jnp.array([[3, 4, 5]])
+    )
+    likelihood = jax.nn.log_softmax(logits)[0]
+    np.testing.assert_allclose(loss, -np.mean([likelihood[0, 7], likelihood[1, 8], likelihood[2, 1]]), rtol=1e-5)
+
+
+def test_losses_of_batches_in_which_nothing_is_said_are_finite(config, params):
+    # Given a second of noise that says nothing
+    nothing, frames = jnp.zeros((1, 4), jnp.int32), jnp.array([50])
+    features = jnp.asarray(np.random.default_rng(1).normal(size=(1, 50, 160)), jnp.float32)
+    hidden = jnp.asarray(np.random.default_rng(2).normal(size=(1, 50, 32)), jnp.float32)
+    alignment = jnp.zeros((64, config.decoder.vocab_size))
+    tokens = jnp.array([[*[config.audio_token_id] * 12, 9, 1, 0]])
+    # When the losses are computed
+    ctc, _ = steps.ctc_loss(config, params, features, frames, nothing, jnp.array([0]))
+    lm = steps.lm_loss(
+        config, {**params, "alignment": alignment}, hidden, frames, tokens, tokens, jnp.array([13]), jnp.array([14])
+    )
+    # Then they are numbers
+    assert np.isfinite(ctc) and ctc > 0
+    assert np.isfinite(lm) and lm > 0
+
+
+def test_corruption_is_of_the_answer_alone_and_as_frequent_as_asked():
+    # Given many rows of one token, whose answers start at 5
+    tokens = np.full((2000, 25), 7, np.int32)
+    # When half of them are corrupted, up to 30 %
+    corrupted = batches.corrupt(np.random.default_rng(0), tokens, np.full(2000, 5), 0.5, 0.3, range(100, 200))
+    # Then
+    wrong = corrupted != tokens
+    assert not wrong[:, :5].any() and set(corrupted[wrong].tolist()) == set(range(100, 200))
+    assert wrong[:, 5:].mean() == pytest.approx(0.5 * 0.15, rel=0.1)
+    assert (~wrong.any(axis=1)).mean() > 0.5
+
+
+def test_an_interrupted_stage_goes_on_where_it_was_saved(tmp_path, monkeypatch):
+    # Given a stage that adds what each step is made of, saves every two steps, and is interrupted at the fourth
+    monkeypatch.setattr(recipe, "SAVE_EVERY", 2)
+    seen = []
+
+    def run(stop):
+        def inputs(index, item):
+            if index == stop:
+                raise KeyboardInterrupt
+            seen.append((index, item))
+            return (item,)
+
+        def step(state, item):
+            return steps.TrainState(state.params + item, state.optimizer + 1), jnp.float32(0)
+
+        state = steps.TrainState(jnp.float32(0), jnp.int32(0))
+        return recipe.train(tmp_path, "stage", step, state, iter(range(10, 99)), inputs, 6)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop=3)
+    # When it is run again
+    params = run(stop=None)
+    # Then the steps after the last save are done once more, and the result is that of one run
+    assert seen == [(0, 10), (1, 11), (2, 12), (2, 12), (3, 13), (4, 14), (5, 15)]
+    assert params == sum(range(10, 16))
 
 
 def test_every_utterance_is_in_a_bucket_that_holds_it_and_seen_at_most_once_an_epoch():

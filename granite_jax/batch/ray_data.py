@@ -27,7 +27,7 @@ from granite_jax.inference.transcriber import Transcriber
 
 
 class Transcribe:
-    """A manifest's columns in; `id`, `audio`, `text`, `tokens`, `duration`, `ctc_text`, `stats` and `error` out."""
+    """A manifest's columns in; `id`, `audio`, `error` and a transcript's fields out."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class Transcribe:
             "duration": [found[i].duration for i in range(count)],
             "ctc_text": [found[i].ctc_text for i in range(count)],
             "stats": [found[i].stats for i in range(count)],
+            "flags": [list(found[i].flags) for i in range(count)],
             "error": [found[i].error for i in range(count)],
         }
 

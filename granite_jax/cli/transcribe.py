@@ -45,9 +45,11 @@ def transcribe(
     """Transcribe or translate audio files.
 
     Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
-    tokens, duration, ctc_text, stats, draft and accepted. Files that fail are reported on stderr, one line each. The
-    exit status is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
+    tokens, duration, ctc_text, stats, flags, draft and accepted. Files that fail, and those whose text is in doubt, are
+    reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2 if nothing could be
+    tried.
     """
+    from granite_jax.inference.results import FLAGS
     from granite_jax.inference.transcriber import Transcriber
     from granite_jax.keywords.lists import read_keywords
 
@@ -85,6 +87,8 @@ def transcribe(
             print(json.dumps(fields, ensure_ascii=False))
         else:
             print(line(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text))
+            for flag in transcript.flags:
+                fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
     if any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
     if plots is not None and plot is not None:

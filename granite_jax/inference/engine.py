@@ -20,7 +20,7 @@ from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
 from granite_jax.inference.options import Acceptance
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
-from granite_jax.inference.results import Transcript
+from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
 from granite_jax.keywords.automaton import trie_of
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import repair, select
@@ -46,6 +46,7 @@ class Request:
       prompt_length: tokens of the prompt with the audio's.
       draft: its caller's, if any.
       keywords: what biases it, if anything.
+      raw: whether its text is to be what is said, word by word, so that it can be compared with the CTC text.
     """
 
     index: int
@@ -55,6 +56,7 @@ class Request:
     prompt_length: int
     draft: tuple[int, ...] | None = None
     keywords: Keywords | None = None
+    raw: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +325,9 @@ class Pipeline:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
         if row.request.keywords is not None:
             stats["keywords"] = row.heard
-        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources))
+        doubtful = row.request.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
+        flags = ("low-agreement",) if doubtful else ()
+        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, flags, draft, _runs(sources))
 
 
 def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+LOW_AGREEMENT = 0.5
+"""Share of different words beyond which a transcript is flagged; see `disagreement`."""
+FLAGS = {"low-agreement": "the encoder by itself hears another text, so that this one may not be what was said"}
+"""What can be in a transcript's `flags`, and what it means."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Transcript:
@@ -22,6 +27,8 @@ class Transcript:
         if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
         that were heard, best first.
       draft: ids of the draft as it was proposed.
+      flags: what to know before the text is used, of `FLAGS`. "low-agreement" is for raw transcripts: more than a share
+        `LOW_AGREEMENT` of the words are not those of `ctc_text`.
       accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
       error: why there is no result, or None.
     """
@@ -32,6 +39,7 @@ class Transcript:
     duration: float = 0.0
     ctc_text: str = ""
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ()
     draft: tuple[int, ...] = ()
     accepted: tuple[tuple[int, int, int], ...] = ()
     error: str | None = None
@@ -48,3 +56,14 @@ class Acoustics:
 
     features: np.ndarray
     ctc_logits: np.ndarray
+
+
+def disagreement(text: str, ctc_text: str) -> float:
+    """The word edit distance of two texts, as a share of the longer one's words: 0 to 1."""
+    words, others = text.split(), ctc_text.split()
+    row = np.arange(len(others) + 1)
+    for i, word in enumerate(words, 1):
+        changed = np.minimum(row[:-1] + [word != other for other in others], row[1:] + 1)
+        # What is left out of `others`: the least of all places before, plus the steps from there.
+        row = np.minimum.accumulate(np.concatenate([[i], changed]) - np.arange(len(row))) + np.arange(len(row))
+    return float(row[-1] / max(len(words), len(others), 1))

@@ -208,7 +208,8 @@ class Transcriber:
         accept = acceptance(speculative, ctc_threshold, verify_threshold)
         if draft is not None and speculative != "lossless":
             raise GraniteError(f'draft is for speculative="lossless", not for {speculative!r}')
-        if task != "transcribe" or prompt is not None:
+        raw = task == "transcribe" and prompt is None
+        if not raw:
             accept = Acceptance(drafts=False)
         lower_case = None if prompt is not None else task == "transcribe"
         options = biasing(keyword_boost, keyword_gate, keywords_in, lower_case)
@@ -244,7 +245,7 @@ class Transcriber:
                     entries = checked(lists[index], options)
                     asked = instructed(tuple(text for text, _ in entries) if options.prompt else ())
                     request = self._request(index, source, sampling_rate, name, asked, max_new_tokens)
-                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries))
+                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries), raw=raw)
                 except GraniteError as error:
                     if on_error == "raise":
                         raise

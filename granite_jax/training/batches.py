@@ -105,3 +105,16 @@ def pad_ids(sequences: Sequence[Sequence[int]], width: int, fill: int = 0) -> tu
     for i, ids in enumerate(sequences):
         padded[i, : len(ids)] = ids
     return padded, np.array([len(ids) for ids in sequences], np.int32)
+
+
+def corrupt(
+    rng: np.random.Generator, tokens: np.ndarray, starts: np.ndarray, share: float, most: float, vocabulary: range
+) -> np.ndarray:
+    """`tokens` `[b, p]`, in a `share` of the rows up to a fraction `most` of those from `starts` `[b]` on wrong.
+
+    A decoder taught with such a history must take its place in the audio from more than the last token, and goes on
+    rightly after a mistake of its own.
+    """
+    rates = np.where(rng.random(len(tokens)) < share, rng.random(len(tokens)) * most, 0.0)
+    wrong = (rng.random(tokens.shape) < rates[:, None]) & (np.arange(tokens.shape[1]) >= starts[:, None])
+    return np.where(wrong, rng.integers(vocabulary.start, vocabulary.stop, size=tokens.shape), tokens).astype(np.int32)

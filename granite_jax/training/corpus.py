@@ -17,6 +17,7 @@ class Utterance:
     id: str
     text: str
     names: tuple[str, ...]
+    kind: str
     voice: str
     speed: int
     snr_db: float | None
@@ -47,7 +48,7 @@ class Corpus:
     def __getitem__(self, index: int) -> Utterance:
         entry = self._entries[index]
         samples = self._audio[entry["offset"] : entry["offset"] + entry["samples"]]
-        fields = {key: entry[key] for key in ("id", "text", "voice", "speed", "snr_db")}
+        fields = {key: entry[key] for key in ("id", "text", "kind", "voice", "speed", "snr_db")}
         return Utterance(names=tuple(entry["names"]), samples=samples, **fields)
 
     def __iter__(self) -> Iterator[Utterance]:

@@ -74,7 +74,7 @@ def ctc_loss(
     def loss(hidden):
         logits = granite_speech.ctc_logits(config, params, hidden)
         losses = optax.ctc_loss(logits, frame_padding, labels, label_padding)
-        return losses.sum() / label_lengths.sum().astype(jnp.float32)
+        return losses.sum() / jnp.maximum(label_lengths.sum(), 1).astype(jnp.float32)
 
     assert encoded.layers is not None
     middle = encoded.layers[config.encoder.self_condition_layer]
@@ -116,6 +116,7 @@ def lm_loss(
     params: Any,
     hidden: Float[Array, "b t d"],
     frames: Lengths,
+    history: Tokens,
     tokens: Tokens,
     prompt_lengths: Lengths,
     lengths: Lengths,
@@ -125,12 +126,13 @@ def lm_loss(
     Args:
       params: of projector and decoder, and optionally `alignment`: the kernel `[d, v]` of the alignment head.
       hidden: activations of the frozen encoder with `frames` valid frames a row.
+      history: what the decoder reads, `[b, p]`: `tokens`, or `tokens` with mistakes in the answer.
       tokens: prompt and answer, `[b, p]`; the prompt holds `prompt_lengths` tokens, both `lengths`.
     """
     audio = granite_speech.project(config, params, hidden, frames)
     width = tokens.shape[1] - 1
     positions = jnp.broadcast_to(jnp.arange(width), (len(tokens), width))
-    logits, _ = granite_speech.prefill(config, params, tokens[:, :-1], lengths - 1, audio, logit_positions=positions)
+    logits, _ = granite_speech.prefill(config, params, history[:, :-1], lengths - 1, audio, logit_positions=positions)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
     target = (positions + 1 >= prompt_lengths[:, None]) & (positions + 1 < lengths[:, None])
     loss = jnp.sum(losses * target.astype(jnp.float32)) / jnp.sum(target).astype(jnp.float32)
@@ -149,11 +151,11 @@ def _alignment_loss(logits: Logits, audio_lengths: Lengths, answer: Tokens, answ
     losses = optax.ctc_loss(logits, audio_padding, answer, answer_padding)
     # An answer of more tokens than audio embeddings has no alignment; optax gives it a huge loss.
     aligned = (losses < 1e4).astype(jnp.float32)
-    return jnp.sum(losses * aligned) / jnp.sum(answer_lengths).astype(jnp.float32)
+    return jnp.sum(losses * aligned) / jnp.maximum(jnp.sum(answer_lengths), 1).astype(jnp.float32)
 
 
 def lm_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:
-    """The jitted step of stage 2: (state, encoder activations, frames, tokens, ...) -> (state, loss)."""
+    """The jitted step of stage 2: (state, encoder activations, frames, history, tokens, ...) -> (state, loss)."""
 
     @jax.jit
     def step(state: TrainState, *inputs):

@@ -26,13 +26,16 @@ _HELDOUT_TEXTS = 10  # one sentence in ten is held out
 
 @dataclass(frozen=True)
 class Sentence:
-    """One request. `text` holds only a-z, apostrophe and single spaces; `names` are its invented names, in order."""
+    """What is said at once. `text` holds only a-z, apostrophe and single spaces; `names` are its invented names, in
+    order; `kind` says where it comes from."""
 
     text: str
     names: tuple[str, ...]
+    kind: str = "grammar"
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The entries of a list that is separated by commas."""
     return tuple(" ".join(entry.split()) for entry in text.split(",") if entry.strip())
 
 
@@ -40,10 +43,10 @@ def _words(text: str) -> tuple[str, ...]:
 # Two shapes: C V C . C V C ("zelgad") and C V C . C V C V ("timbado"). Each sound has one spelling: no c, q, x, w, y,
 # no doubled letter, no vowel digraph, no letter that turns silent.
 
-_ONSET = _words("b, d, f, g, h, j, k, l, m, n, p, r, t, v, z, sh, br, dr, fr, gr, kr, pr, tr, bl, fl, gl, pl")
+_ONSET = words("b, d, f, g, h, j, k, l, m, n, p, r, t, v, z, sh, br, dr, fr, gr, kr, pr, tr, bl, fl, gl, pl")
 _CODA = tuple("lnmkvz")
 _MIDDLE = tuple("bdfgkmnptvz")
-_END = _words("k, t, v, z, d, g, b, p, sh, n, m")
+_END = words("k, t, v, z, d, g, b, p, sh, n, m")
 _MIDDLE_OPEN = tuple("bdfgkmnvz")
 
 # Spellings that a synthesiser reads with another vowel than the letter's own, reduces to a schwa, or merges.
@@ -52,7 +55,7 @@ _UNCLEAR = re.compile(
     r"|mb$|[lm]ov|trev|[aou][nm]$"
 )
 _ENGLISH = frozenset(
-    _words(
+    words(
         """bandana, bandit, brandish, gambit, grandad, hazmat, humbug, kelvin, limpid, lumbago, lumpish, melvin,
     mendoza, mintaka, pulpit, pundit, shindig, tenpin, timpani"""
     )
@@ -75,17 +78,18 @@ def text_split(text: str) -> Split:
     return "heldout" if _bucket(text, "text", _HELDOUT_TEXTS) == 0 else "train"
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """Draws one of `options`."""
     return options[int(rng.integers(len(options)))]
 
 
 def _spell(rng: np.random.Generator) -> str:
     short = rng.random() < 0.6
     first_vowels = tuple("aeiou") if short else tuple("aeiu")
-    opening = _pick(rng, _ONSET) + _pick(rng, first_vowels) + _pick(rng, _CODA) + _pick(rng, _MIDDLE)
+    opening = pick(rng, _ONSET) + pick(rng, first_vowels) + pick(rng, _CODA) + pick(rng, _MIDDLE)
     if short:
-        return opening + _pick(rng, tuple("aiou")) + _pick(rng, _END)
-    return opening + _pick(rng, tuple("aiou")) + _pick(rng, _MIDDLE_OPEN) + _pick(rng, tuple("aio"))
+        return opening + pick(rng, tuple("aiou")) + pick(rng, _END)
+    return opening + pick(rng, tuple("aiou")) + pick(rng, _MIDDLE_OPEN) + pick(rng, tuple("aio"))
 
 
 def invent_name(rng: np.random.Generator, split: Split) -> str:
@@ -98,119 +102,119 @@ def invent_name(rng: np.random.Generator, split: Split) -> str:
 
 # --- slots ---------------------------------------------------------------------------------------------------
 
-_ONES = _words("one, two, three, four, five, six, seven, eight, nine")
-_TEENS = _words("ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen")
-_TENS = _words("twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety")
-_ORDINALS = _words(
+ONES = words("one, two, three, four, five, six, seven, eight, nine")
+TEENS = words("ten, eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen")
+TENS = words("twenty, thirty, forty, fifty, sixty, seventy, eighty, ninety")
+ORDINALS = words(
     """first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh, twelfth, thirteenth,
     fourteenth, fifteenth, sixteenth, seventeenth, eighteenth, nineteenth, twentieth, thirtieth"""
 )
-_ORDINALS += tuple(f"twenty {o}" for o in _ORDINALS[:9])
-_NUMBERS = _ONES + _TEENS + _TENS + tuple(f"{t} {o}" for t in _TENS for o in _ONES)
-_MONTHS = _words("january, february, march, april, may, june, july, august, september, october, november, december")
-_WEEKDAYS = _words("monday, tuesday, wednesday, thursday, friday, saturday, sunday")
+ORDINALS += tuple(f"twenty {o}" for o in ORDINALS[:9])
+_NUMBERS = ONES + TEENS + TENS + tuple(f"{t} {o}" for t in TENS for o in ONES)
+MONTHS = words("january, february, march, april, may, june, july, august, september, october, november, december")
+_WEEKDAYS = words("monday, tuesday, wednesday, thursday, friday, saturday, sunday")
 
 _SLOTS: dict[str, tuple[str, ...]] = {
     "number": _NUMBERS,
-    "digit": (*_ONES, "zero"),
-    "few": _ONES[1:] + _TEENS[:3],
-    "ordinal": _ORDINALS,
-    "month": _MONTHS,
+    "digit": (*ONES, "zero"),
+    "few": ONES[1:] + TEENS[:3],
+    "ordinal": ORDINALS,
+    "month": MONTHS,
     "weekday": _WEEKDAYS,
-    "hour": (*_ONES, "ten", "eleven", "twelve"),
-    "minute": _words("ten, fifteen, twenty, twenty five, thirty, forty, forty five, fifty, fifty five"),
-    "half": _words("in the morning, in the afternoon, in the evening, at night, after lunch, before noon"),
-    "person": _words(
+    "hour": (*ONES, "ten", "eleven", "twelve"),
+    "minute": words("ten, fifteen, twenty, twenty five, thirty, forty, forty five, fifty, fifty five"),
+    "half": words("in the morning, in the afternoon, in the evening, at night, after lunch, before noon"),
+    "person": words(
         """anna, peter, maria, david, laura, thomas, julia, robert, emma, daniel, sophie, michael, helen, victor,
         alice, martin, nina, oscar, clara, simon, ruth, henry, grace, adam, linda, george, sarah, frank, diana,
         edward, my wife, my brother, my sister, my manager, our lawyer, the doctor, the landlord, the plumber,
         my mother, the teacher, the accountant, the new intern, my neighbour, the driver"""
     ),
-    "team": _words(
+    "team": words(
         """the finance team, the design group, customer support, the legal department, the sales office,
         the warehouse, human resources, the board, the whole crew, the research group, the front desk, marketing,
         the night shift, the security staff, procurement, everyone on the project, the volunteers, our partners"""
     ),
-    "city": _words(
+    "city": words(
         """london, paris, berlin, madrid, boston, chicago, dublin, oslo, tokyo, vienna, lisbon, prague, sydney,
         toronto, denver, glasgow, geneva, athens, cairo, mumbai, seattle, houston, budapest, stockholm, hamburg,
         singapore"""
     ),
-    "place": _words(
+    "place": words(
         """the airport, the station, the library, the old harbour, the museum, the hospital, the market, the hotel,
         the stadium, the theatre, the post office, the bakery, the gym, the park, the garage, the school,
         the bank, the pharmacy, the river bridge, the town hall, the castle, the bus stop, the university,
         the zoo, the factory"""
     ),
-    "room": _words(
+    "room": words(
         """the kitchen, the bedroom, the living room, the hallway, the office, the basement, the meeting room,
         the lobby, the bathroom, the garden, the main hall, the conference room, the attic, the workshop,
         the balcony, the canteen"""
     ),
-    "thing": _words(
+    "thing": words(
         """the budget, the report, the contract, the invoice, the slides, the schedule, the proposal,
         the blue folder, the keys, the printer, the laptop, the draft, the photos, the agenda, the receipt,
         the survey, the blueprint, the package, the ticket, the spreadsheet, the summary, the minutes,
         the translation, the travel plan, the figures, the password, the parking permit, the insurance form,
         the project plan, the training video, the customer list"""
     ),
-    "topic": _words(
+    "topic": words(
         """the budget, the holiday, solar panels, the new website, public transport, the election, ancient history,
         the roof repair, machine learning, vegetable soup, the winter storm, football, the merger, rent control,
         chess openings, the moon landing, electric cars, tax law, the school play, coral reefs,
         the product launch, the hiring plan, jazz music, the delayed shipment, the leaking pipe, mountain birds,
         the broken elevator"""
     ),
-    "event": _words(
+    "event": words(
         """the meeting, the interview, the lunch, the dentist appointment, the workshop, the concert,
         the weekly call, the rehearsal, the inspection, the birthday party, the training, the board meeting,
         the delivery, the flight, the haircut, the budget review, the press briefing, the dinner, the wedding,
         the yoga class, the exam, the webinar"""
     ),
-    "food": _words(
+    "food": words(
         """pizza, green tea, black coffee, brown bread, fresh milk, orange juice, tomato soup, rice, noodles, apples,
         cheese, eggs, butter, chicken curry, salad, pancakes, lemons, olive oil, chocolate cake, sparkling water,
         honey, potatoes, mushrooms, salmon, garlic bread, vanilla ice cream, onions, strawberries, yogurt,
         dark chocolate"""
     ),
-    "goods": _words(
+    "goods": words(
         """batteries, light bulbs, envelopes, pencils, paper towels, printer paper, garden chairs, winter coats,
         candles, umbrellas, notebooks, headphones, running shoes, coffee filters, plastic boxes, screws, towels,
         stamps, markers, water bottles, name badges, folding tables, dish soap, toothbrushes, tea cups,
         safety helmets"""
     ),
-    "device": _words(
+    "device": words(
         """the lights, the heating, the fan, the radio, the television, the alarm, the coffee machine,
         the dishwasher, the projector, the printer, the air conditioner, the lamp, the oven, the speaker,
         the washing machine, the camera, the screen, the sprinkler, the vacuum cleaner, the microphone"""
     ),
-    "color": _words(
+    "color": words(
         """red, blue, green, yellow, purple, orange, white, black, silver, pink, brown, golden, dark grey"""
     ),
-    "music": _words(
+    "music": words(
         """some jazz, soft piano music, the latest news, a podcast about history, classical guitar,
         my workout playlist, ocean sounds, folk songs, the evening radio show, opera, drum music,
         the album with the red cover, quiet music"""
     ),
-    "vehicle": _words(
+    "vehicle": words(
         """taxi, train, bus, ferry, flight, rental car, bicycle, van, tram, night train, minibus, shuttle"""
     ),
-    "adjective": _words(
+    "adjective": words(
         """short, urgent, friendly, detailed, private, quick, polite, long, formal, final, monthly, second, careful,
         simple, honest, useful, strange, quiet, modern, heavy, cheap, empty, broken, perfect"""
     ),
-    "want": _words("i want to, i would like to, we need to, i have to, let's, we should, i'd like to, help me"),
-    "reason": _words(
+    "want": words("i want to, i would like to, we need to, i have to, let's, we should, i'd like to, help me"),
+    "reason": words(
         """because i am late, if there is time, as soon as possible, before the break, when you can,
         for the customer, without delay, and tell me the result, if nobody objects, until further notice,
         just this once, after the storm, and keep it short, like last time, if the weather is good,
         once the work is done"""
     ),
-    "polite": _words(
+    "polite": words(
         """please, can you, could you, would you, could you please, okay now, i need you to, don't forget to, hey,
         quickly"""
     ),
-    "when": _words(
+    "when": words(
         """today, tomorrow, tonight, tomorrow morning, next week, this evening, this afternoon, next month,
         on {weekday}, next {weekday}, on {weekday} {half}, at {hour} {minute}, at {hour} o'clock,
         at half past {hour}, at quarter to {hour}, on {month} {ordinal}, on the {ordinal} of {month},
@@ -219,7 +223,7 @@ _SLOTS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-_NAMED_TEMPLATES = _words(
+_NAMED_TEMPLATES = words(
     """{polite} call {name} {when}, {polite} send {thing} to {name} {when}, remind {name} about {event} {when},
     {want} ask {name} about {topic}, schedule {event} with {name} {when},
     move {event} with {name} to {weekday} {half}, cancel {event} with {name} and {name},
@@ -254,7 +258,7 @@ _NAMED_TEMPLATES = _words(
     {polite} delete the message from {name} {reason}, {name} and {name} disagree about {topic},
     the {ordinal} speaker is {name} from {city}"""
 )
-_PLAIN_TEMPLATES = _words(
+_PLAIN_TEMPLATES = words(
     """{polite} turn on {device} in {room}, {polite} turn off {device} {when}, set a timer for {number} minutes,
     {want} order {few} bottles of {food} {reason}, schedule {event} {when}, {polite} cancel {event} {when},
     remind me to call {person} {when}, wake me up at {hour} {minute} {half},
@@ -293,7 +297,7 @@ def _fill(template: str, rng: np.random.Generator, split: Split) -> Sentence:
 
     def slot(match: re.Match[str]) -> str:
         if match[1] != "name":
-            return _SLOT.sub(slot, _pick(rng, _SLOTS[match[1]]))
+            return _SLOT.sub(slot, pick(rng, _SLOTS[match[1]]))
         names.append(invent_name(rng, split))
         return names[-1]
 
@@ -304,7 +308,7 @@ def compose(rng: np.random.Generator, split: Split) -> Sentence:
     """Draws one sentence of `split`, of 4 to 16 words; its names belong to `split` too."""
     named = bool(rng.random() < NAMED_SHARE)
     while True:
-        sentence = _fill(_pick(rng, _TEMPLATES[named]), rng, split)
+        sentence = _fill(pick(rng, _TEMPLATES[named]), rng, split)
         fits = MIN_WORDS <= len(sentence.text.split()) <= MAX_WORDS
         if fits and text_split(sentence.text) == split:
             return sentence

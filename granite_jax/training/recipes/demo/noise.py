@@ -1,11 +1,14 @@
-"""Background noise for synthetic speech, and its mixture with speech at a given ratio. Everything is float32."""
+"""Noise for synthetic speech, its mixture with speech at a given ratio, rooms and telephones. Everything is float32."""
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 Samples = NDArray[np.float32]
 
+RATE = 16_000
 BABBLE_SPEAKERS = 6
+_TELEPHONE_RATE, _TELEPHONE_LOW = 8_000, 300.0
 
 
 def white(rng: np.random.Generator, size: int) -> Samples:
@@ -29,6 +32,63 @@ def babble(rng: np.random.Generator, size: int, clips: list[Samples]) -> Samples
         clip = clips[index]
         total += np.resize(np.roll(clip, int(rng.integers(clip.size))), size)
     return total
+
+
+def hum(rng: np.random.Generator, size: int) -> Samples:
+    """Mains hum of 50 or 60 Hz with some of its harmonics; float32 `[size]`, unit variance."""
+    time, mains = np.arange(size) / RATE, float(rng.choice([50.0, 60.0]))
+    harmonics = range(1, int(rng.integers(2, 12)))
+    waves = [np.sin(2 * np.pi * (k * mains * time + rng.random())) * rng.random() / k for k in harmonics]
+    return _unit(np.sum(waves, axis=0))
+
+
+def tones(rng: np.random.Generator, size: int) -> Samples:
+    """Beeps, chords and glides of 0.1 to 2 s, some followed by silence; float32 `[size]`, about unit variance."""
+    pieces, total = [], 0
+    while total < size:
+        time = np.arange(int(rng.uniform(0.1, 2.0) * RATE)) / RATE
+        glide = rng.uniform(-100, 100) if rng.random() < 0.3 else 0.0
+        pitches = np.exp(rng.uniform(np.log(90), np.log(4000), size=int(rng.integers(1, 5))))
+        wave = np.sum([np.sin(2 * np.pi * (f * time + glide * time**2 / 2)) for f in pitches], axis=0)
+        wave *= np.exp(-rng.choice([0.0, 3.0, 8.0]) * time) * min(1.0, rng.uniform(0.3, 1.5))
+        pieces += [wave, np.zeros(int(rng.uniform(0.0, 0.5) * RATE))]
+        total += pieces[-1].size + wave.size
+    return _unit(np.concatenate(pieces)[:size])
+
+
+def clicks(rng: np.random.Generator, size: int) -> Samples:
+    """Short bursts of noise, one to twelve a second, as of keys and steps; float32 `[size]`, about unit variance."""
+    wave = np.zeros(size, np.float32)
+    for start in rng.integers(0, size, size=max(1, int(size / RATE * rng.uniform(1, 12)))):
+        burst = white(rng, int(rng.uniform(0.002, 0.06) * RATE))[: size - int(start)]
+        wave[start : start + burst.size] += burst * np.exp(-np.arange(burst.size) / rng.uniform(20, 300))
+    return _unit(wave)
+
+
+def _unit(wave: NDArray[np.floating]) -> Samples:
+    return np.asarray(wave / max(float(wave.std()), 1e-9), np.float32)
+
+
+def reverberate(rng: np.random.Generator, speech: Samples) -> Samples:
+    """`speech` in a small room: its convolution with decaying noise of 0.1 to 0.5 s; float32 `[n]`."""
+    seconds = rng.uniform(0.1, 0.5)
+    time = np.arange(int(seconds * RATE))
+    decay = np.exp(-6.9 * time / time.size)  # by 60 dB
+    response = white(rng, time.size) * decay * rng.uniform(0.05, 0.3) / np.sqrt(time.size / 20)
+    response[0] = 1.0
+    padded = 1 << (speech.size + time.size - 1).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(speech, padded) * np.fft.rfft(response, padded), padded)
+    return np.asarray(wet[: speech.size], np.float32)
+
+
+def telephone(speech: Samples) -> Samples:
+    """What a telephone leaves of `speech`, 300 Hz to 4 kHz; float32 `[n]`."""
+    narrow = soxr.resample(soxr.resample(speech, RATE, _TELEPHONE_RATE), _TELEPHONE_RATE, RATE)[: speech.size]
+    padded = 1 << (speech.size - 1).bit_length()
+    spectrum = np.fft.rfft(narrow, padded)
+    frequency = np.fft.rfftfreq(padded, 1 / RATE)
+    spectrum *= np.clip((frequency / _TELEPHONE_LOW) ** 4, 0.0, 1.0)
+    return np.asarray(np.fft.irfft(spectrum, padded)[: speech.size], np.float32)
 
 
 def mix_at_snr(speech: Samples, noise: Samples, snr_db: float) -> Samples:

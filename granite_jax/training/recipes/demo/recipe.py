@@ -2,20 +2,24 @@
 
     make demo-checkpoint      # or: python -m granite_jax.training.recipes.demo.recipe all WORK
 
-runs, each step resumable by itself:
+goes on from the parameters of a checkpoint of this architecture, by default the embedded one, in steps that can each be
+run by itself and that go on where they were interrupted:
 
-    data       speak 40,000 training and 1,200 held-out utterances   (granite_jax.training.recipes.demo.synthesis)
+    data       speak the training, tuning and test utterances   (granite_jax.training.recipes.demo.synthesis)
     encoder    train the encoder by CTC
     decoder    train projector and decoder on the frozen encoder
     export     write the checkpoint in bfloat16
-    evaluate   word error rates on the held-out utterances
+    evaluate   word error rates on the tuning or the test utterances
 
-Work files stay in WORK; the checkpoint is written to WORK/demo, for `checkpoints/demo`.
+Choose by the tuning utterances; the test utterances are for reports. Work files stay in WORK; the checkpoint is written
+to WORK/demo, for `checkpoints/demo`.
 """
 
-import dataclasses
+import collections
+import itertools
 import json
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,29 +28,28 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from orbax.checkpoint import v1 as ocp
-from tokenizers import Tokenizer as BaseTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from granite_jax import pretrained
+from granite_jax.evaluation.metrics import score
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames
 from granite_jax.text.tasks import ChatTemplate, instruction
-from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.training import batches
 from granite_jax.training.corpus import Corpus
-from granite_jax.training.recipes.demo import synthesis
+from granite_jax.training.recipes.demo import sets, synthesis
 from granite_jax.training.steps import TrainState, ctc_step, lm_step, make_optimizer
 
-SEED = 20260
-VOCABULARY = 768
+SEED = 20261
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
-TRAIN_UTTERANCES, HELDOUT_UTTERANCES = 40_000, 1_200
-ENCODER_STEPS, ENCODER_FRAMES = 3_200, 3_000  # frames of a batch
-ENCODER_PEAK = 2e-3  # of the learning rate
-WARMUP = 300
-SAVE_EVERY = 500
+TRAIN_UTTERANCES = 30_000
+ENCODER_STEPS, ENCODER_FRAMES, ENCODER_PEAK = 2_200, 3_000, 8e-4  # frames of a batch; peak of the learning rate
+DECODER_STEPS, DECODER_FRAMES, DECODER_PEAK = 9_000, 2_000, 8e-4
+JOINED_SHARE = 0.2  # of the decoder's batches have rows of several utterances, joined in the encoder's activations
+CORRUPTED_SHARE, CORRUPTION = 0.5, 0.15  # of the rows have a history with wrong tokens; at most this share of it
+WARMUP = 150
+SAVE_EVERY = 250
 
 ENCODER = {
     "input_dim": 160, "num_layers": 4, "hidden_dim": 128, "feedforward_mult": 4, "num_heads": 4, "dim_head": 32,
@@ -58,7 +61,7 @@ PROJECTOR = {
     "num_queries": 3, "vocab_size": 0,
 }  # fmt: skip
 DECODER = {
-    "model_type": "granite", "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512,
+    "model_type": "granite", "vocab_size": 768, "hidden_size": 192, "intermediate_size": 512,
     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 768,
     "rms_norm_eps": 1e-5, "embedding_multiplier": 12.0, "attention_multiplier": 0.125, "residual_multiplier": 0.5,
     "logits_scaling": 4.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0,
@@ -86,79 +89,73 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """A run of the decoder's optimizer.
-
-    Fields:
-      steps, frames: of the run, of a batch.
-      peak: of the learning rate.
-      joined: share of the batches whose rows are several utterances, joined in the encoder's activations.
-    """
-
-    steps: int
-    frames: int
-    peak: float
-    joined: float
-
-
-# The first discovers that the audio says what to write. The second takes smaller batches, hence more steps in the same
-# time. What was then still wrong was mostly in long audio, of which later ones see more.
-DECODER_ROUNDS = (
-    Round(2_800, 4_000, 1e-3, 0.0),
-    Round(12_000, 2_000, 1e-3, 0.0),
-    Round(9_000, 2_000, 7e-4, 0.5),
-    Round(10_000, 2_000, 7e-4, 0.7),
-    Round(6_000, 2_000, 5e-4, 0.8),
-)
-
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 Work = Annotated[Path, typer.Argument(help="directory of the work files")]
-
-
-def train_tokenizer(texts: list[str]) -> BaseTokenizer:
-    """A byte-level BPE over transcripts and prompt, with Granite's special tokens first."""
-    tokenizer = BaseTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    prompt = f"USER: {instruction('transcribe')}\n ASSISTANT:"
-    tokenizer.train_from_iterator([*texts, *[prompt] * (len(texts) // 10)], trainer)
-    return tokenizer
+Start = Annotated[str, typer.Option(help="checkpoint whose parameters are trained on")]
 
 
 @app.command()
 def data(work: Work) -> None:
-    """Synthesise training and held-out speech, and train the tokenizer."""
-    synthesis.generate(work / "train", "train", TRAIN_UTTERANCES, seed=1)
-    synthesis.generate(work / "heldout", "heldout", HELDOUT_UTTERANCES, seed=2)
-    corpus = Corpus.open(work / "train")
-    train_tokenizer([corpus[i].text for i in range(len(corpus))]).save(str(work / "tokenizer.json"))
+    """Synthesize training, tuning and test speech."""
+    if not (work / "train" / "recipe.json").exists():
+        synthesis.generate(work / "train", "train", TRAIN_UTTERANCES, seed=1)
+    for name, utterances in sets.SETS.items():
+        if not (work / name / "index.jsonl").exists():
+            synthesis.write_corpus(utterances(), work / name)
+
+
+def train(
+    work: Path, name: str, step: Callable, state: TrainState, items: Iterator, inputs: Callable, steps: int
+) -> Any:
+    """Runs an optimizer to its last step and returns the parameters.
+
+    Args:
+      name: of the stage. Its state is saved to WORK/name every `SAVE_EVERY` steps, and what was saved is gone on from.
+      step: (state, *inputs) -> (state, loss).
+      items: what each step is made of, in order; `inputs(index, item)` makes the inputs of a step.
+    """
+    start, leaves, tree = 0, *jax.tree.flatten(state)
+    if (work / name).exists():
+        start, leaves = _restore(work / name, (0, leaves))
+        state = jax.tree.unflatten(tree, leaves)
+    log = Log(work / f"{name}.log", steps)
+    for index, item in zip(range(start, steps), itertools.islice(items, start, None), strict=False):
+        state, loss = step(state, *inputs(index, item))
+        log(index, loss)
+        if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
+            _save(work / name, (index + 1, jax.tree.leaves(state)))
+    return state.params
+
+
+def _save(path: Path, tree: Any) -> None:
+    ocp.save(str(path.resolve()), jax.tree.map(jnp.asarray, tree), overwrite=True)
+
+
+def _restore(path: Path, like: Any) -> Any:
+    """What `_save` wrote, of the shapes and dtypes of `like`."""
+    return ocp.load(str(path.resolve()), jax.tree.map(jnp.asarray, like))
 
 
 @app.command()
-def encoder(work: Work) -> None:
+def encoder(work: Work, start: Start = "demo") -> None:
     """Stage 1: the encoder by CTC."""
-    config, corpus = Config.from_dict(CONFIG), Corpus.open(work / "train")
+    config, loaded = pretrained.load(start, dtype="float32")
+    corpus = Corpus.open(work / "train")
     buckets = batches.make_buckets(corpus.lengths, ENCODER_FRAMES)
-    steps = ENCODER_STEPS
-    optimizer = make_optimizer(ENCODER_PEAK, steps, WARMUP)
-    params = {"encoder": granite_speech.init(config, jax.random.key(SEED))["encoder"]}
-    step, state = ctc_step(config, optimizer), TrainState(params, optimizer.init(params))
-    log = Log(work / "encoder.log", steps)
-    for index, (bucket, rows) in zip(range(steps), batches.forever(buckets, SEED), strict=False):
-        samples, lengths = batches.waveforms(corpus, rows, bucket.samples)
+    optimizer = make_optimizer(ENCODER_PEAK, ENCODER_STEPS, WARMUP)
+    params = {"encoder": loaded["encoder"]}
+
+    def inputs(index: int, item: tuple[batches.Bucket, np.ndarray]) -> tuple:
+        bucket, rows = item
         labels = [ctc.to_labels(corpus[int(row)].text) for row in rows]
         padded, label_lengths = batches.pad_ids(labels, bucket.frames // 2)
-        state, loss = step(state, jax.random.key(SEED + index), samples, lengths, padded, label_lengths)
-        log(index, loss)
-        if (index + 1) % SAVE_EVERY == 0 or index + 1 == steps:
-            ocp.save(str((work / "encoder").resolve()), state.params, overwrite=True)
+        samples, lengths = batches.waveforms(corpus, rows, bucket.samples)
+        return jax.random.key(SEED + index), samples, lengths, padded, label_lengths
+
+    state = TrainState(params, optimizer.init(params))
+    shuffled = batches.forever(buckets, SEED)
+    params = train(work, "encoder", ctc_step(config, optimizer), state, shuffled, inputs, ENCODER_STEPS)
+    _save(work / "encoder-params", params)
 
 
 def encode_corpus(config: Config, params: Any, corpus: Corpus, path: Path) -> np.ndarray:
@@ -189,34 +186,21 @@ def frame_starts(corpus: Corpus) -> np.ndarray:
 
 
 @app.command()
-def decoder(work: Work) -> None:
-    """Stage 2: projector and decoder on the frozen encoder; each round starts from the parameters of the one before."""
-    config = Config.from_dict(CONFIG)
-    params = {
-        name: part for name, part in granite_speech.init(config, jax.random.key(SEED)).items() if name != "encoder"
-    }
-    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
-    for number, settings in enumerate(DECODER_ROUNDS, 1):
-        finished = work / f"decoder-{number}"
-        if not finished.exists():
-            params = decoder_round(work, config, params, settings, seed=SEED + number - 1)
-            ocp.save(str(finished.resolve()), params)
-        params = ocp.load(str(finished.resolve()))
-
-
-def decoder_round(work: Path, config: Config, params: Any, settings: Round, seed: int) -> Any:
-    """The parameters after one round from `params`; saves the latest to WORK/decoder now and then."""
+def decoder(work: Work, start: Start = "demo") -> None:
+    """Stage 2: projector and decoder on the frozen encoder."""
+    config, loaded = pretrained.load(start, dtype="float32")
     corpus = Corpus.open(work / "train")
-    tokenizer = Tokenizer.from_file(work / "tokenizer.json")
-    frozen = {"encoder": ocp.load(str((work / "encoder").resolve()))["encoder"]}
+    tokenizer = pretrained.open_checkpoint(start).tokenizer()
+    frozen = _restore(work / "encoder-params", {"encoder": loaded["encoder"]})
     hidden, starts = encode_corpus(config, frozen, corpus, work / "hidden.f16"), frame_starts(corpus)
-    buckets = batches.make_buckets(corpus.lengths, settings.frames)
-    optimizer = make_optimizer(settings.peak, settings.steps, WARMUP)
-    step, state = lm_step(config, optimizer), TrainState(params, optimizer.init(params))
+    buckets = batches.make_buckets(corpus.lengths, DECODER_FRAMES)
+    optimizer = make_optimizer(DECODER_PEAK, DECODER_STEPS, WARMUP)
+    params = {name: loaded[name] for name in ("projector", "decoder")}
+    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
     prompt = ChatTemplate(None).tokens(tokenizer, instruction("transcribe"))
-    log = Log(work / "decoder.log", settings.steps)
-    shuffled = batches.joining(buckets, np.diff(starts), settings.joined, seed)
-    for index, (bucket, rows) in zip(range(settings.steps), shuffled, strict=False):
+
+    def inputs(index: int, item: tuple[batches.Bucket, list[list[int]]]) -> tuple:
+        bucket, rows = item
         activations = np.zeros((len(rows), bucket.frames, hidden.shape[1]), np.float32)
         frames = np.zeros(len(rows), np.int32)
         for i, row in enumerate(rows):
@@ -227,60 +211,78 @@ def decoder_round(work: Path, config: Config, params: Any, settings: Round, seed
             [*prompt.prefix, *[config.audio_token_id] * int(config.num_audio_tokens(int(n))), *prompt.suffix]
             for n in frames
         ]
-        texts = [" ".join(corpus[j].text for j in row) for row in rows]
+        texts = [" ".join(corpus[j].text for j in row if corpus[j].text) for row in rows]
         answers = [[*tokenizer.encode(text), config.decoder.eos_token_id] for text in texts]
-        # About 0.2 tokens and 0.2 audio embeddings a frame at most, and the prompt.
-        width = 24 + bucket.frames * 2 // 5
-        tokens, lengths = batches.pad_ids([p + a for p, a in zip(prompts, answers, strict=True)], width)
+        # An audio embedding for five frames, at most 0.25 tokens a frame, and the prompt.
+        width = 24 + bucket.frames * 9 // 20
+        tokens, lengths = batches.pad_ids([(p + a)[:width] for p, a in zip(prompts, answers, strict=True)], width)
         prompt_lengths = np.array([len(p) for p in prompts], np.int32)
-        state, loss = step(state, activations, frames, tokens, prompt_lengths, lengths)
-        log(index, loss)
-        if (index + 1) % SAVE_EVERY == 0:
-            ocp.save(str((work / "decoder").resolve()), state.params, overwrite=True)
-    return state.params
+        rng = np.random.default_rng([SEED, index])
+        words = range(len(SPECIALS), config.decoder.vocab_size)
+        history = batches.corrupt(rng, tokens, prompt_lengths, CORRUPTED_SHARE, CORRUPTION, words)
+        return activations, frames, history, tokens, prompt_lengths, lengths
 
-
-@app.command()
-def export(work: Work) -> None:
-    """Write the checkpoint: bfloat16 parameters, config, tokenizer and chat template."""
-    finished = work / f"decoder-{len(DECODER_ROUNDS)}"
-    params = ocp.load(str((work / "encoder").resolve())) | ocp.load(str(finished.resolve()))
+    state = TrainState(params, optimizer.init(params))
+    shuffled = batches.joining(buckets, np.diff(starts), JOINED_SHARE, SEED)
+    params = train(work, "decoder", lm_step(config, optimizer), state, shuffled, inputs, DECODER_STEPS)
     params.pop("alignment")
-    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
-    pretrained.save(work / "demo", CONFIG, params, tokenizer_file=work / "tokenizer.json", chat_template=CHAT_TEMPLATE)
+    _save(work / "decoder-params", params)
 
 
 @app.command()
-def evaluate(work: Work) -> None:
-    """Word error rates of WORK/demo on the held-out utterances, as a Markdown table."""
-    from granite_jax.evaluation.metrics import score
+def export(work: Work, start: Start = "demo") -> None:
+    """Write the checkpoint: bfloat16 parameters; config, tokenizer and chat template are those of the start."""
+    checkpoint = pretrained.open_checkpoint(start)
+    like = checkpoint.load_params("float32")
+    parts = {"encoder-params": ("encoder",), "decoder-params": ("projector", "decoder")}
+    params = {}
+    for name, keys in parts.items():
+        params |= _restore(work / name, {key: like[key] for key in keys})
+    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
+    tokenizer_file = checkpoint.directory / "tokenizer.json"
+    pretrained.save(work / "demo", CONFIG, params, tokenizer_file=tokenizer_file, chat_template=CHAT_TEMPLATE)
 
-    corpus = Corpus.open(work / "heldout")
-    asr = Transcriber.from_pretrained(work / "demo", dtype="float32")
-    spoken = [corpus[i] for i in range(len(corpus))]
-    transcripts = asr.transcribe([utterance.samples for utterance in spoken])
-    references, names = [u.text for u in spoken], [u.names for u in spoken]
-    print("| decoding | all words | invented names | other words |\n| --- | --- | --- | --- |")
-    for decoding, texts in {
-        "language model, greedy": [t.text for t in transcripts],
-        "encoder, greedy CTC": [t.ctc_text for t in transcripts],
-    }.items():
-        rates = score(references, texts, names)
-        print(f"| {decoding} | {rates.wer} | {rates.b_wer} | {rates.u_wer} |")
+
+@app.command()
+def evaluate(
+    work: Work,
+    name: Annotated[str, typer.Option("--set", help="tune or test")] = "test",
+    checkpoint: Annotated[str, typer.Option(help="default: the one that was exported")] = "",
+) -> None:
+    """Word error rates on the tuning or the test utterances, as a Markdown table, a row a kind and decoding."""
+    asr = Transcriber.from_pretrained(checkpoint or work / "demo", dtype="float32")
+    groups: dict[str, list[sets.Spoken]] = collections.defaultdict(list)
+    for spoken in [*sets.spoken(Corpus.open(work / name)), *(sets.human() if name == "test" else ())]:
+        groups[spoken.group].append(spoken)
+    print("| speech | decoding | all words | invented names | other words |\n| --- | --- | --- | --- | --- |")
+    for group, items in groups.items():
+        transcripts = asr.transcribe([item.samples for item in items])
+        for decoding in ("text", "ctc_text"):
+            texts = [getattr(transcript, decoding) for transcript in transcripts]
+            label = {"text": "language model, greedy", "ctc_text": "encoder, greedy CTC"}[decoding]
+            if group == "silence":
+                print(f"| {group} | {label} | {sum(map(bool, texts))} of {len(texts)} have text | | |")
+                continue
+            rates = score([item.text for item in items], texts, [item.names for item in items])
+            print(f"| {group} | {label} | {rates.wer} | {rates.b_wer} | {rates.u_wer} |")
 
 
 @app.command("all")
-def run_all(work: Work) -> None:
+def run_all(work: Work, start: Start = "demo") -> None:
     """All steps, one after another."""
-    for step in (data, encoder, decoder, export, evaluate):
-        step(work)
+    data(work)
+    encoder(work, start)
+    decoder(work, start)
+    export(work, start)
+    for name in sets.SETS:
+        evaluate(work, name)
 
 
 class Log:
     """Appends step, loss and seconds to a file, every 50 steps."""
 
     def __init__(self, path: Path, steps: int):
-        self._file, self._steps, self._start = path.open("w"), steps, time.monotonic()
+        self._path, self._steps, self._start = path, steps, time.monotonic()
         self._losses: list[jax.Array] = []
 
     def __call__(self, index: int, loss: jax.Array) -> None:
@@ -288,8 +290,8 @@ class Log:
         if (index + 1) % 50 == 0 or index + 1 == self._steps:
             mean = float(np.mean([float(x) for x in self._losses]))
             entry = {"step": index + 1, "loss": round(mean, 4), "seconds": round(time.monotonic() - self._start)}
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            with self._path.open("a") as log:
+                log.write(json.dumps(entry) + "\n")
             self._losses.clear()
 
 
