@@ -6,11 +6,13 @@ convolution stop at each row's true length, so a row's result is that of the row
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
 from granite_jax.model.config import EncoderConfig
@@ -112,16 +114,47 @@ class ConvolutionModule(nnx.Module):
         value, gate = jnp.moveaxis(self.up(self.norm(h)), -2, 0)
         # Zeros past the true end, where the reference's convolution sees its own zero padding.
         x = jnp.where(valid[..., None], value * jax.nn.sigmoid(gate), 0)
-        x, statistics = self.batch_norm(self._convolve(x), valid, train)
+        convolve = trained_depthwise if train else depthwise
+        x = convolve(x.astype(jnp.float32), self.depthwise[...].astype(jnp.float32)).astype(x.dtype)
+        x, statistics = self.batch_norm(x, valid, train)
         return self.down(jax.nn.silu(x)), statistics
 
-    def _convolve(self, x: Activations) -> Activations:
-        """Depthwise convolution as a sum of shifted products, which compilers fuse into one pass."""
-        kernel = self.depthwise[...].astype(jnp.float32)
-        size, frames = len(kernel), x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (size // 2, size // 2 - (size + 1) % 2), (0, 0))).astype(jnp.float32)
-        shifted = (padded[:, i : i + frames] * kernel[None, None, i] for i in range(size))
-        return jnp.asarray(sum(shifted), x.dtype)
+
+def depthwise(x: Float[Array, "b t c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
+    """Depthwise convolution over time with zeros past the ends: shifted products, which compilers fuse into one pass."""
+    before, after = _same_padding(kernel)
+    return _shifted_products(jnp.pad(x, ((0, 0), (before, after), (0, 0))), kernel, x.shape[1])
+
+
+def _same_padding(kernel: jax.Array) -> tuple[int, int]:
+    return len(kernel) // 2, len(kernel) // 2 - (len(kernel) + 1) % 2
+
+
+def _shifted_products(padded: jax.Array, kernel: jax.Array, frames: int) -> jax.Array:
+    products = (padded[:, i : i + frames] * kernel[None, None, i] for i in range(len(kernel)))
+    return functools.reduce(jnp.add, products)
+
+
+@jax.custom_vjp
+def trained_depthwise(x: Float[Array, "b t c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
+    """`depthwise` with a reverse-mode derivative that takes one pass; JAX derives one that takes a pass a tap."""
+    return depthwise(x, kernel)
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    (x, kernel), frames = saved, gradient.shape[1]
+    before, after = _same_padding(kernel)
+    padded = jnp.pad(gradient, ((0, 0), (after, before), (0, 0)))
+    shifted = jnp.pad(x, ((0, 0), (before, after), (0, 0)))
+    of_kernel = [jnp.sum(shifted[:, i : i + frames] * gradient, axis=(0, 1)) for i in range(len(kernel))]
+    return _shifted_products(padded, kernel[::-1], frames), jnp.stack(of_kernel)
+
+
+trained_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class ConformerBlock(nnx.Module):

@@ -1,4 +1,4 @@
-"""Every example of the README works: Python snippets and commands run, in its order, on files of the names it uses.
+"""Every example of the README and of docs/ works: snippets and commands run, page by page, on files of the names used.
 
 What cannot run here comes after a comment `<!-- parsed only: WHY -->`, and commands within sentences name no files: of
 those the command line is parsed by the command itself, and no more.
@@ -24,7 +24,7 @@ from granite_jax import Transcriber, cli
 from granite_jax.evaluation import heldout
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PARSED_ONLY = re.compile(r"<!-- parsed only: .+ -->")
 # As small as can be, with room for the new tokens of a short recording.
 TINY: dict[str, Any] = {
@@ -36,36 +36,39 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Example:
-    """A command line or a Python snippet, the line of the README that it begins in, and whether it can run here."""
+    """A command line or a Python snippet, the page and line that it begins in, and whether it can run here."""
 
-    line: int
+    place: str
     text: str
     runs: bool = True
 
 
-def commands() -> Iterator[Example]:
+def commands(page: Path) -> Iterator[Example]:
     """Indented lines that begin with granite-jax, and such commands within sentences."""
     runs = True
-    for number, line in enumerate(README.splitlines(), 1):
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if _PARSED_ONLY.fullmatch(line):
             runs = False
         elif line and not line.startswith("    "):
             runs = True
+        place = f"{page.name}:{number}"
         if line.startswith("    granite-jax "):
-            yield Example(number, line.strip(), runs)
+            yield Example(place, line.strip(), runs)
         for inline in re.findall(r"`(granite-jax [^`]+)`", line):
-            yield Example(number, inline, runs=False)
+            yield Example(place, inline, runs=False)
 
 
-def snippets() -> Iterator[Example]:
-    """Fenced blocks of Python."""
-    for block in re.finditer(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
-        yield Example(README.count("\n", 0, block.start()) + 2, block[1])
+def snippets(page: Path) -> Iterator[Example]:
+    """Fenced blocks of Python; a page's are one program."""
+    text = page.read_text(encoding="utf-8")
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        line = text.count("\n", 0, block.start()) + 1
+        yield Example(f"{page.name}:{line}", "\n" * line + block[1])
 
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with the files that the README names, a small checkpoint in place of the released one, few clips in
+    """A directory with the files that the pages name, a small checkpoint in place of the released one, few clips in
     place of 300, and every checkpoint loaded once."""
     shutil.copytree(ROOT / "samples", tmp_path / "samples")
     samples, rate = soundfile.read(ROOT / "samples" / "one-name.wav")
@@ -93,28 +96,34 @@ def few_clips(directory: Path) -> Path:
 
 
 def test_every_snippet_runs(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Given the snippets, when they run one after another, as in a notebook, then none fails
-    found = list(snippets())
-    assert len(found) >= 3
-    names: dict[str, Any] = {}
-    for snippet in found:
-        exec(compile("\n" * (snippet.line - 1) + snippet.text, "README.md", "exec"), names)
-    assert "turn on the screen" in capsys.readouterr().out
+    # Given the snippets, when a page's run one after another, as in a notebook, then none fails
+    found = {page: list(snippets(page)) for page in PAGES}
+    assert sum(map(len, found.values())) >= 5
+    for page, examples in found.items():
+        names: dict[str, Any] = {}
+        for example in examples:
+            exec(compile(example.text, page.name, "exec"), names)
+    # And the README's prints what the README says
+    said = next(snippets(ROOT / "README.md"))
+    capsys.readouterr()
+    exec(compile(said.text, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed and all(f"\n    {line}\n" in (ROOT / "README.md").read_text() for line in printed)
 
 
 def test_every_command_runs(reader: Path) -> None:
-    # Given the commands in the README's order, when they run, then each succeeds and says something
-    found = [example for example in commands() if example.runs]
+    # Given the commands in the pages' order, when they run, then each succeeds and says something
+    found = [example for page in PAGES for example in commands(page) if example.runs]
     assert len(found) >= 8
     for example in found:
         done = CliRunner().invoke(cli.app, shlex.split(example.text, comments=True)[1:])
-        assert done.exit_code == 0 and done.exception is None, f"README.md:{example.line}: {done.stderr or done}"
-        assert done.stdout.strip(), f"README.md:{example.line}: prints nothing"
+        assert done.exit_code == 0 and done.exception is None, f"{example.place}: {done.stderr or done}"
+        assert done.stdout.strip(), f"{example.place}: prints nothing"
 
 
 def test_every_other_command_is_understood() -> None:
     # Given the commands that cannot run here, when their lines are parsed, then they name what there is
-    found = [example for example in commands() if not example.runs]
+    found = [example for page in PAGES for example in commands(page) if not example.runs]
     assert found
     command: Any = typer.main.get_command(cli.app)
     disarm(command)
@@ -122,10 +131,17 @@ def test_every_other_command_is_understood() -> None:
         try:
             command.main(shlex.split(example.text, comments=True)[1:], "granite-jax", standalone_mode=False)
         except Exception as error:
-            raise AssertionError(f"README.md:{example.line}: {example.text}: {error}") from error
+            raise AssertionError(f"{example.place}: {example.text}: {error}") from error
     # And one that names what there is not would be found
     with pytest.raises(Exception, match="No such option"):
         command.main(["transcribe", "a.wav", "--no-such-option"], "granite-jax", standalone_mode=False)
+
+
+def test_every_link_leads_somewhere() -> None:
+    # Given the links of every page to files of the project, then the files are there
+    for page in [*PAGES, ROOT / "checkpoints" / "demo" / "README.md", ROOT / "deploy" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def disarm(command: Any) -> None:
