@@ -59,7 +59,7 @@ from granite_jax.inference.engine import Pipeline, Request
 from granite_jax.inference.programs import Encoded, pad_drafts
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
-from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, Biasing, prepare
+from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, KeywordOptions, prepare
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames
@@ -330,7 +330,7 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     lists = invented_lists(seed=0)
     make = functools.partial(prepare, tokenizer=asr.tokenizer, num_labels=config.encoder.output_dim)
     entries = next(lists)
-    ungated, gated = make(entries, Biasing(threshold=None)), make(entries, Biasing())
+    ungated, gated = make(entries, KeywordOptions(threshold=None)), make(entries, KeywordOptions())
     rng = np.random.default_rng(0)
     samples = rng.uniform(-0.1, 0.1, (batch, bucket.samples)).astype(np.float32)
     lengths = np.full(batch, bucket.samples, np.int32)
@@ -416,7 +416,7 @@ def gate_cost(tokenizer: Tokenizer, batch: int, seconds: float, turns: int) -> N
     score = jax.jit(spotter.support)
     names = next(invented_lists(seed=0))
     for number in COUNTS[1:]:
-        keywords = prepare(names[:number], Biasing(), tokenizer, config.encoder.output_dim)
+        keywords = prepare(names[:number], KeywordOptions(), tokenizer, config.encoder.output_dim)
         candidates = jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords.labels] * batch))
         runs = {
             "encoder": functools.partial(encode, params, samples, lengths),

@@ -47,12 +47,12 @@ print("tasks:", ", ".join(asr.capabilities.tasks))
 # %%
 sample = ROOT / "samples" / "two-names.wav"
 display(Audio(str(sample)))
-(transcript,) = asr.transcribe(sample)
+transcript = asr.transcribe(sample)
 print(transcript.text)
 print(transcript.duration, "s,", transcript.stats)
 if "translate" in asr.capabilities.tasks:  # the demo checkpoint only transcribes
-    print(asr.transcribe(sample, task="punctuate")[0].text)
-    print(asr.transcribe(sample, task="translate", to="fr")[0].text)
+    print(asr.transcribe(sample, task="punctuate").text)
+    print(asr.transcribe(sample, task="translate", target_language="fr").text)
 
 # %% [markdown]
 # Several inputs at once: paths, bytes, arrays. A bad one costs the others nothing.
@@ -139,5 +139,5 @@ def record(seconds=5):
 
 
 recording = record() or sample
-(spoken,) = asr.transcribe(recording)
+spoken = asr.transcribe(recording)
 print(spoken.text)

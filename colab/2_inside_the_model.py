@@ -79,7 +79,7 @@ print(f"largest entropy: {entropy[worst]:.2f} nats at {worst * ctc.FRAME_SECONDS
 # such as the language model's.
 
 # %%
-(transcript,) = asr.transcribe(path)
+transcript = asr.transcribe(path)
 words = ctc.words(np.asarray(logits[0]), transcript.text)
 for word in words:
     print(f"{word.start:5.2f} to {word.end:5.2f} s  {word.text}")
@@ -93,7 +93,7 @@ plotting.alignment(words)
 # four draft tokens, each window followed by a token of its own.
 
 # %%
-(long,) = asr.transcribe(ROOT / "samples" / "long.wav")
+long = asr.transcribe(ROOT / "samples" / "long.wav")
 print(long.stats)
 plotting.draft(long, asr.tokenizer)
 
@@ -103,8 +103,8 @@ plotting.draft(long, asr.tokenizer)
 # %%
 wrong = transcript.ctc_text.split()
 wrong[1], wrong[-2] = "wrong", "mistaken"
-(drafted,) = asr.transcribe(path, draft=" ".join(wrong))
-(greedy,) = asr.transcribe(path, speculative=False)
+drafted = asr.transcribe(path, draft=" ".join(wrong))
+greedy = asr.transcribe(path, speculative=False)
 for name, each in {"own draft": transcript, "bad draft": drafted, "no draft": greedy}.items():
     print(f"{name}: {each.stats['llm_passes']:2} passes of the language model, {each.text}")
 plotting.draft(drafted, asr.tokenizer)
@@ -119,8 +119,8 @@ plotting.draft(drafted, asr.tokenizer)
 # %%
 KEYWORDS = ["limbiv", "kowalczyk", "zurich", "bimgoka"]
 named = path.with_name("heldout-2-000103.ogg")
-(off,) = asr.transcribe(named)
-(on,) = asr.transcribe(named, keywords=KEYWORDS)
+off = asr.transcribe(named)
+on = asr.transcribe(named, keywords=KEYWORDS)
 print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")
 plotting.overview(asr.acoustics(named), on, asr.tokenizer)
 

@@ -11,6 +11,7 @@ from batch_worker import StandIn
 
 from granite_jax import batch
 from granite_jax.audio.load import load_audio
+from granite_jax.inference.options import TranscribeOptions
 
 RATE = 16000
 
@@ -52,5 +53,6 @@ def text_of(
     path: Path, asked: str = "can you transcribe the speech into a written format?", keywords: Sequence[str] = ()
 ) -> str:
     """The text that the stand-in writes for a file."""
-    (transcript,) = StandIn().transcribe([load_audio(path)], task="transcribe", prompt=asked, keywords=[list(keywords)])
+    options = TranscribeOptions(prompt=asked)
+    (transcript,) = StandIn().transcribe([load_audio(path)], options, keywords=[list(keywords)])
     return transcript.text

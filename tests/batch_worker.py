@@ -14,7 +14,8 @@ from typing import Any
 
 from granite_jax import batch
 from granite_jax.batch.manifest import Entry
-from granite_jax.batch.reading import Read, Reader
+from granite_jax.batch.reading import LoadedEntry, Reader
+from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.transcriber import Transcript
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, instruction
@@ -28,18 +29,18 @@ class StandIn:
         self.config = open_checkpoint("demo").config
         self.capabilities = Capabilities()
         self.seconds = seconds
-        self.calls: list[tuple[int, dict[str, Any]]] = []
+        self.calls: list[tuple[int, TranscribeOptions]] = []
 
     def transcribe(
         self,
         audio: list,
+        options: TranscribeOptions,
         *,
         keywords: Sequence[Any] = (),
         on_error: str = "raise",
         progress: Callable[[int], None] | None = None,
-        **options: Any,
     ) -> list[Transcript]:
-        asked = instruction(options["task"], to=options.get("to"), prompt=options["prompt"])
+        asked = instruction(options.task, target_language=options.target_language, prompt=options.prompt)
         self.calls.append((len(audio), options))
         results = []
         for each, listed in zip(audio, keywords or [()] * len(audio), strict=True):
@@ -87,7 +88,7 @@ def run_command(arguments: list[str], seconds: float) -> None:
 class DeadlyReader(Reader):
     """Dies of files that are named so."""
 
-    def __call__(self, entry: Entry) -> Read:
+    def __call__(self, entry: Entry) -> LoadedEntry:
         if "deadly" in entry.audio:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(entry)

@@ -45,7 +45,7 @@ class Listener(StandIn):
     def warmup(self, buckets: Sequence[Bucket]) -> None:
         self.compilations += len(buckets)
 
-    def transcribe(self, audio: list, *, progress: Any = None, **options: Any) -> list[Transcript]:
+    def transcribe(self, audio: list, *_: Any, progress: Any = None, **__: Any) -> list[Transcript]:
         results = []
         for each in audio:
             self.heard.append(each.name)

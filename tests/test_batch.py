@@ -40,7 +40,7 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
     assert [f["text"] for f in found] == [text_of(corpus / f["audio"]) for f in found]
     assert found[0]["tokens"] == [1, 2]
     assert found[0]["duration"] == 0.11
-    assert set(found[0]) == {"index", "id", "audio", "text", "tokens", "duration", "ctc_text", "stats"}
+    assert set(found[0]) == {"index", "id", "audio", "text", "tokens", "duration", "ctc_text", "stats", "flags"}
     assert (summary.parts, summary.entries, summary.transcribed, summary.failed) == (2, 3, 3, 0)
     # And the summary is of the run that did the work
     for _ in range(2):
@@ -83,7 +83,7 @@ def test_lines_that_are_no_entries_fail_alone(corpus: Path, tmp_path: Path) -> N
 
 def test_each_line_is_asked_what_it_asks_for(corpus: Path, tmp_path: Path) -> None:
     # Given lines of three kinds, mixed
-    asks: list[dict[str, Any]] = [{}, {"to": "fr"}, {"prompt": "what is this?"}, {"keywords": ["Zelgad"]}]
+    asks: list[dict[str, Any]] = [{}, {"target_language": "fr"}, {"prompt": "what is this?"}, {"keywords": ["Zelgad"]}]
     manifest = write_lines(corpus / "m.jsonl", *({"audio": "a/1.wav", **asks[i % 4]} for i in range(12)))
     # When they are run, then those with the same prompt share a batch, and each text is of its own request
     _, asr = run(manifest, tmp_path / "out", task="punctuate")
@@ -163,7 +163,7 @@ def test_results_of_different_jobs_are_never_mixed(corpus: Path, tmp_path: Path)
 def test_bad_options_end_the_job_before_it_starts(corpus: Path, tmp_path: Path) -> None:
     # Given options that no utterance could be transcribed with, then nothing is written but the description
     with pytest.raises(GraniteError, match="unknown language 'klingon'"):
-        run(str(corpus), tmp_path / "out", task="translate", to="klingon")
+        run(str(corpus), tmp_path / "out", task="translate", target_language="klingon")
     assert not list((tmp_path / "out").glob("part-*"))
     with pytest.raises(GraniteError, match="no entries"):
         run(write_lines(tmp_path / "m.jsonl"), tmp_path / "out")

@@ -19,11 +19,12 @@ from batch_worker import DeadlyReader
 
 from granite_jax import GraniteError, batch
 from granite_jax.batch.access import Access, check_host
-from granite_jax.batch.manifest import Ask, Manifest
+from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.reading import Reader, Source, reading
 from granite_jax.errors import AudioError
+from granite_jax.inference.options import TranscribeOptions
 
-ASK = Ask()
+ASK = TranscribeOptions()
 
 
 def test_directories_and_globs_are_listed_once(corpus: Path, tmp_path: Path) -> None:

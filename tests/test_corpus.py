@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,7 +209,7 @@ def test_a_missing_synthesizer_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Debian's two packages, with texts of this test's."""
+    """Debian's two packages and the frequent words, with texts of this test's."""
     kept = [f"The {color} {animal} saw {count} of my friends." for color in ("red", "blue", "green", "pale", "dark")
             for animal in ("bird", "goat", "fox", "crow") for count in ("two", "three", "four", "all")]  # fmt: skip
     left_out = ["IBM saw my friends.", "Route 66 is long.", "Zzyzx saw my friends.", "Too short.", "The b saw my goat."]
@@ -220,6 +222,10 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "words").write_text("\n".join([*sorted(listed), *others]) + "\n")
     monkeypatch.setattr(texts, "FORTUNES", tmp_path / "fortunes")
     monkeypatch.setattr(texts, "WORD_LIST", tmp_path / "words")
+    frequent = ["saw", "i", "goat", "qwertz", "friends", "twice"]
+    frequency = lambda word, _: 1 / (1 + frequent.index(word))  # noqa: E731
+    module = SimpleNamespace(top_n_list=lambda *_: frequent, word_frequency=frequency)
+    monkeypatch.setitem(sys.modules, "wordfreq", module)
 
 
 def test_sentences_of_fortunes_are_raw_transcripts_divided_between_the_splits(packages: None) -> None:
@@ -230,7 +236,7 @@ def test_sentences_of_fortunes_are_raw_transcripts_divided_between_the_splits(pa
     assert len(every) == len(set(every)) == 81 and "i saw them twice" in every
     assert all(TEXT.fullmatch(text) for text in every)
     assert 0 < len(heldout.sentences) < len(train.sentences)
-    assert "lantern's" not in train.rare and "boston" not in train.rare
+    assert train.words == heldout.words == ("saw", "goat", "friends", "twice")
 
 
 @pytest.mark.parametrize("kind", texts.SHARES)
@@ -290,10 +296,10 @@ def test_recordings_of_people_are_read_with_what_is_said(tmp_path: Path) -> None
     soundfile.write(tmp_path / "cards" / "001.wav", np.zeros(160, np.int16), 16_000)
     np.arange(100, dtype="<i2").tofile(tmp_path / "numbers.raw")
     # When
-    found = list(sets.human(tmp_path))
+    found = list(sets.people(tmp_path))
     # Then
     assert [(item.group, item.text, len(item.samples)) for item in found] == [
         ("people (cards)", "ten of clubs", 160),
         ("people (commands)", None, 100),
     ]
-    assert list(sets.human(tmp_path / "absent")) == []
+    assert list(sets.people(tmp_path / "absent")) == []

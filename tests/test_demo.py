@@ -78,7 +78,9 @@ def test_nothing_is_written_where_nothing_is_said(asr, kind):
     rng = np.random.default_rng(11)
     sounds = [SOUNDS[kind](rng, int(seconds * 16_000)) for seconds in np.linspace(1, 20, 10)]
     levels = 10 ** (np.linspace(-60, -14, 10) / 20)
-    scaled = [np.float32(level) * wave / max(np.abs(wave).max(), 1e-9) for level, wave in zip(levels, sounds, strict=True)]
+    scaled = [
+        np.float32(level) * wave / max(np.abs(wave).max(), 1e-9) for level, wave in zip(levels, sounds, strict=True)
+    ]
     # When transcribed, then there is no text
     assert [transcript.text for transcript in asr.transcribe(scaled)] == [""] * 10
 
@@ -136,7 +138,7 @@ def test_samples_are_heard(asr):
     assert score(said, heard).wer.rate <= 10.0
 
 
-@pytest.mark.parametrize("options", [{"task": "punctuate"}, {"task": "translate", "to": "fr"}])
+@pytest.mark.parametrize("options", [{"task": "punctuate"}, {"task": "translate", "target_language": "fr"}])
 def test_what_it_was_not_trained_for_is_a_clear_error(asr, options):
     with pytest.raises(gj.PromptError, match="not trained for"):
         asr.transcribe(ROOT / "samples" / "request.wav", **options)

@@ -135,8 +135,10 @@ def test_translations_get_bleu_and_chrf(manifest: Path, tmp_path: Path) -> None:
     # Given two translations, one of them perfect
     texts = {name: f"das ist der Satz Nummer {place} von allen" for place, name in enumerate(SAID)}
     write_lines(manifest, *({"audio": name, "text": text} for name, text in texts.items()))
-    perfect, _ = evaluate([manifest], tmp_path / "a", texts, task="translate", to="de")
-    evaluate([manifest], tmp_path / "b", texts | {"a.wav": "etwas ganz anderes hier"}, task="translate", to="de")
+    perfect, _ = evaluate([manifest], tmp_path / "a", texts, task="translate", target_language="de")
+    evaluate(
+        [manifest], tmp_path / "b", texts | {"a.wav": "etwas ganz anderes hier"}, task="translate", target_language="de"
+    )
     # When scored, then there are BLEU and chrF in place of error rates, with how they were computed
     (found,) = perfect["sets"]
     assert found["bleu"]["rate"] == pytest.approx(100.0) and found["chrf"]["rate"] == pytest.approx(100.0)
@@ -174,7 +176,7 @@ def test_the_command_evaluates_and_compares(manifest: Path, tmp_path: Path, monk
     # And what cannot be done is one line
     for arguments, message in {
         (str(manifest),): "--out is missing",
-        (str(manifest), "--compare", str(out), str(out)): "--compare is of runs that are finished",
+        (str(manifest), "--compare", str(out), str(out)): "--compare takes two finished runs and no SET",
         (str(manifest), "--out", "gs://bucket/out"): "an evaluation is written to a local directory",
         (str(manifest), "--out", str(out), "--language", "klingon"): "unknown language 'klingon'",
         (str(manifest), "--out", str(out), "--task", "punctuate"): "another job: options.task",
@@ -193,10 +195,10 @@ def test_the_command_ends_on_sigterm_and_resumes(
     monkeypatch.setattr("granite_jax.evaluation.run.Transcriber.from_pretrained", lambda *_, **__: asr)
     transcribe = asr.transcribe
 
-    def interrupted(audio: list, **options: Any) -> list[Transcript]:
+    def interrupted(audio: list, *options: Any, **others: Any) -> list[Transcript]:
         if "c.wav" in [each.name for each in audio] and "c.wav" not in asr.heard:
             signal.raise_signal(signal.SIGTERM)
-        return transcribe(audio, **options)
+        return transcribe(audio, *options, **others)
 
     monkeypatch.setattr(asr, "transcribe", interrupted)
     # When the command runs, then it says so, and the same command again does the rest

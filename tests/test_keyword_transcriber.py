@@ -43,7 +43,7 @@ def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeli
     changed = [a.tokens != b.tokens for a, b in zip(greedy, pipeline.plain, strict=True)]
     assert sum(changed) >= 4 and not changed[1]
     # And each writes what it writes alone, with a gate, too
-    alone = [pipeline.asr.transcribe(a, max_new_tokens=LIMIT, **(options | {"keywords": k or []}))[0].tokens
+    alone = [pipeline.asr.transcribe(a, max_new_tokens=LIMIT, **(options | {"keywords": k or []})).tokens
              for a, k in zip(pipeline.audio, lists, strict=True)]  # fmt: skip
     assert alone == tokens_of(greedy)
     gated = pipeline.run(**options | {"keyword_gate": -8.0})

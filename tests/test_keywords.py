@@ -14,9 +14,9 @@ import granite_jax as gj
 from granite_jax.decoding import build, pool
 from granite_jax.decoding.automaton import FIRST
 from granite_jax.keywords.automaton import trie_of
-from granite_jax.keywords.lists import checked, keywords_of, prepare, read_keywords, sounds
+from granite_jax.keywords.lists import keyword_lists, prepare, read_keywords, sounds, validated
 from granite_jax.keywords.matches import Heard, repair, select
-from granite_jax.keywords.options import Biasing, biasing
+from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE, Place, places
 from granite_jax.keywords.spotter import Support
 from granite_jax.model import ctc
@@ -59,7 +59,7 @@ NOTHING = spelt("")
 
 def heard_in(text: str, scores: dict[str, tuple[float, str]]) -> tuple:
     """Keywords and their support: of each its score and the part of the text where it was heard."""
-    prepared = prepare([(word, None) for word in scores], Biasing(), Tokenizer(make_tokenizer().to_str()), 348)
+    prepared = prepare([(word, None) for word in scores], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348)
     columns = [prepared.heard.index(list(scores).index(word)) for word in scores]
     spans = [(3 * text.index(part), 3 * (text.index(part) + len(part)) - 1) for _, part in scores.values()]
     order = sorted(range(len(scores)), key=lambda i: -list(scores.values())[i][0])
@@ -112,7 +112,7 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     # Given a keyword that is heard, one that is not, and one without a letter that could be
     prepared = prepare(
         [("zelgad", None), ("timbado", None), ("2024", 3.0)],
-        Biasing(boost=6.0),
+        KeywordOptions(boost=6.0),
         Tokenizer(make_tokenizer().to_str()),
         348,
     )
@@ -126,14 +126,14 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     for found, wanted in zip(trie_of(prepared, heard, NOTHING, -1.5), build(expected), strict=True):
         assert set(np.atleast_1d(found).tolist()) == set(np.atleast_1d(wanted).tolist())
     assert trie_of(prepared, [], NOTHING, -1.5) is prepared.trie
-    without = prepare([("zelgad", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348)
+    without = prepare([("zelgad", None)], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348)
     assert trie_of(without, [], NOTHING, -1.5) is None
 
 
 def test_keywords_are_lifted_more_where_the_draft_has_them() -> None:
     # Given a keyword that is heard, and a draft that has it at its beginning and later
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    prepared = prepare([("kai", None)], Biasing(boost=8.0), tokenizer, 348)
+    prepared = prepare([("kai", None)], KeywordOptions(boost=8.0), tokenizer, 348)
     trie = trie_of(prepared, [Heard(0, 0.0, 0, 8)], spelt("kai asks where kai is"), -1.5)
     assert trie is not None
 
@@ -155,7 +155,7 @@ def test_keywords_are_lifted_more_where_the_draft_has_them() -> None:
 def test_a_keyword_that_the_draft_joins_to_another_word_has_its_place() -> None:
     # Given a draft that lacks a space, when the keyword is heard within the joined words
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    prepared = prepare([("kai", None)], Biasing(), tokenizer, 348)
+    prepared = prepare([("kai", None)], KeywordOptions(), tokenizer, 348)
     labels = spelt("wait forkai")
     found = trie_of(prepared, [Heard(0, -0.5, 24, 32)], labels, -1.5)
 
@@ -178,7 +178,7 @@ def test_the_places_of_a_keyword_in_a_draft() -> None:
 def test_a_draft_full_of_keywords_has_room() -> None:
     # Given a draft that repeats a long keyword at thousands of places
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    prepared = prepare([("abcdefghijklmnopqrstuvwxyz" * 3, None)], Biasing(), tokenizer, 348)
+    prepared = prepare([("abcdefghijklmnopqrstuvwxyz" * 3, None)], KeywordOptions(), tokenizer, 348)
     others = ("".join(chr(97 + int(digit)) for digit in f"{i:030}") for i in range(2000))
     draft = spelt(" ".join(f"{other} {prepared.texts[0]}" for other in others))
 
@@ -192,19 +192,19 @@ def test_a_draft_full_of_keywords_has_room() -> None:
 def test_the_case_is_that_of_the_task(lower_case: bool | None, written: set[str]) -> None:
     # Then keywords are written in it, after a space, or without one where the text begins
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    ways = prepare([("Kai", None)], Biasing(lower_case=lower_case), tokenizer, 348).phrases(0)
+    ways = prepare([("Kai", None)], KeywordOptions(lower_case=lower_case), tokenizer, 348).phrases(0)
     assert {tokenizer.decode(way.tokens) for way in ways if way.anywhere} == {f" {text}" for text in written}
     assert {tokenizer.decode(way.tokens) for way in ways if not way.anywhere} == written
 
 
 def test_scripts_without_spaces_need_none() -> None:
-    ways = prepare([("\u6771\u4eac", None)], Biasing(), Tokenizer(make_tokenizer().to_str()), 348).phrases(0)
+    ways = prepare([("\u6771\u4eac", None)], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348).phrases(0)
     assert all(way.anywhere for way in ways)
 
 
 def test_one_list_for_all_or_a_list_for_each() -> None:
     def found(keywords: Any, inputs: int) -> list:
-        return [checked(entries, Biasing()) for entries in keywords_of(keywords, inputs, Biasing())]
+        return [validated(entries, KeywordOptions()) for entries in keyword_lists(keywords, inputs, KeywordOptions())]
 
     assert found(["Kai", ("Zoe", 2)], 2) == [(("Kai", None), ("Zoe", 2.0))] * 2
     assert found([["Kai", "Kai"], None, []], 3) == [(("Kai", None),), (), ()]
@@ -232,7 +232,7 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
 )
 def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
-        keywords_of(keywords, 2, Biasing())  # pyright: ignore[reportArgumentType]
+        keyword_lists(keywords, 2, KeywordOptions())  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
 )
 def test_wrong_options_are_named(options: tuple, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
-        biasing(*options, True)
+        KeywordOptions.from_fields(*options, True)
 
 
 def test_special_tokens_in_keywords_are_plain_text() -> None:
     # Given keywords that spell special tokens
     tokenizer = Tokenizer(make_tokenizer().to_str())
-    prepared = prepare([("<|end_of_text|>", None), ("<|audio|>", None)], Biasing(), tokenizer, 348)
+    prepared = prepare([("<|end_of_text|>", None), ("<|audio|>", None)], KeywordOptions(), tokenizer, 348)
     assert not tokenizer.special_ids & {token for i in range(2) for way in prepared.phrases(i) for token in way.tokens}
 
 

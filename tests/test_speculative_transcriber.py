@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.options import Acceptance, acceptance, drafts_of
+from granite_jax.inference.options import SpeculativeOptions, drafts_for
 
 # The whole pipeline, on a random checkpoint.
 
@@ -46,7 +46,7 @@ def test_lossless_is_the_default_and_writes_greedys_tokens(pipeline: SimpleNames
 
 def test_a_draft_of_the_callers_own_is_used_for_any_task(pipeline: SimpleNamespace) -> None:
     # Given drafts that share passages with the translation, for all inputs but one
-    options = {"task": "translate", "to": "fr"}
+    options = {"task": "translate", "target_language": "fr"}
     greedy = pipeline.run(speculative=False, **options)
     drafts = [t.text for t in greedy]
     drafts[2] = None
@@ -163,8 +163,8 @@ def test_a_text_that_fills_the_models_last_position(tmp_path: Path) -> None:
     limit = 100 - len(prompt.prefix) - len(prompt.suffix) - 12
 
     # When decoded with drafts that reach past the end
-    greedy = asr.transcribe(audio, speculative=False, max_new_tokens=limit)[0]
-    found = asr.transcribe(audio, draft=greedy.text * 20, max_new_tokens=limit)[0]
+    greedy = asr.transcribe(audio, speculative=False, max_new_tokens=limit)
+    found = asr.transcribe(audio, draft=greedy.text * 20, max_new_tokens=limit)
 
     # Then the tokens are greedy's, as many as there is room for
     assert found.tokens == greedy.tokens
@@ -175,10 +175,14 @@ def test_a_text_that_fills_the_models_last_position(tmp_path: Path) -> None:
 
 
 def test_presets_are_the_papers() -> None:
-    assert acceptance("relaxed") == acceptance("relaxed-accurate") == Acceptance(True, 0.7, 0.2)
-    assert acceptance("relaxed-fast") == Acceptance(True, 3.0, 0.1)
-    assert acceptance("relaxed-fast", ctc_threshold=0.5) == Acceptance(True, 0.5, 0.1)
-    assert acceptance(False) == Acceptance(drafts=False)
+    assert (
+        SpeculativeOptions.from_mode("relaxed")
+        == SpeculativeOptions.from_mode("relaxed-accurate")
+        == SpeculativeOptions(True, 0.7, 0.2)
+    )
+    assert SpeculativeOptions.from_mode("relaxed-fast") == SpeculativeOptions(True, 3.0, 0.1)
+    assert SpeculativeOptions.from_mode("relaxed-fast", ctc_threshold=0.5) == SpeculativeOptions(True, 0.5, 0.1)
+    assert SpeculativeOptions.from_mode(False) == SpeculativeOptions(drafts=False)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +197,13 @@ def test_presets_are_the_papers() -> None:
 )
 def test_wrong_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
-        acceptance(**options)
+        SpeculativeOptions.from_mode(**options)
 
 
 @pytest.mark.parametrize("draft", [["a"], ["a", 3], 7])
 def test_a_draft_that_does_not_match_the_inputs_is_refused(draft: object) -> None:
     with pytest.raises(gj.GraniteError, match="draft"):
-        drafts_of(draft, 2)  # pyright: ignore[reportArgumentType]
+        drafts_for(draft, 2)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_draft_is_for_lossless_mode(pipeline: SimpleNamespace) -> None:

@@ -98,7 +98,7 @@ def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) ->
     assert names[3] == str(path)
     assert names[4:] == [f"audio[{i}]" for i in range(4, len(forms))]
     # And so is one input that is not in a list
-    assert asr.transcribe(path, max_new_tokens=8) == transcripts[:1]
+    assert asr.transcribe(path, max_new_tokens=8) == transcripts[0]
 
 
 def test_the_sampling_rate_is_that_of_arrays_alone(asr: Transcriber, tmp_path: Path) -> None:
@@ -221,10 +221,10 @@ def test_silence_is_audio_too(asr: Transcriber, samples: np.ndarray) -> None:
 
 def test_max_new_tokens_is_respected(asr: Transcriber) -> None:
     # Given an input, when its tokens are limited, then it has a prefix of what it has with a higher limit
-    full = asr.transcribe(speech(2.5), max_new_tokens=30)[0]
+    full = asr.transcribe(speech(2.5), max_new_tokens=30)
     assert full.stats["finish"] == "length"
     for limit in (1, 7, 30):
-        (transcript,) = asr.transcribe(speech(2.5), max_new_tokens=limit, speculative=False)
+        transcript = asr.transcribe(speech(2.5), max_new_tokens=limit, speculative=False)
         assert transcript.tokens == full.tokens[:limit]
         expected = {"route": "greedy", "llm_passes": limit, "draft_tokens": 0, "accepted_tokens": 0, "finish": "length"}
         assert transcript.stats == expected
@@ -249,7 +249,7 @@ def test_audio_and_padding_are_never_produced(checkpoint: Path, tmp_path: Path) 
     asr = Transcriber.from_pretrained(directory, dtype="float32", batch_size=1, buckets=bucket)
 
     # When speech is transcribed, then neither is produced
-    tokens = asr.transcribe(speech(2.0), max_new_tokens=20)[0].tokens
+    tokens = asr.transcribe(speech(2.0), max_new_tokens=20).tokens
     assert len(tokens) > 0
     assert not set(tokens) & set(ids)
 
@@ -280,7 +280,7 @@ def test_two_hundred_lengths_compile_nothing_new(asr: Transcriber) -> None:
     options: list[dict[str, Any]] = [
         {"max_new_tokens": 1},
         {"max_new_tokens": 3, "task": "punctuate"},
-        {"max_new_tokens": 20, "task": "translate", "to": "fr"},
+        {"max_new_tokens": 20, "task": "translate", "target_language": "fr"},
         {"max_new_tokens": 2, "prompt": "what language is this?"},
     ]
     transcripts = [
@@ -316,9 +316,9 @@ def test_the_default_task_is_its_documented_prompt(asr: Transcriber) -> None:
     ("options", "kind", "message"),
     [
         ({"task": "summarise"}, PromptError, "unknown task 'summarise', supported: transcribe, punctuate, translate"),
-        ({"task": "translate"}, PromptError, "task 'translate' needs to="),
-        ({"task": "translate", "to": "tlh"}, PromptError, "unknown language 'tlh'"),
-        ({"to": "fr"}, PromptError, "to='fr' is for task 'translate' only"),
+        ({"task": "translate"}, PromptError, "task 'translate' needs target_language"),
+        ({"task": "translate", "target_language": "tlh"}, PromptError, "unknown language 'tlh'"),
+        ({"target_language": "fr"}, PromptError, "target_language 'fr' is for task 'translate' only"),
         ({"prompt": ""}, PromptError, "prompt is empty"),
         ({"prompt": "a\nb"}, PromptError, "control character"),
         ({"max_new_tokens": 0}, GraniteError, "max_new_tokens is 0"),
@@ -339,7 +339,7 @@ def test_a_checkpoint_that_was_trained_for_less_says_so(asr: Transcriber) -> Non
     with pytest.raises(PromptError, match="not trained for task 'punctuate', only for transcribe"):
         less.transcribe([speech(1)], task="punctuate")
     with pytest.raises(PromptError, match="not trained for task 'translate', only for transcribe"):
-        less.transcribe([speech(1)], task="translate", to="fr")
+        less.transcribe([speech(1)], task="translate", target_language="fr")
 
 
 def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     # Given a transcript, when it is taken apart, then it has the documented fields, in types JSON knows
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
-    documented = ["audio", "text", "tokens", "duration", "ctc_text", "stats", "draft", "accepted", "error"]
+    documented = ["audio", "text", "tokens", "duration", "ctc_text", "stats", "flags", "draft", "accepted", "error"]
     assert list(fields) == documented
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float

@@ -8,7 +8,7 @@ In short:
     batch.merge("out/")
 """
 
-from granite_jax.batch.job import Options, Progress, Summary, run
+from granite_jax.batch.job import Progress, Summary, run
 from granite_jax.batch.merge import merge
 
-__all__ = ["Options", "Progress", "Summary", "merge", "run"]
+__all__ = ["Progress", "Summary", "merge", "run"]

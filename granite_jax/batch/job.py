@@ -17,21 +17,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import granite_jax
 from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
 from granite_jax.batch.commit import LocalStore, Store, open_store
-from granite_jax.batch.manifest import Ask, Entry, Manifest, is_listing, listing, root_of, split_tfds
+from granite_jax.batch.manifest import Entry, Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
-from granite_jax.batch.reading import Kind, Read, Reader, Source, reading
+from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, reading
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
-from granite_jax.inference.options import Parallel
-from granite_jax.inference.sharding import DeviceList
+from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.inference.transcriber import Transcriber, Transcript
-from granite_jax.keywords.lists import Entry as Keyword
 from granite_jax.pretrained import open_checkpoint
 
 PART_SIZE = 1024
@@ -39,34 +37,6 @@ _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while th
 _LATER_CHUNKS = 4  # times as many entries as the first
 _LISTING = "manifest.jsonl"
 _FIELDS = ("text", "tokens", "duration", "ctc_text", "stats", "flags")  # of a transcript, in its line
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is asked of utterances whose manifest line does not say, and how they are decoded: as of `transcribe`."""
-
-    task: str = "transcribe"
-    to: str | None = None
-    prompt: str | None = None
-    keywords: tuple[Keyword, ...] = ()
-    keyword_boost: float | None = None
-    keyword_gate: float | Literal[False] | None = None
-    keywords_in: Literal["decoder", "prompt", "both"] = "decoder"
-    max_new_tokens: int | None = None
-    speculative: str | Literal[False] = "lossless"
-    ctc_threshold: float | None = None
-    verify_threshold: float | None = None
-
-    @property
-    def ask(self) -> Ask:
-        """The part that lines may replace."""
-        return Ask(self.task, self.to, self.prompt)
-
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """The part that is the same for all."""
-        asked = {"task", "to", "prompt", "keywords"}
-        return {key: value for key, value in vars(self).items() if key not in asked}
 
 
 @dataclasses.dataclass
@@ -131,25 +101,21 @@ class _Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Entries of one part that are asked the same, with their audio."""
+    """Entries of one part with the same options, with their audio."""
 
     part: int
-    ask: Ask | None = None
-    reads: Sequence[Read] = ()
+    options: TranscribeOptions | None = None
+    reads: Sequence[LoadedEntry] = ()
 
 
+@accepts(ModelOptions, TranscribeOptions)
 def run(
     manifest: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    checkpoint: str | os.PathLike[str] = "demo",
+    model: ModelOptions | str | os.PathLike[str] = "demo",
+    options: TranscribeOptions | None = None,
     *,
     transcriber: tuple[Transcriber | Callable[[], Transcriber], str] | None = None,
-    revision: str | None = None,
-    dtype: Any = None,
-    batch_size: int | None = None,
-    devices: DeviceList | None = None,
-    parallel: Parallel = "shard_map",
-    model_parallel: int = 1,
     shard: int | None = None,
     num_shards: int | None = None,
     part_size: int = PART_SIZE,
@@ -160,7 +126,7 @@ def run(
     storage_options: dict[str, dict[str, Any]] | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
-    **options: Any,
+    **fields: Any,
 ) -> Summary:
     """Transcribes a manifest, or one shard of it, into a directory; goes on where an earlier run was interrupted.
 
@@ -170,10 +136,12 @@ def run(
 
     Args:
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
-        `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first three may be URLs.
+        `target_language` or `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first
+        three may be URLs.
       out: directory, or URL of gs or s3.
-      checkpoint, revision, dtype, batch_size, devices, parallel, model_parallel: as of `Transcriber.from_pretrained`.
-        Results do not depend on devices and batch size: a job may go on with others.
+      model: which one runs and where, or the name of its checkpoint. Results do not depend on devices and batch size: a
+        job may go on with others.
+      options: what is to be written where an utterance's line does not say.
       transcriber: one that is loaded already, or what loads it when there is work, in place of a checkpoint; and a name
         for its weights and dtype.
       shard, num_shards: this worker's share; default that of the environment (`parts.choose_shard`), or everything.
@@ -184,13 +152,13 @@ def run(
       storage_options: arguments of fsspec's file systems, by protocol.
       progress: called when some utterances are done.
       stop: asked often; True ends the run without its current part.
-      options: of `Options`.
+      fields: of `ModelOptions` and `TranscribeOptions`, in place of theirs.
 
     Raises:
       GraniteError: the manifest, an option or the checkpoint is not usable, or the directory is another job's.
       OSError: results cannot be written.
     """
-    chosen = Options(**options)
+    where, asked = resolve(model, options, fields)
     source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
     unknown = [protocol for protocol in allow if protocol not in KNOWN]
     if unknown:
@@ -201,33 +169,25 @@ def run(
     below = root_of(source) if root is None else without_file_scheme(os.fspath(root))
     access = Access(below, tuple(allow), tuple(storage.items()))
     store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
-    opened = open_checkpoint(checkpoint, revision) if transcriber is None else None
+    opened = open_checkpoint(where.checkpoint, where.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-jax-")))
-        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, chosen.ask)
+        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, asked)
         description = {
             "version": granite_jax.__version__,
             "weights": weights_identity(opened) if opened else transcriber[1] if transcriber else "",
-            "dtype": parse_dtype(dtype).name if opened else "",
-            "options": dataclasses.asdict(chosen),
+            "dtype": parse_dtype(where.dtype).name if opened else "",
+            "options": dataclasses.asdict(asked),
             "manifest": {"sha256": scanned.sha256, "source": source if is_listing(source) else ""},
             "entries": scanned.entries,
             "part_size": part_size,
         }
-        worker = _Worker(scanned, store, claim(store, description), share, chosen, work, progress, stop)
+        worker = _Worker(scanned, store, claim(store, description), share, asked, work, progress, stop)
 
         def load() -> Transcriber:
             if transcriber is not None:
                 return transcriber[0]() if callable(transcriber[0]) else transcriber[0]
-            return Transcriber.from_pretrained(
-                checkpoint,
-                revision=revision,
-                dtype=dtype,
-                batch_size=batch_size,
-                devices=devices,
-                parallel=parallel,
-                model_parallel=model_parallel,
-            )
+            return Transcriber.from_options(where)
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
@@ -266,14 +226,13 @@ def _copy(file: Any, path: Path) -> Path:
     return path
 
 
-def transcribe_alike(
+def transcribe_group(
     asr: Transcriber,
-    ask: Ask | None,
-    reads: Sequence[Read],
-    options: Options,
+    options: TranscribeOptions,
+    reads: Sequence[LoadedEntry],
     progress: Callable[[int], None] | None = None,
 ) -> dict[int, Transcript]:
-    """Transcripts, by index, of entries that are asked the same; what fails has an error."""
+    """Transcripts, by index, of entries with the same options; what fails has an error."""
     report = progress or (lambda count: None)
     found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
     report(len(found))
@@ -282,7 +241,7 @@ def transcribe_alike(
     try:
         transcripts = asr.transcribe(
             [read.audio for read in usable.values()],
-            **_arguments(ask or options.ask, options),
+            options,
             keywords=list(map(list, keywords)),
             on_error="return",
             progress=progress,
@@ -295,18 +254,13 @@ def transcribe_alike(
     return found | dict(zip(usable, transcripts, strict=True))
 
 
-def _arguments(ask: Ask, options: Options) -> dict[str, Any]:
-    """Of `transcribe`."""
-    return {**options.decoding, "task": ask.task, "to": ask.to, "prompt": ask.prompt}
-
-
 @dataclasses.dataclass
 class _Worker:
     manifest: Manifest
     store: Store
     fingerprint: str
     shard: Shard
-    options: Options
+    options: TranscribeOptions
     work: Path
     report: Callable[[Progress], None] | None
     stop: Callable[[], bool] | None
@@ -354,10 +308,10 @@ class _Worker:
             self.store.replace(name, path)
         return summary
 
-    def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[Read]) -> int:
+    def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[LoadedEntry]) -> int:
         """Computes and commits parts; returns how many another worker was first to commit."""
         # What is wrong with the job's own options ends the job, not every utterance of it.
-        asr.transcribe([], **_arguments(self.options.ask, self.options), keywords=self.options.keywords)
+        asr.transcribe([], self.options)
         self._started = time.monotonic()
         others, lines = 0, {}
         chunks = self._chunks(pending, reads, asr.read_ahead)
@@ -381,7 +335,7 @@ class _Worker:
                 raise RuntimeError(f"part {pending[-1]}: {len(lines)} entries were read, not all")
             return others + (not commit.result())
 
-    def _chunks(self, pending: list[int], reads: Iterator[Read], size: int) -> Iterator[_Chunk]:
+    def _chunks(self, pending: list[int], reads: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
         """What the device gets at a time; nothing of a part that another worker has committed in the meantime.
 
         The first chunk has `size` entries, so that the device has work soon; later ones more, since it has none for a
@@ -394,12 +348,12 @@ class _Worker:
                 for _ in entries:
                     self._check_stop()
                 yield _Chunk(part)
-            for ask, group in itertools.groupby(entries, key=lambda read: read.entry.ask):
+            for options, group in itertools.groupby(entries, key=lambda read: read.entry.options):
                 while chunk := self._take(group, room):
-                    yield _Chunk(part, ask, chunk)
+                    yield _Chunk(part, options, chunk)
                     room = _LATER_CHUNKS * size
 
-    def _take(self, reads: Iterator[Read], size: int) -> list[Read]:
+    def _take(self, reads: Iterator[LoadedEntry], size: int) -> list[LoadedEntry]:
         """The next `size` of them, or fewer if they are long."""
         taken, seconds = [], 0.0
         for read in reads:
@@ -417,7 +371,7 @@ class _Worker:
             self.progress.done += count
             self._report()
 
-        found = transcribe_alike(asr, chunk.ask, chunk.reads, self.options, advance)
+        found = transcribe_group(asr, chunk.options or self.options, chunk.reads, advance)
         lines = {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
         self._report()  # the audio, too
         return lines

@@ -4,6 +4,7 @@ Whatever it is, it becomes a file of JSON lines of which a job remembers one off
 once, so that all workers, and all restarts, see the same one.
 """
 
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 from granite_jax.audio.load import printable
 from granite_jax.batch.access import Access, scheme
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import TranscribeOptions
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 """Files of a directory that are taken to be audio."""
@@ -24,15 +26,6 @@ MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
 MAX_TEXT = 8192
 """Characters of an audio name, an id, a prompt or a keyword."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What is asked of an utterance. Utterances that are asked the same share batches."""
-
-    task: str = "transcribe"
-    to: str | None = None
-    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Entry:
       id: the manifest's own name for it, or its index; carried along, not checked.
       audio: path or URL, as the manifest has it.
       offset, duration: the part of the file to transcribe, in seconds; to its end without a duration.
-      ask: what is asked for; None of a line that is no entry.
+      options: the job's, with the line's own task, target language and prompt; None for a line that is no entry.
       keywords: the line's own; None if it leaves them to the job.
       error: why the line is no entry, or None.
     """
@@ -54,7 +47,7 @@ class Entry:
     audio: str = ""
     offset: float = 0.0
     duration: float | None = None
-    ask: Ask | None = None
+    options: TranscribeOptions | None = None
     keywords: tuple[str, ...] | None = None
     error: str | None = None
 
@@ -65,14 +58,14 @@ class Manifest:
 
     path: Path
     part_size: int
-    ask: Ask  # of entries that do not say
+    options: TranscribeOptions  # of entries that do not say
     entries: int
     sha256: str
     offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every part's first entry
     signature: tuple[int, ...] = field(repr=False)
 
     @classmethod
-    def scan(cls, path: Path, part_size: int, ask: Ask) -> "Manifest":
+    def scan(cls, path: Path, part_size: int, options: TranscribeOptions) -> "Manifest":
         """Reads the file once. Raises GraniteError if it cannot be read or has no entries."""
         if part_size < 1:
             raise GraniteError(f"part_size is {part_size}, not a positive number")
@@ -90,7 +83,7 @@ class Manifest:
             raise GraniteError(f"{path}: cannot be read ({error.strerror or error})") from error
         if not entries:
             raise GraniteError(f"{path}: has no entries")
-        return cls(path, part_size, ask, entries, digest, tuple(offsets), signature)
+        return cls(path, part_size, options, entries, digest, tuple(offsets), signature)
 
     @property
     def parts(self) -> int:
@@ -102,19 +95,19 @@ class Manifest:
         return range(part * self.part_size, min(self.entries, (part + 1) * self.part_size))
 
     def read(self, part: int) -> list[Entry]:
-        """A part's entries, those that are asked the same side by side. Raises GraniteError if the file has changed."""
+        """A part's entries, those with the same options side by side. Raises GraniteError if the file has changed."""
         found = []
         with open(self.path, "rb") as file:
             if _signature(file) != self.signature:
                 raise GraniteError(f"{self.path}: has changed while the job runs")
             file.seek(self.offsets[part])
             for index, (_, line) in zip(self.indices(part), _lines(file), strict=False):
-                found.append(parse_line(line, index, self.ask))
-        order = {ask: place for place, ask in enumerate(dict.fromkeys(entry.ask for entry in found))}
-        return sorted(found, key=lambda entry: order[entry.ask])
+                found.append(parse_line(line, index, self.options))
+        order = {options: place for place, options in enumerate(dict.fromkeys(entry.options for entry in found))}
+        return sorted(found, key=lambda entry: order[entry.options])
 
 
-def parse_line(line: bytes | None, index: int, ask: Ask) -> Entry:
+def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> Entry:
     """The entry of a line; one that is none has an `error`."""
     if line is None:
         return Entry(index, str(index), error=f"line of entry {index}: longer than {MAX_LINE} bytes")
@@ -125,10 +118,10 @@ def parse_line(line: bytes | None, index: int, ask: Ask) -> Entry:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         return Entry(index, str(index), error=f"line of entry {index}: {reason}")
-    return parse_entry(fields, index, ask)
+    return parse_entry(fields, index, options)
 
 
-def parse_entry(fields: dict[str, Any], index: int, ask: Ask) -> Entry:
+def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:
     """The entry of a line's fields; unknown ones are ignored, as NeMo's manifests have many."""
     identity = fields.get("id")
     name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_TEXT else str(index)
@@ -143,17 +136,26 @@ def parse_entry(fields: dict[str, Any], index: int, ask: Ask) -> Entry:
         offset, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
         if duration == 0:
             raise GraniteError("duration is 0")
-        return Entry(index, name, audio, offset or 0.0, duration, _ask(fields, ask), _keywords(fields))
+        own, keywords = _own_options(fields), _keywords(fields)
     except GraniteError as error:
         return Entry(index, name, error=f"entry {index}: {error}")
+    try:
+        asked = dataclasses.replace(options, **own) if own else options
+    except GraniteError as error:
+        return Entry(index, name, audio, error=f"{printable(audio)}: {error}")
+    return Entry(index, name, audio, offset or 0.0, duration, asked, keywords)
 
 
-def _ask(fields: dict[str, Any], default: Ask) -> Ask:
-    task, to, prompt = (_text(fields, key) for key in ("task", "to", "prompt"))
-    if task is to is prompt is None:
-        return default
-    # A task or prompt of the line's own replaces all of the job's.
-    return Ask(task or ("translate" if to else "transcribe"), to, prompt)
+def _own_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of `TranscribeOptions`. A task, target language or prompt of the line's own replaces all of the job's."""
+    if "to" in fields and "target_language" in fields:
+        raise GraniteError("has both target_language and to")
+    names = ("task", "to" if "to" in fields else "target_language", "prompt")
+    task, language, prompt = (_text(fields, name) for name in names)
+    if task is language is prompt is None:
+        return {}
+    task = task or ("translate" if language else "transcribe")
+    return {"task": task, "target_language": language, "prompt": prompt}
 
 
 def _keywords(fields: dict[str, Any]) -> tuple[str, ...] | None:

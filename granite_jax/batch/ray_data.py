@@ -5,7 +5,7 @@
 
     rows = ray.data.read_json("manifest.jsonl", lines=True)
     rows.map_batches(
-        Transcribe, fn_constructor_kwargs={"checkpoint": "demo", "root": "/data"}, batch_size=128, concurrency=8
+        Transcribe, fn_constructor_kwargs={"model": "demo", "root": "/data"}, batch_size=128, concurrency=8
     ).write_json("out/")
 
 Ray starts actors that died again and repeats the batches they had. Needs `pip install 'granite-jax[ray]'`; Ray itself
@@ -19,48 +19,36 @@ from typing import Any
 import numpy as np
 
 from granite_jax.batch.access import PROTOCOLS, Access
-from granite_jax.batch.job import Options, transcribe_alike
+from granite_jax.batch.job import transcribe_group
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
-from granite_jax.inference.options import Parallel
+from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.inference.transcriber import Transcriber
 
 
 class Transcribe:
     """A manifest's columns in; `id`, `audio`, `error` and a transcript's fields out."""
 
+    @accepts(ModelOptions, TranscribeOptions)
     def __init__(
         self,
-        checkpoint: str | os.PathLike[str] = "demo",
+        model: ModelOptions | str | os.PathLike[str] = "demo",
+        options: TranscribeOptions | None = None,
         *,
         root: str | os.PathLike[str] = ".",
         allow: tuple[str, ...] = PROTOCOLS,
         num_readers: int = 16,
-        revision: str | None = None,
-        dtype: Any = None,
-        batch_size: int | None = None,
-        parallel: Parallel = "shard_map",
-        model_parallel: int = 1,
-        **options: Any,
+        **fields: Any,
     ):
         """
         Args:
-          checkpoint, revision, dtype, batch_size, parallel, model_parallel: as of `Transcriber.from_pretrained`.
-          root, allow, num_readers: as of `batch.run`; there are threads alone.
-          options: of `batch.Options`.
+          model, options, root, allow, num_readers, fields: as in `batch.run`; there are reader threads alone.
 
         Raises:
           GraniteError: the checkpoint or an option is not usable.
         """
-        self._options = Options(**options)
-        self._asr = Transcriber.from_pretrained(
-            checkpoint,
-            revision=revision,
-            dtype=dtype,
-            batch_size=batch_size,
-            parallel=parallel,
-            model_parallel=model_parallel,
-        )
+        where, self._options = resolve(model, options, fields)
+        self._asr = Transcriber.from_options(where)
         self._reader = Reader(Access(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
         self._threads = ThreadPoolExecutor(num_readers)
 
@@ -72,12 +60,12 @@ class Transcribe:
         for row in fields:
             if row.get("id") is None:
                 row["id"] = row.get("audio") or row.get("audio_filepath")
-        entries = [parse_entry(row, i, self._options.ask) for i, row in enumerate(fields)]
+        entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
         reads = list(self._threads.map(self._reader, entries))
         found = {}
-        for ask in dict.fromkeys(entry.ask for entry in entries):
-            alike = [read for read in reads if read.entry.ask == ask]
-            found |= transcribe_alike(self._asr, ask, alike, self._options)
+        for options in dict.fromkeys(entry.options for entry in entries):
+            alike = [read for read in reads if read.entry.options == options]
+            found |= transcribe_group(self._asr, options or self._options, alike)
         return {
             "id": [entry.id for entry in entries],
             "audio": [entry.audio for entry in entries],

@@ -23,7 +23,7 @@ _PER_PROCESS = 4  # entries that a process reads ahead
 
 
 @dataclass(frozen=True)
-class Read:
+class LoadedEntry:
     """An entry and its audio, or why there is none."""
 
     entry: Entry
@@ -45,17 +45,17 @@ class Reader:
     max_seconds: float
     dataset: tuple[str, str] | None = None
 
-    def __call__(self, entry: Entry) -> Read:
+    def __call__(self, entry: Entry) -> LoadedEntry:
         """Never raises for what is wrong with the entry; tries again what may pass."""
         if entry.error is not None:
-            return Read(entry, error=entry.error)
+            return LoadedEntry(entry, error=entry.error)
         try:
-            return Read(entry, retried(lambda: self._load(entry)))
+            return LoadedEntry(entry, retried(lambda: self._load(entry)))
         except FileNotFoundError:
-            return Read(entry, error=f"{printable(entry.audio)}: no such file")
+            return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file")
         except Exception as error:  # a remote file system raises what it likes, and one entry must not end the job
             reason = str(error) if isinstance(error, GraniteError) else f"cannot be read ({_reason(error)})"
-            return Read(entry, error=f"{printable(entry.audio)}: {reason}")
+            return LoadedEntry(entry, error=f"{printable(entry.audio)}: {reason}")
 
     def _load(self, entry: Entry) -> Audio:
         if entry.audio.startswith("tfds:"):
@@ -117,7 +117,7 @@ class _PartCache:
 
 
 @contextlib.contextmanager
-def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[Read]]:
+def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[LoadedEntry]]:
     """The entries of a source, read in order, some ahead for each worker.
 
     Args:
@@ -140,7 +140,7 @@ def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterato
             yield reads
 
 
-def _from_processes(source: Source, reader: Reader, workers: int) -> Generator[Read]:
+def _from_processes(source: Source, reader: Reader, workers: int) -> Generator[LoadedEntry]:
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # Grain's processes are told of the flags
@@ -166,7 +166,7 @@ def _from_processes(source: Source, reader: Reader, workers: int) -> Generator[R
             yield read
 
 
-def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[Read]:
+def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[LoadedEntry]:
     """Reads each entry in a process that may die of it."""
     context = multiprocessing.get_context("spawn")
     left = True
@@ -177,6 +177,6 @@ def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[Read]:
                 try:
                     yield pool.submit(reader, entry).result()
                 except BrokenProcessPool:
-                    yield Read(entry, error=f"{printable(entry.audio)}: killed the process that read it, twice")
+                    yield LoadedEntry(entry, error=f"{printable(entry.audio)}: killed the process that read it, twice")
                     left = True
                     break

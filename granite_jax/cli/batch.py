@@ -11,9 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from granite_jax.cli import options
+from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import console, fail, line, terminated
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
 _LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 
@@ -43,6 +44,7 @@ class _Audio(ProgressColumn):
 
 
 @app.command()
+@takes_options
 def run(
     manifest: Annotated[
         str,
@@ -51,23 +53,8 @@ def run(
         ),
     ],
     out: Annotated[str, typer.Option(metavar="DIR", help="directory, or gs:// or s3:// URL", show_default=False)],
-    checkpoint: options.Checkpoint = "demo",
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    task: options.Task = "transcribe",
-    to: options.To = None,
-    prompt: options.Prompt = None,
-    keyword: options.Keyword = None,
-    keywords_file: options.KeywordsFile = None,
-    keyword_boost: options.KeywordBoost = None,
-    keywords_in: options.KeywordsIn = "decoder",
-    max_new_tokens: options.MaxNewTokens = None,
-    speculative: options.Speculative = "lossless",
-    ctc_threshold: options.CtcThreshold = None,
-    verify_threshold: options.VerifyThreshold = None,
-    batch_size: options.BatchSize = None,
-    parallel: options.Parallel = "shard_map",
-    model_parallel: options.ModelParallel = 1,
+    model: ModelOptions,
+    options: TranscribeOptions,
     shard: Annotated[
         int | None, typer.Option(min=0, help="this worker's number; default: of the environment", show_default=False)
     ] = None,
@@ -87,35 +74,21 @@ def run(
 ) -> None:
     """Transcribe a manifest, or one shard of it; the same command again resumes.
 
-    Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task, to,
-    keywords and prompt; options are for lines that do not say. DIR gets part-*.jsonl, errors.jsonl, summary.json and
-    job.json. The exit status is 0 if the shard is done, whatever single utterances failed; 1 if results could not be
-    written, and 143 after SIGTERM, which abandons the current part: run again; 2 if the job cannot be run as it is.
+    Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
+    target_language (or to), keywords and prompt; options are for lines that do not say. DIR gets part-*.jsonl,
+    errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, whatever single utterances
+    failed; 1 if results could not be written, and 143 after SIGTERM, which abandons the current part: run again; 2 if
+    the job cannot be run as it is.
     """
     from granite_jax import batch
-    from granite_jax.keywords.lists import read_keywords
 
     try:
         with terminated() as stop, Display() as display:
             summary = batch.run(
                 manifest,
                 out,
-                checkpoint,
-                revision=revision,
-                dtype=dtype,
-                task=task,
-                to=to,
-                prompt=prompt,
-                keywords=(*(read_keywords(keywords_file) if keywords_file else ()), *(keyword or ())),
-                keyword_boost=keyword_boost,
-                keywords_in=keywords_in,
-                max_new_tokens=max_new_tokens,
-                speculative=False if speculative == "off" else speculative,
-                ctc_threshold=ctc_threshold,
-                verify_threshold=verify_threshold,
-                batch_size=batch_size,
-                parallel=parallel,
-                model_parallel=model_parallel,
+                model,
+                options,
                 shard=shard,
                 num_shards=num_shards,
                 part_size=part_size,

@@ -5,13 +5,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from granite_jax.cli import options
 from granite_jax.cli.batch import Display
+from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import fail, terminated
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
 
+@takes_options
 def evaluate(
+    model: ModelOptions,
+    options: TranscribeOptions,
     sets: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,27 +30,15 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
     ] = None,
-    checkpoint: options.Checkpoint = "demo",
-    revision: options.Revision = None,
-    dtype: options.Dtype = None,
-    task: options.Task = "transcribe",
-    to: options.To = None,
     language: Annotated[str, typer.Option(help="of the references; decides on the normaliser")] = "en",
     normalizer: Annotated[
         Literal["english", "basic", "lowercase"] | None,
         typer.Option(help="default: english for English, basic for others", show_default=False),
     ] = None,
-    keywords: Annotated[
+    keyword_lists: Annotated[
         list[str] | None,
         typer.Option(metavar="TSV", help="LibriSpeech biasing lists, for B-WER and U-WER; repeatable"),
     ] = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    speculative: options.Speculative = "lossless",
-    ctc_threshold: options.CtcThreshold = None,
-    verify_threshold: options.VerifyThreshold = None,
-    batch_size: options.BatchSize = None,
-    parallel: options.Parallel = "shard_map",
-    model_parallel: options.ModelParallel = 1,
     part_size: Annotated[int, typer.Option(min=1, help="utterances that are lost together if killed")] = 128,
     root: Annotated[
         str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
@@ -67,7 +59,7 @@ def evaluate(
     try:
         if compare is not None:
             if sets:
-                raise GraniteError("--compare is of runs that are finished, without sets")
+                raise GraniteError("--compare takes two finished runs and no SET arguments")
             found = evaluation.compare(*compare)
             text = evaluation.comparison_to_markdown(found)
         else:
@@ -77,25 +69,15 @@ def evaluate(
                 found = evaluation.evaluate(
                     sets or [],
                     out,
-                    checkpoint,
-                    revision=revision,
-                    dtype=dtype,
-                    batch_size=batch_size,
-                    parallel=parallel,
-                    model_parallel=model_parallel,
+                    model,
+                    options,
                     language=language,
                     normalizer=normalizer,
-                    keyword_lists=keywords or (),
+                    keyword_lists=keyword_lists or (),
                     root=root,
                     part_size=part_size,
                     progress=display.show,
                     stop=stop,
-                    task=task,
-                    to=to,
-                    max_new_tokens=max_new_tokens,
-                    speculative=False if speculative == "off" else speculative,
-                    ctc_threshold=ctc_threshold,
-                    verify_threshold=verify_threshold,
                 )
             if found is None:
                 fail(f"stopped by SIGTERM; run again to resume {out}")

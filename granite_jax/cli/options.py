@@ -1,11 +1,23 @@
-"""Options that several commands have."""
+"""The options of `ModelOptions` and `TranscribeOptions` on the command line, the same for every command.
 
+A command whose parameters include such an object gets the options of all its fields in that place:
+
+    @takes_options
+    def transcribe(files: list[Path], model: ModelOptions, options: TranscribeOptions) -> None: ...
+"""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from granite_jax.inference.options import Parallel as ParallelName
+from granite_jax.cli.terminal import fail
+from granite_jax.errors import GraniteError
+from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions
 
 Format = Literal["txt", "json"]
 DtypeName = Literal["float32", "bfloat16"]
@@ -13,47 +25,139 @@ DtypeName = Literal["float32", "bfloat16"]
 Checkpoint = Annotated[
     str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
 ]
-Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit", show_default=False)]
-Dtype = Annotated[
-    DtypeName | None,
-    typer.Option(help="default: bfloat16 where the device has it", show_default=False),
-]
-Task = Annotated[
-    Literal["transcribe", "punctuate", "translate"],
-    typer.Option(help="raw transcript, transcript with punctuation, or translation"),
-]
-To = Annotated[str | None, typer.Option(help="target language of a translation, as in fr or French")]
-Prompt = Annotated[str | None, typer.Option(help="a prompt of your own, instead of the task's")]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
-]
-Speculative = Annotated[
-    Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"],
-    typer.Option(help="the encoder's drafts: same text sooner, or accepted when plausible"),
-]
-CtcThreshold = Annotated[
-    float | None,
-    typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False),
-]
-VerifyThreshold = Annotated[
-    float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
-]
-Keyword = Annotated[
-    list[str] | None, typer.Option(help="a name or term that may be spoken; repeat for more", show_default=False)
-]
-KeywordsFile = Annotated[
-    Path | None, typer.Option(help="keywords, one a line; after a tab, a boost in nats", show_default=False)
-]
-KeywordBoost = Annotated[
-    float | None, typer.Option(min=0, help="nats by which keywords are lifted", show_default=False)
-]
-KeywordsIn = Annotated[
-    Literal["decoder", "prompt", "both"], typer.Option(help="bias decoding, mention them in the prompt, or both")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="rows of a full batch on each device; default by device", show_default=False)
-]
-Parallel = Annotated[ParallelName, typer.Option(help="how batches are spread over this machine's devices")]
 ModelParallel = Annotated[
     int, typer.Option(min=1, help="devices that share a copy of the weights, for models too big for one")
 ]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id", show_default=False)]
+
+
+def _gate(value: str | float) -> float | Literal[False]:
+    if value == "off" or value is False:
+        return False
+    try:
+        return float(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r:.60} is not a number of nats below 0, or off") from None
+
+
+# By field, in the order of the help text; what is not here is for Python alone.
+_OPTIONS: dict[str, Any] = {
+    "checkpoint": Checkpoint,
+    "revision": Revision,
+    "dtype": Annotated[
+        DtypeName | None, typer.Option(help="default: bfloat16 where the device has it", show_default=False)
+    ],
+    "batch_size": Annotated[
+        int | None,
+        typer.Option(min=1, help="rows of a full batch on each device; default by device", show_default=False),
+    ],
+    "parallel": Annotated[Parallel, typer.Option(help="how batches are spread over this machine's devices")],
+    "model_parallel": ModelParallel,
+    "task": Annotated[
+        Literal["transcribe", "punctuate", "translate"],
+        typer.Option(help="raw transcript, transcript with punctuation, or translation"),
+    ],
+    "target_language": Annotated[
+        str | None,
+        typer.Option("--target-language", "--to", help="of a translation, as in fr or French", show_default=False),
+    ],
+    "prompt": Annotated[
+        str | None, typer.Option(help="a prompt of your own, instead of the task's", show_default=False)
+    ],
+    "max_new_tokens": Annotated[
+        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
+    ],
+    "speculative": Annotated[
+        Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"],
+        typer.Option(help="the encoder's drafts: same text sooner, or accepted when plausible"),
+    ],
+    "ctc_threshold": Annotated[
+        float | None,
+        typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False),
+    ],
+    "verify_threshold": Annotated[
+        float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
+    ],
+    "keywords": (
+        Annotated[
+            list[str] | None,
+            typer.Option("--keyword", help="a name or term that may be spoken; repeat for more", show_default=False),
+        ],
+        Annotated[
+            Path | None,
+            typer.Option(
+                "--keywords-file", help="keywords, one a line; after a tab, a boost in nats", show_default=False
+            ),
+        ],
+    ),
+    "keyword_boost": Annotated[
+        float | None, typer.Option(min=0, help="nats that keywords are boosted by", show_default=False)
+    ],
+    "keyword_gate": Annotated[
+        Any,
+        typer.Option(
+            parser=_gate,
+            metavar="NATS|off",
+            help="nats a character, below 0: keywords that are heard worse are left out; off: none is",
+            show_default=False,
+        ),
+    ],
+    "keywords_in": Annotated[
+        Literal["decoder", "prompt", "both"], typer.Option(help="bias decoding, mention them in the prompt, or both")
+    ],
+}
+_KEYWORDS_FILE = "keywords_file"
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces parameters of `ModelOptions` and `TranscribeOptions` by options, one a field; what is wrong exits 2."""
+    objects: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.annotation in (ModelOptions, TranscribeOptions):
+            objects[parameter.name] = parameter.annotation
+            parameters += _parameters(parameter.annotation)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        try:
+            made = {name: _make(cls, values) for name, cls in objects.items()}
+        except GraniteError as error:
+            fail(str(error))
+            raise typer.Exit(2) from None
+        command(**values, **made)
+
+    setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _parameters(cls: type) -> list[inspect.Parameter]:
+    found = []
+    for field in dataclasses.fields(cls):
+        if field.name == "keywords":
+            listed = zip(("keywords", _KEYWORDS_FILE), _OPTIONS["keywords"], (None, None), strict=True)
+        elif field.name in _OPTIONS:
+            listed = [(field.name, _OPTIONS[field.name], field.default)]
+        else:
+            continue
+        found += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for name, annotation, default in listed
+        ]
+    return found
+
+
+def _make(cls: type, values: dict[str, Any]) -> Any:
+    """Takes the fields of `cls` out of `values`."""
+    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(cls) if field.name in values}
+    if "keywords" in fields:
+        from granite_jax.keywords.lists import read_keywords
+
+        path = values.pop(_KEYWORDS_FILE)
+        fields["keywords"] = (*(read_keywords(path) if path else ()), *(fields["keywords"] or ()))
+    if fields.get("speculative") == "off":
+        fields["speculative"] = False
+    return cls(**fields)

@@ -9,32 +9,20 @@ from typing import Annotated
 
 import typer
 
-from granite_jax.cli import options
+from granite_jax.cli.options import Format, takes_options
 from granite_jax.cli.terminal import fail, line, progress_bar
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
 
+@takes_options
 def transcribe(
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
     ],
-    checkpoint: options.Checkpoint = "demo",
-    revision: options.Revision = None,
-    format: Annotated[options.Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
-    task: options.Task = "transcribe",
-    to: options.To = None,
-    prompt: options.Prompt = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    dtype: options.Dtype = None,
-    speculative: options.Speculative = "lossless",
-    ctc_threshold: options.CtcThreshold = None,
-    verify_threshold: options.VerifyThreshold = None,
-    keyword: options.Keyword = None,
-    keywords_file: options.KeywordsFile = None,
-    keyword_boost: options.KeywordBoost = None,
-    keywords_in: options.KeywordsIn = "decoder",
-    parallel: options.Parallel = "shard_map",
-    model_parallel: options.ModelParallel = 1,
+    model: ModelOptions,
+    options: TranscribeOptions,
+    format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -51,30 +39,14 @@ def transcribe(
     """
     from granite_jax.inference.results import FLAGS
     from granite_jax.inference.transcriber import Transcriber
-    from granite_jax.keywords.lists import read_keywords
 
     try:
         plots = None if plot is None else _plots_for(plot, files)
-        keywords = [*(read_keywords(keywords_file) if keywords_file else []), *(keyword or [])]
-        asr = Transcriber.from_pretrained(
-            checkpoint, revision=revision, dtype=dtype, parallel=parallel, model_parallel=model_parallel
-        )
+        asr = Transcriber.from_options(model)
         with progress_bar() as bar:
             job = bar.add_task("transcribing", total=len(files))
             transcripts = asr.transcribe(
-                list(files),
-                task=task,
-                to=to,
-                prompt=prompt,
-                max_new_tokens=max_new_tokens,
-                speculative=False if speculative == "off" else speculative,
-                ctc_threshold=ctc_threshold,
-                verify_threshold=verify_threshold,
-                keywords=keywords,
-                keyword_boost=keyword_boost,
-                keywords_in=keywords_in,
-                on_error="return",
-                progress=lambda done: bar.advance(job, done),
+                list(files), options, on_error="return", progress=lambda done: bar.advance(job, done)
             )
     except GraniteError as error:
         fail(str(error))
@@ -93,7 +65,9 @@ def transcribe(
         raise typer.Exit(1)
     if plots is not None and plot is not None:
         # A translation or a text by a prompt of one's own was not spoken.
-        spoken = transcripts[0].text if task != "translate" and prompt is None else transcripts[0].ctc_text
+        spoken = (
+            transcripts[0].text if options.task != "translate" and options.prompt is None else transcripts[0].ctc_text
+        )
         try:
             figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
             with warnings.catch_warnings(record=True, action="always") as caught:

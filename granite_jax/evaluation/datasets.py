@@ -15,9 +15,10 @@ import soundfile
 from granite_jax.audio.load import printable
 from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import Access, scheme
-from granite_jax.batch.manifest import MAX_LINE, Ask, Entry, parse_line, root_of, split_tfds
+from granite_jax.batch.manifest import MAX_LINE, Entry, parse_line, root_of, split_tfds
 from granite_jax.batch.tfds import open_dataset
 from granite_jax.errors import GraniteError
+from granite_jax.inference.options import TranscribeOptions
 
 KNOWN = {
     "librispeech-clean": ("LS Clean", "tfds:librispeech#test_clean"),
@@ -130,7 +131,7 @@ def _read_manifest(path: str, access: Access) -> Iterator[Utterance]:
 
 def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) -> Utterance:
     whole = len(line) <= MAX_LINE or line.endswith(b"\n")
-    entry = parse_line(line if whole else None, index, Ask())
+    entry = parse_line(line if whole else None, index, TranscribeOptions())
     if entry.error is not None:
         raise GraniteError(entry.error)
     text = json.loads(line.decode("utf-8-sig")).get("text")

@@ -21,7 +21,6 @@ import granite_jax
 from granite_jax import batch
 from granite_jax.batch.access import scheme
 from granite_jax.batch.commit import LocalStore
-from granite_jax.batch.job import Options
 from granite_jax.batch.parts import weights_identity
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
@@ -32,7 +31,7 @@ from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
 from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.options import Parallel
+from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model.features import SAMPLING_RATE
 from granite_jax.pretrained import open_checkpoint
@@ -72,17 +71,14 @@ class Times:
         return self.audio / self.steady if self.steady else None
 
 
+@accepts(ModelOptions, TranscribeOptions)
 def evaluate(
     sets: Sequence[str],
     out: str | os.PathLike[str],
-    checkpoint: str | os.PathLike[str] = "demo",
+    model: ModelOptions | str | os.PathLike[str] = "demo",
+    options: TranscribeOptions | None = None,
     *,
     transcriber: tuple[Transcriber, str] | None = None,
-    revision: str | None = None,
-    dtype: Any = None,
-    batch_size: int | None = None,
-    parallel: Parallel = "shard_map",
-    model_parallel: int = 1,
     language: str = "en",
     normalizer: normalize.Name | None = None,
     keyword_lists: Sequence[str | os.PathLike[str]] = (),
@@ -90,7 +86,7 @@ def evaluate(
     part_size: int = PART_SIZE,
     progress: Callable[[batch.Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
-    **options: Any,
+    **fields: Any,
 ) -> dict[str, Any] | None:
     """Transcribes sets and compares with their references; goes on where an earlier run was interrupted.
 
@@ -100,7 +96,7 @@ def evaluate(
     Args:
       sets: as of `datasets.open_sets`.
       out: a local directory, for one checkpoint and one choice of options.
-      checkpoint, revision, dtype, batch_size, parallel, model_parallel: as of `Transcriber.from_pretrained`.
+      model, options: as in `batch.run`.
       transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
       language: of the references, as a code or a name; that of a translation is its target.
       normalizer: as of `normalize.normalizer`; default "english" for English, "basic" for others.
@@ -109,7 +105,7 @@ def evaluate(
       part_size: utterances that are lost together when a run is killed.
       progress: called when some utterances are done.
       stop: asked often; True ends the run, which a later one continues.
-      options: of `batch.Options`.
+      fields: of `ModelOptions` and `TranscribeOptions`, in place of theirs.
 
     Returns:
       What `results.json` has; None if the run was stopped.
@@ -118,7 +114,7 @@ def evaluate(
       GraniteError: a set, an option, a list or the checkpoint is not usable, or the directory is another run's.
       OSError: results cannot be written.
     """
-    asked = Options(**options)
+    where, asked = resolve(model, options, fields)
     scoring = _Scoring.choose(asked, language, normalizer)
     lists = read_keyword_lists(keyword_lists)
     opened = [_with_lists(each, lists, scoring.normalize) for each in open_sets(sets, root)]
@@ -126,34 +122,26 @@ def evaluate(
         raise GraniteError(f"{out}: an evaluation is written to a local directory")
     store = LocalStore(Path(out))
     if transcriber is None:
-        identity = f"{weights_identity(open_checkpoint(checkpoint, revision))} {parse_dtype(dtype).name}"
-        model = _Model(
-            lambda: Transcriber.from_pretrained(
-                checkpoint,
-                revision=revision,
-                dtype=dtype,
-                batch_size=batch_size,
-                parallel=parallel,
-                model_parallel=model_parallel,
-            )
-        )
+        weights = weights_identity(open_checkpoint(where.checkpoint, where.revision))
+        identity = f"{weights} {parse_dtype(where.dtype).name}"
+        loader = _Loader(lambda: Transcriber.from_options(where))
     else:
         given, identity = transcriber
-        model = _Model(lambda: given)
+        loader = _Loader(lambda: given)
     for each in opened:
         summary = batch.run(
             each.source,
             store.directory / each.directory,
-            transcriber=(lambda each=each: model.ready(each.utterances), identity),
+            options=asked,
+            transcriber=(lambda each=each: loader.ready(each.utterances), identity),
             shard=0,
             num_shards=1,
             part_size=part_size,
             root=each.root,
             progress=progress,
             stop=stop,
-            **dataclasses.asdict(asked),
         )
-        times = model.times(summary)
+        times = loader.times(summary)
         if times.audio:
             LocalStore(store.directory / each.directory).create(
                 f"{_TIMES}{uuid.uuid4().hex}.json", json.dumps(dataclasses.asdict(times)).encode()
@@ -161,7 +149,7 @@ def evaluate(
         if summary.stopped:
             return None
     results = {
-        "model": os.fspath(checkpoint) if transcriber is None else identity,
+        "model": os.fspath(where.checkpoint) if transcriber is None else identity,
         "weights": identity,
         "version": granite_jax.__version__,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -185,9 +173,9 @@ class _Scoring:
     normalizer: normalize.Name
 
     @classmethod
-    def choose(cls, asked: Options, language: str, name: normalize.Name | None) -> "_Scoring":
-        translation = asked.task == "translate" or asked.to is not None
-        code = language_code(asked.to if translation and asked.to else language)
+    def choose(cls, asked: TranscribeOptions, language: str, name: normalize.Name | None) -> "_Scoring":
+        translation = asked.task == "translate" or asked.target_language is not None
+        code = language_code(asked.target_language if translation and asked.target_language else language)
         if translation:
             score_translations(["a"], ["a"], language=code)  # before hours of work, for its tokeniser may be missing
         return cls(translation, code, name or normalize.default_name(code))
@@ -196,7 +184,7 @@ class _Scoring:
         return normalize.normalizer(self.normalizer, self.language)(text)
 
 
-class _Model:
+class _Loader:
     """Loads and compiles when something is to be transcribed, and knows how long that took."""
 
     def __init__(self, load: Callable[[], Transcriber]):

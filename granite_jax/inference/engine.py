@@ -18,13 +18,13 @@ import numpy as np
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
-from granite_jax.inference.options import Acceptance
+from granite_jax.inference.options import SpeculativeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
 from granite_jax.keywords.automaton import trie_of
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import repair, select
-from granite_jax.keywords.options import Biasing
+from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.spotter import candidates
 from granite_jax.model import ctc
 from granite_jax.model.config import Config
@@ -127,7 +127,7 @@ class Pipeline:
         jax.block_until_ready(self._decode(bucket, [row], audio, math.inf).tokens)
 
     def run(
-        self, requests: Iterable[Request], accept: Acceptance, biasing: Biasing
+        self, requests: Iterable[Request], accept: SpeculativeOptions, biasing: KeywordOptions
     ) -> Iterator[tuple[int, Transcript]]:
         """Results in the order in which batches finish."""
         encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
@@ -208,7 +208,9 @@ class Pipeline:
         sounds = candidates([request.keywords and request.keywords.labels for request in full])
         return self.programs.encode(self._params, samples, lengths, sounds)
 
-    def _rows(self, batch: list[Request], encoded: Encoded, accept: Acceptance, biasing: Biasing) -> list[_Row]:
+    def _rows(
+        self, batch: list[Request], encoded: Encoded, accept: SpeculativeOptions, biasing: KeywordOptions
+    ) -> list[_Row]:
         """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
         labels, entropy, support = jax.device_get((encoded.labels, encoded.entropy, encoded.support))
         rows = []
@@ -243,7 +245,7 @@ class Pipeline:
         return kept[0]
 
     def _submit(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, accept: Acceptance
+        self, bucket: Bucket, rows: list[_Row], audio: Any, accept: SpeculativeOptions
     ) -> Iterator[Callable[[], Results]]:
         """Dispatches a batch to the language model; each function returned waits for its part of it."""
         try:

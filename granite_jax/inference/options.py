@@ -1,13 +1,23 @@
-"""What a caller may ask of inference: how batches are spread over devices, and self-speculative decoding."""
+"""What a caller may ask of inference: which model and where it runs, what is to be written, and how drafts are used.
+
+`ModelOptions` and `TranscribeOptions` have one flat field an option. The Python API, every command, batch jobs,
+evaluations and Ray take these two objects; they are checked where they are made.
+"""
 
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, PromptError
+from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn
+from granite_jax.text.tasks import instruction
 
 Parallel = Literal["shard_map", "pmap"]
+Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", False]
 
 PRESETS: Mapping[str, tuple[float, float]] = {
     "relaxed": (0.7, 0.2),
@@ -19,13 +29,44 @@ PRESETS: Mapping[str, tuple[float, float]] = {
 MODES = ("lossless", *PRESETS)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model runs, and where. `Transcriber.from_pretrained` takes the same fields.
+
+    Fields:
+      checkpoint: "demo", a directory of `granite-jax convert`, a Hugging Face directory, or a hub id.
+      revision: branch, tag or commit of a hub id.
+      dtype: "bfloat16" or "float32"; default bfloat16 on accelerators that have it, else float32.
+      devices: JAX devices to run on; default the process's own, of CPUs the first alone.
+      parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
+      model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
+      batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
+    """
+
+    checkpoint: str | os.PathLike[str] = "demo"
+    revision: str | None = None
+    dtype: Any = None
+    devices: Sequence[Any] | None = None
+    parallel: Parallel = "shard_map"
+    model_parallel: int = 1
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model_parallel", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise GraniteError(f"{name} is {value!r:.60}, not a positive number")
+        if self.parallel not in ("shard_map", "pmap"):
+            raise GraniteError(f'parallel is "shard_map" or "pmap", not {self.parallel!r:.60}')
+
+
 @dataclasses.dataclass(frozen=True)
-class Acceptance:
-    """When a draft is believed.
+class SpeculativeOptions:
+    """How drafts are used.
 
     Fields:
       drafts: whether the encoder's CTC head drafts for inputs that come without a draft.
-      ctc_threshold: nats; a CTC text all of whose frames are less uncertain than this is final. 0 accepts none.
+      ctc_threshold: nats; a CTC text all of whose frames have less entropy is final. 0 accepts none.
       verify_threshold: likelihood that every draft token must exceed in the language model. Infinite (lossless): the
         tokens must be those of greedy decoding.
     """
@@ -34,35 +75,138 @@ class Acceptance:
     ctc_threshold: float = 0.0
     verify_threshold: float = math.inf
 
+    @classmethod
+    def from_mode(
+        cls, speculative: str | bool, ctc_threshold: float | None = None, verify_threshold: float | None = None
+    ) -> "SpeculativeOptions":
+        """Those of a mode.
 
-def acceptance(
-    speculative: str | bool, ctc_threshold: float | None = None, verify_threshold: float | None = None
-) -> Acceptance:
-    """Reads a caller's options.
+        Args:
+          speculative: "lossless", "relaxed" (the same as "relaxed-accurate"), "relaxed-fast", or False.
+          ctc_threshold, verify_threshold: of relaxed modes, in place of the preset's.
 
-    Args:
-      speculative: "lossless", "relaxed" (the same as "relaxed-accurate"), "relaxed-fast", or False.
-      ctc_threshold, verify_threshold: of relaxed modes, in place of the preset's.
+        Raises:
+          GraniteError: naming the option that is unknown or out of range.
+        """
+        given = {"ctc_threshold": ctc_threshold, "verify_threshold": verify_threshold}
+        thresholds = {name: value for name, value in given.items() if value is not None}
+        if speculative is not False and (not isinstance(speculative, str) or speculative not in MODES):
+            raise GraniteError(f"speculative is one of {', '.join(MODES)}, or False, not {speculative!r:.60}")
+        if speculative not in PRESETS:
+            if thresholds:
+                name = next(iter(thresholds))
+                raise GraniteError(f"{name} is for relaxed modes, not for speculative={speculative!r}")
+            return cls(drafts=speculative == "lossless")
+        for name, value in thresholds.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise GraniteError(f"{name} is {value!r:.60}, not a number from 0 on")
+        preset = dict(zip(given, PRESETS[str(speculative)], strict=True))
+        return cls(drafts=True, **(preset | thresholds))
 
-    Raises:
-      GraniteError: naming the option that is unknown or out of range.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TranscribeOptions:
+    """What is to be written, and how. `Transcriber.transcribe` takes the same fields.
+
+    Fields:
+      task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
+      target_language: of a translation, as a code ("fr") or an English name ("French").
+      prompt: a prompt of your own, instead of the task's.
+      max_new_tokens: default 200, or 6 a second of audio if that is more.
+      speculative: how drafts save passes of the language model. "lossless": it writes what it would write without
+        them, only sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is
+        final, and so is one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC head
+        drafts raw transcripts only: other tasks and prompts of your own go without, unless given a `draft`.
+      ctc_threshold: of relaxed modes, in nats: a CTC text all of whose frames have less entropy is final.
+      verify_threshold: of relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
+      keywords: names and terms that may be spoken, up to 2,048, in the letter case of the text wanted (raw transcripts
+        are lower case whatever it is). An entry is a text, or a pair (text, boost of its own).
+      keyword_boost: nats added to the last token of a keyword, a quarter as much to the first, and more to all of them
+        where the CTC head has heard it; the default is measured (benchmarks/keywords.py). 0 adds nothing.
+      keyword_gate: nats a character, below 0: keywords that score worse by the encoder's CTC posteriors are left out,
+        so that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are never left out. False:
+        all are used, heard or not.
+      keywords_in: "decoder" biases decoding: for lists of any length, any task, and text that is otherwise what it
+        would have been. "prompt" mentions them in the prompt, as the released model was trained for ("Keywords: a,
+        b"): up to 100, and it may then write other words differently, too. "both" does both.
     """
-    given = {"ctc_threshold": ctc_threshold, "verify_threshold": verify_threshold}
-    thresholds = {name: value for name, value in given.items() if value is not None}
-    if speculative is not False and (not isinstance(speculative, str) or speculative not in MODES):
-        raise GraniteError(f"speculative is one of {', '.join(MODES)}, or False, not {speculative!r:.60}")
-    if speculative not in PRESETS:
-        if thresholds:
-            raise GraniteError(f"{next(iter(thresholds))} is for relaxed modes, not for speculative={speculative!r}")
-        return Acceptance(drafts=speculative == "lossless")
-    for name, value in thresholds.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise GraniteError(f"{name} is {value!r:.60}, not a number from 0 on")
-    preset = dict(zip(given, PRESETS[str(speculative)], strict=True))
-    return Acceptance(drafts=True, **(preset | thresholds))
+
+    task: str = "transcribe"
+    target_language: str | None = None
+    prompt: str | None = None
+    max_new_tokens: int | None = None
+    speculative: Speculative = "lossless"
+    ctc_threshold: float | None = None
+    verify_threshold: float | None = None
+    keywords: tuple[Entry, ...] = ()
+    keyword_boost: float | None = None
+    keyword_gate: float | Literal[False] | None = None
+    keywords_in: KeywordsIn = "decoder"
+
+    def __post_init__(self) -> None:
+        instruction(self.task, target_language=self.target_language, prompt=self.prompt)
+        limit = self.max_new_tokens
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise GraniteError(f"max_new_tokens is {limit!r:.60}, not a positive number")
+        if isinstance(self.keywords, str) or not isinstance(self.keywords, Sequence):
+            raise PromptError(f"keywords must be a list of strings, not {self.keywords!r:.60}")
+        object.__setattr__(self, "keywords", tuple(self.keywords))
+        _ = self.drafting, self.biasing  # raise what is wrong with them
+
+    @property
+    def raw(self) -> bool:
+        """Whether the text is to be what is said, word by word, as the CTC head writes it."""
+        return self.task == "transcribe" and self.prompt is None
+
+    @functools.cached_property
+    def drafting(self) -> SpeculativeOptions:
+        """How drafts are used."""
+        chosen = SpeculativeOptions.from_mode(self.speculative, self.ctc_threshold, self.verify_threshold)
+        return chosen if self.raw else SpeculativeOptions(drafts=False)
+
+    @functools.cached_property
+    def biasing(self) -> KeywordOptions:
+        """How keywords are used."""
+        lower_case = None if self.prompt is not None else self.task == "transcribe"
+        return KeywordOptions.from_fields(self.keyword_boost, self.keyword_gate, self.keywords_in, lower_case)
 
 
-def drafts_of(draft: str | Sequence[str | None] | None, inputs: int) -> list[str | None]:
+def resolve(
+    model: ModelOptions | str | os.PathLike[str], options: TranscribeOptions | None, fields: Mapping[str, Any]
+) -> tuple[ModelOptions, TranscribeOptions]:
+    """Both objects of a caller who may give a checkpoint's name, and `fields` of either in place of theirs."""
+    opened = model if isinstance(model, ModelOptions) else ModelOptions(checkpoint=model)
+    of_model = {field.name for field in dataclasses.fields(ModelOptions)} & set(fields)
+    asked = {name: value for name, value in fields.items() if name not in of_model}
+    return (
+        dataclasses.replace(opened, **{name: fields[name] for name in of_model}),
+        dataclasses.replace(options or TranscribeOptions(), **asked),
+    )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def accepts(*options: type) -> Callable[[Function], Function]:
+    """Shows the fields of `options` among the parameters of a function that takes them as `**fields`."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        names = {parameter.name for parameter in own}
+        fields = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for cls in options
+            for f in dataclasses.fields(cls)
+            if f.name not in names
+        ]
+        setattr(function, "__signature__", signature.replace(parameters=[*own, *fields]))  # noqa: B010
+        return function
+
+    return decorate
+
+
+def drafts_for(draft: str | Sequence[str | None] | None, inputs: int) -> list[str | None]:
     """A caller's `draft=` as one entry an input.
 
     Raises:

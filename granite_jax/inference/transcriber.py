@@ -17,12 +17,12 @@ from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import ContextError, GraniteError
 from granite_jax.inference.buckets import Bucket, default_buckets, new_token_budget
 from granite_jax.inference.engine import Pipeline, Request
-from granite_jax.inference.options import Acceptance, Parallel, acceptance, drafts_of
+from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.results import Acoustics, Transcript
 from granite_jax.inference.sharding import DeviceList, Devices
-from granite_jax.keywords.lists import Entry, Keywords, checked, keywords_of, prepare
-from granite_jax.keywords.options import biasing
+from granite_jax.keywords.lists import Keywords, keyword_lists, prepare, validated
+from granite_jax.keywords.options import Entry
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
@@ -83,43 +83,49 @@ class Transcriber:
         self._pipeline = Pipeline(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
 
     @classmethod
+    @accepts(ModelOptions)
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str] = "demo",
         *,
-        revision: str | None = None,
-        dtype: Any = None,
         compilation_cache: bool = True,
-        devices: DeviceList | None = None,
-        parallel: Parallel = "shard_map",
-        model_parallel: int = 1,
-        **options: Any,
+        buckets: Sequence[Bucket] | None = None,
+        speculation: Speculation | None = None,
+        **fields: Any,
     ) -> "Transcriber":
         """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, a Hugging Face directory or a hub id.
 
         Args:
-          revision: branch, tag or commit of a hub id.
-          dtype: "bfloat16" or "float32"; default bfloat16 on accelerators that have it, else float32.
           compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
-          devices, parallel, model_parallel, options: as of the constructor. Weights are read into their places.
+          buckets, speculation: as in the constructor.
+          fields: of `ModelOptions`. Weights are read into their places.
 
         Raises:
           CheckpointError: naming what is missing, damaged or not supported.
           GraniteError: an option of the devices does not go with the others or with the model.
         """
+        options = ModelOptions(checkpoint=checkpoint, **fields)
         if compilation_cache:
             enable_compilation_cache()
-        checkpoint = open_checkpoint(source, revision)
-        placed = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
+        opened = open_checkpoint(options.checkpoint, options.revision)
+        devices = Devices.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
         return cls(
-            checkpoint.config,
-            checkpoint.load_params(parse_dtype(dtype), sharding=placed.param_shardings(checkpoint.config)),
-            checkpoint.tokenizer(),
-            template=checkpoint.chat_template(),
-            capabilities=checkpoint.capabilities,
-            devices=placed,
-            **options,
+            opened.config,
+            opened.load_params(parse_dtype(options.dtype), sharding=devices.param_shardings(opened.config)),
+            opened.tokenizer(),
+            template=opened.chat_template(),
+            capabilities=opened.capabilities,
+            batch_size=options.batch_size,
+            buckets=buckets,
+            speculation=speculation,
+            devices=devices,
         )
+
+    @classmethod
+    def from_options(cls, options: ModelOptions) -> "Transcriber":
+        """`from_pretrained` with the fields of `options`."""
+        fields = dict(vars(options))
+        return cls.from_pretrained(fields.pop("checkpoint"), **fields)
 
     @property
     def compilations(self) -> int:
@@ -137,61 +143,36 @@ class Transcriber:
         for bucket in buckets or self.buckets:
             self._pipeline.compile(bucket, prompt)
 
+    @accepts(TranscribeOptions)
     def transcribe(
         self,
         audio: Any,
+        options: TranscribeOptions | None = None,
         *,
         sampling_rate: int | None = None,
-        task: str = "transcribe",
-        to: str | None = None,
-        prompt: str | None = None,
-        max_new_tokens: int | None = None,
-        speculative: str | Literal[False] = "lossless",
-        ctc_threshold: float | None = None,
-        verify_threshold: float | None = None,
-        draft: str | Sequence[str | None] | None = None,
         keywords: Sequence[Entry] | Sequence[list[Entry] | None] | None = None,
-        keyword_boost: float | None = None,
-        keyword_gate: float | Literal[False] | None = None,
-        keywords_in: Literal["decoder", "prompt", "both"] = "decoder",
+        draft: str | Sequence[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         progress: Callable[[int], None] | None = None,
-    ) -> list[Transcript]:
+        **fields: Any,
+    ) -> Any:
         """Transcribes or translates one input or a list of them.
 
         Args:
           audio: a path, a binary file object, bytes, a float or integer array (16 kHz, or of `sampling_rate`; `[n]`,
             `[n, channels]` or `[channels, n]`), a pair (array, sampling rate), or a list of these.
+          options: what is to be written, and how.
           sampling_rate: in Hz, of arrays that do not come with their own.
-          task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
-          to: target language of a translation, as a code or an English name.
-          prompt: a prompt of your own, instead of the task's.
-          max_new_tokens: default 200, or 6 a second of audio if that is more.
-          speculative: how drafts save passes of the language model. "lossless": it writes what it would write without
-            them, only sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is
-            final, and so is one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC
-            head drafts raw transcripts only: other tasks and prompts of your own go without, unless given a `draft`.
-          ctc_threshold: of relaxed modes, in nats: a CTC text all of whose frames have less entropy is final.
-          verify_threshold: of relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
+          keywords: as in `TranscribeOptions`; or a list with a list of keywords (or None) for each input.
           draft: for lossless mode and any task: a text that may share passages with the result, or one (or None) an
             input.
-          keywords: names and terms that may be spoken, up to 2,048 an input, in the letter case of the text wanted (raw
-            transcripts are lower case whatever it is): a list for all inputs, or a list with a list (or None) for each.
-            An entry is a text, or a pair (text, boost of its own).
-          keyword_boost: nats by which decoding lifts the last token of a keyword, a quarter as much the first, and all
-            of them more where the CTC head has heard it; the default is measured (benchmarks/keywords.py). 0 lifts
-            nothing.
-          keyword_gate: nats a character, below 0: keywords that sound worse than this by the encoder's CTC head are
-            left out, so that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are never
-            left out. False: all are used, heard or not.
-          keywords_in: "decoder" biases decoding: for lists of any length, any task, and text that is otherwise what it
-            would have been. "prompt" mentions them in the prompt, as the released model was trained for ("Keywords: a,
-            b"): up to 100, and it may then write other words differently, too. "both" does both.
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
+          fields: of `TranscribeOptions`, in place of those of `options`.
 
         Returns:
-          One Transcript an input, in input order. A result does not depend on the other inputs.
+          One Transcript, or a list of them in input order if `audio` is a list. A result does not depend on the other
+          inputs.
 
         Raises:
           GraniteError: an option is unknown or out of range.
@@ -201,35 +182,31 @@ class Transcriber:
         """
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise GraniteError(f"max_new_tokens is {max_new_tokens}, not a positive number")
-        if prompt is None:
-            self.capabilities.check(task, to)
-        accept = acceptance(speculative, ctc_threshold, verify_threshold)
-        if draft is not None and speculative != "lossless":
-            raise GraniteError(f'draft is for speculative="lossless", not for {speculative!r}')
-        raw = task == "transcribe" and prompt is None
-        if not raw:
-            accept = Acceptance(drafts=False)
-        lower_case = None if prompt is not None else task == "transcribe"
-        options = biasing(keyword_boost, keyword_gate, keywords_in, lower_case)
+        asked = dataclasses.replace(options or TranscribeOptions(), **fields)
+        if asked.prompt is None:
+            self.capabilities.check(asked.task, asked.target_language)
+        if draft is not None and asked.speculative != "lossless":
+            raise GraniteError(f'draft is for speculative="lossless", not for {asked.speculative!r}')
         sources = audio if isinstance(audio, list) else [audio]
         drafts = [
-            None if text is None else tuple(self.tokenizer.encode(text)) for text in drafts_of(draft, len(sources))
+            None if text is None else tuple(self.tokenizer.encode(text)) for text in drafts_for(draft, len(sources))
         ]
-        lists = keywords_of(keywords, len(sources), options)
+        lists = keyword_lists(asked.keywords if keywords is None else keywords, len(sources), asked.biasing)
 
         @functools.cache
         def instructed(mentioned: tuple[str, ...]) -> PromptTokens:
-            return self._prompt(instruction(task, to=to, prompt=prompt, keywords=mentioned))
+            text = instruction(
+                asked.task, target_language=asked.target_language, prompt=asked.prompt, keywords=mentioned
+            )
+            return self._prompt(text)
 
         instructed(())  # what is wrong with it is no single input's fault
 
         @functools.lru_cache(maxsize=_LISTS)
         def prepared(entries: tuple[tuple[str, float | None], ...]) -> Keywords | None:
-            if not entries or not options.decoder:
+            if not entries or not asked.biasing.decoder:
                 return None
-            return prepare(entries, options, self.tokenizer, self.config.encoder.output_dim)
+            return prepare(entries, asked.biasing, self.tokenizer, self.config.encoder.output_dim)
 
         results: dict[int, Transcript] = {}
 
@@ -242,18 +219,19 @@ class Transcriber:
             for index, source in enumerate(sources):
                 name = _name(source, index)
                 try:
-                    entries = checked(lists[index], options)
-                    asked = instructed(tuple(text for text, _ in entries) if options.prompt else ())
-                    request = self._request(index, source, sampling_rate, name, asked, max_new_tokens)
-                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries), raw=raw)
+                    entries = validated(lists[index], asked.biasing)
+                    prompt = instructed(tuple(text for text, _ in entries) if asked.biasing.prompt else ())
+                    request = self._request(index, source, sampling_rate, name, prompt, asked.max_new_tokens)
+                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries), raw=asked.raw)
                 except GraniteError as error:
                     if on_error == "raise":
                         raise
                     finish(index, Transcript(name, error=str(error)))
 
-        for index, transcript in self._pipeline.run(requests(), accept, options):
+        for index, transcript in self._pipeline.run(requests(), asked.drafting, asked.biasing):
             finish(index, transcript)
-        return [results[index] for index in range(len(sources))]
+        transcripts = [results[index] for index in range(len(sources))]
+        return transcripts if isinstance(audio, list) else transcripts[0]
 
     def acoustics(self, audio: Any, *, sampling_rate: int | None = None) -> Acoustics:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""

@@ -13,7 +13,7 @@ from granite_jax.decoding import Phrase, Trie, build
 from granite_jax.decoding.automaton import STATES
 from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords import spotter
-from granite_jax.keywords.options import Biasing, check_boost
+from granite_jax.keywords.options import Entry, KeywordOptions, check_boost
 from granite_jax.keywords.phrases import Place, phrases_of
 from granite_jax.model import ctc
 from granite_jax.text.chat_template import check_text
@@ -23,12 +23,9 @@ MAX_KEYWORDS = spotter.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
 
-Entry = str | tuple[str, float | None]
-"""A keyword, or a keyword and a boost of its own."""
 
-
-def keywords_of(
-    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int, options: Biasing
+def keyword_lists(
+    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int, options: KeywordOptions
 ) -> Sequence[Sequence[Entry]]:
     """A caller's `keywords=` as one list an input, of which a list for all inputs is checked.
 
@@ -45,7 +42,7 @@ def keywords_of(
         raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
     entries: list[Any] = list(keywords)
     if not any(entry is None or isinstance(entry, list) for entry in entries):
-        return [checked(entries, options)] * inputs
+        return [validated(entries, options)] * inputs
     if not all(entry is None or isinstance(entry, list) for entry in entries):
         raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
     if len(entries) != inputs:
@@ -77,7 +74,7 @@ def read_keywords(path: Path) -> list[Entry]:
     return entries
 
 
-def checked(entries: Iterable[Any], options: Biasing) -> tuple[tuple[str, float | None], ...]:
+def validated(entries: Iterable[Any], options: KeywordOptions) -> tuple[tuple[str, float | None], ...]:
     """A list of keywords without repetitions, each with its own boost or None.
 
     Raises:
@@ -128,9 +125,9 @@ class Keywords:
 
 
 def prepare(
-    entries: Sequence[tuple[str, float | None]], options: Biasing, tokenizer: Tokenizer, num_labels: int
+    entries: Sequence[tuple[str, float | None]], options: KeywordOptions, tokenizer: Tokenizer, num_labels: int
 ) -> Keywords:
-    """Tokens and labels of a list of `keywords_of`.
+    """Tokens and labels of a list of `keyword_lists`.
 
     Raises:
       PromptError: the list takes more states than there are.

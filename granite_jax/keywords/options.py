@@ -9,16 +9,19 @@ from granite_jax.errors import GraniteError
 BOOST = 8.0  # nats: measured by benchmarks/keywords.py
 THRESHOLD = -1.2  # nats a character: likewise
 MAX_BOOST = 50.0
-PLACES = ("decoder", "prompt", "both")
+
+KeywordsIn = Literal["decoder", "prompt", "both"]
+Entry = str | tuple[str, float | None]
+"""A keyword, or a keyword and a boost of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Biasing:
+class KeywordOptions:
     """How keywords are used.
 
     Fields:
-      boost: nats by which a keyword's last token is lifted.
-      threshold: nats a character; keywords that sound worse are left out. None: all are used, heard or not.
+      boost: nats added to a keyword's last token.
+      threshold: nats a character; keywords that score worse are left out. None: all are used, heard or not.
       prompt, decoder: whether they go into the prompt, and whether they bias decoding.
       lower_case: whether the task's text is lower case; None where that is unknown.
     """
@@ -29,19 +32,26 @@ class Biasing:
     decoder: bool = True
     lower_case: bool | None = True
 
-
-def biasing(
-    boost: float | None, threshold: float | Literal[False] | None, where: str, lower_case: bool | None
-) -> Biasing:
-    """Reads a caller's options. Raises GraniteError naming the one that is out of range."""
-    if where not in PLACES:
-        raise GraniteError(f"keywords_in is one of {', '.join(PLACES)}, not {where!r:.60}")
-    boost = BOOST if boost is None else check_boost("keyword_boost", boost)
-    if threshold is None:
-        threshold = THRESHOLD
-    elif threshold is not False and not (_is_number(threshold) and -math.inf < threshold < 0):
-        raise GraniteError(f"keyword_gate is {threshold!r:.60}, not a number below 0, or False")
-    return Biasing(boost, None if threshold is False else threshold, where != "decoder", where != "prompt", lower_case)
+    @classmethod
+    def from_fields(
+        cls,
+        keyword_boost: float | None,
+        keyword_gate: float | Literal[False] | None,
+        keywords_in: str,
+        lower_case: bool | None,
+    ) -> "KeywordOptions":
+        """Those of a caller's fields. Raises GraniteError naming the one that is out of range."""
+        if keywords_in not in ("decoder", "prompt", "both"):
+            raise GraniteError(f"keywords_in is one of decoder, prompt, both, not {keywords_in!r:.60}")
+        boost = BOOST if keyword_boost is None else check_boost("keyword_boost", keyword_boost)
+        threshold: float | None = None
+        if keyword_gate is None:
+            threshold = THRESHOLD
+        elif keyword_gate is not False:
+            if not (_is_number(keyword_gate) and -math.inf < keyword_gate < 0):
+                raise GraniteError(f"keyword_gate is {keyword_gate!r:.60}, not a number below 0, or False")
+            threshold = keyword_gate
+        return cls(boost, threshold, keywords_in != "decoder", keywords_in != "prompt", lower_case)
 
 
 def check_boost(what: str, value: Any) -> float:

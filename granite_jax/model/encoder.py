@@ -121,7 +121,7 @@ class ConvolutionModule(nnx.Module):
 
 
 def depthwise(x: Float[Array, "b t c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
-    """Depthwise convolution over time with zeros past the ends: shifted products, which compilers fuse into one pass."""
+    """Depthwise convolution over time, zeros past the ends: shifted products, which compilers fuse into one pass."""
     before, after = _same_padding(kernel)
     return _shifted_products(jnp.pad(x, ((0, 0), (before, after), (0, 0))), kernel, x.shape[1])
 

@@ -10,9 +10,12 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from granite_jax.errors import PromptError
-from granite_jax.text.tokenizer import SpecialToken, Tokenizer
+
+if TYPE_CHECKING:
+    from granite_jax.text.tokenizer import SpecialToken, Tokenizer
 
 MAX_PROMPT_CHARS = 8192
 MAX_TEMPLATE_CHARS = 1 << 18

@@ -33,13 +33,17 @@ _ALIASES = {name.lower(): code for code, name in LANGUAGES.items()} | {"chinese"
 
 
 def instruction(
-    task: str = "transcribe", *, to: str | None = None, prompt: str | None = None, keywords: Iterable[str] = ()
+    task: str = "transcribe",
+    *,
+    target_language: str | None = None,
+    prompt: str | None = None,
+    keywords: Iterable[str] = (),
 ) -> str:
     """The text that follows the audio in the user's turn.
 
     Args:
       task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
-      to: target language of a translation, as a code ("fr") or a name ("French").
+      target_language: of a translation, as a code ("fr") or a name ("French").
       prompt: a prompt of the caller's own, instead of the task's.
       keywords: names and terms to mention in the prompt.
 
@@ -50,15 +54,17 @@ def instruction(
     _check_task(task)
     clause = _keyword_clause(keywords)
     if prompt is not None:
-        if to is not None:
-            raise PromptError("prompt and to exclude each other: a prompt of your own names the target itself")
+        if target_language is not None:
+            raise PromptError(
+                "prompt and target_language exclude each other: a prompt of your own names the target itself"
+            )
         text = check_text("prompt", prompt)
     elif task == "translate":
-        if to is None:
-            raise PromptError(f"task 'translate' needs to=, one of {_listed(LANGUAGES)}")
-        text = _TRANSLATE.format(LANGUAGES[language_code(to)])
-    elif to is not None:
-        raise PromptError(f"to={to!r} is for task 'translate' only, not for {task!r}")
+        if target_language is None:
+            raise PromptError(f"task 'translate' needs target_language, one of {_listed(LANGUAGES)}")
+        text = _TRANSLATE.format(LANGUAGES[language_code(target_language)])
+    elif target_language is not None:
+        raise PromptError(f"target_language {target_language!r:.60} is for task 'translate' only, not for {task!r}")
     elif task == "punctuate":
         text = _PUNCTUATE
     else:
@@ -114,14 +120,14 @@ class Capabilities:
             raise CheckpointError(f"config: granite_jax must be an object, not {section!r:.60}")
         return cls(_names(section, "tasks", TASKS), _names(section, "languages", tuple(LANGUAGES)))
 
-    def check(self, task: str, to: str | None = None) -> None:
-        """Raises PromptError unless the checkpoint was trained for the task, and for translating `to` if given."""
+    def check(self, task: str, target_language: str | None = None) -> None:
+        """Raises PromptError unless the checkpoint was trained for the task, and for that target if given."""
         _check_task(task)
         if task not in self.tasks:
             raise PromptError(f"this checkpoint was not trained for task {task!r}, only for {_listed(self.tasks)}")
-        if to is not None and language_code(to) not in self.languages:
+        if target_language is not None and language_code(target_language) not in self.languages:
             known = _listed(self.languages) or "no language"
-            raise PromptError(f"this checkpoint was not trained to translate to {to!r}, only to {known}")
+            raise PromptError(f"this checkpoint was not trained to translate to {target_language!r}, only to {known}")
 
 
 def _names(section: Mapping[str, Any], key: str, supported: tuple[str, ...]) -> tuple[str, ...]:

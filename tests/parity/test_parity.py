@@ -160,7 +160,7 @@ def test_prompt_tokens_by_the_declared_tokenizer_class(tokenizer_class, tmp_path
         instruction(),
         instruction("punctuate"),
         instruction(keywords=["Kowalczyk", "Zoë O'Neil", "東京"]),
-        instruction("translate", to="fr", keywords=["x"]),
+        instruction("translate", target_language="fr", keywords=["x"]),
         "  odd   spaces , and <|not a token|> ",
     ],
 )

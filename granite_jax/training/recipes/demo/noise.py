@@ -1,4 +1,4 @@
-"""Noise for synthetic speech, its mixture with speech at a given ratio, rooms and telephones. Everything is float32."""
+"""Noise for synthetic speech, its mixture with speech at a given ratio, and telephones. Everything is float32."""
 
 import numpy as np
 import soxr
@@ -67,18 +67,6 @@ def clicks(rng: np.random.Generator, size: int) -> Samples:
 
 def _unit(wave: NDArray[np.floating]) -> Samples:
     return np.asarray(wave / max(float(wave.std()), 1e-9), np.float32)
-
-
-def reverberate(rng: np.random.Generator, speech: Samples) -> Samples:
-    """`speech` in a small room: its convolution with decaying noise of 0.1 to 0.5 s; float32 `[n]`."""
-    seconds = rng.uniform(0.1, 0.5)
-    time = np.arange(int(seconds * RATE))
-    decay = np.exp(-6.9 * time / time.size)  # by 60 dB
-    response = white(rng, time.size) * decay * rng.uniform(0.05, 0.3) / np.sqrt(time.size / 20)
-    response[0] = 1.0
-    padded = 1 << (speech.size + time.size - 1).bit_length()
-    wet = np.fft.irfft(np.fft.rfft(speech, padded) * np.fft.rfft(response, padded), padded)
-    return np.asarray(wet[: speech.size], np.float32)
 
 
 def telephone(speech: Samples) -> Samples:

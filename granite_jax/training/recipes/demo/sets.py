@@ -4,7 +4,7 @@ The tuning set says sentences of fortunes that training left out, sentences of t
 `free_sentences.txt`; the test set the other free sentences, which are of forms that training never had, in the voices
 of training and in one that training never had, and other sentences of the grammar. Both have silences.
 The keyword sets say free sentences that hold names, each several times with other names, and such sentences of the
-grammar. `human` are recordings of people, from Debian's `pocketsphinx-testdata`.
+grammar. `people` are recordings of people, from Debian's `pocketsphinx-testdata`.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from granite_jax.training.recipes.demo.texts import TextSource
 
 FREE = tuple(Path(__file__).with_name("free_sentences.txt").read_text(encoding="utf-8").splitlines())
 """Sentences written for this project, with `{name}` where an invented one is to be filled in."""
-HUMAN = Path("/usr/share/pocketsphinx/test/data")
+PEOPLE = Path("/usr/share/pocketsphinx/test/data")
 _TUNE_SEED, _TEST_SEED, _VOICE_SEED, _KEYWORD_SEED = 3, 4, 5, 6
 _COMMANDS = {"goforward": "go forward ten meters", "something": "go somewhere and do something", "numbers": None}
 
@@ -125,7 +125,7 @@ def spoken(corpus: Corpus) -> Iterator[Spoken]:
         yield Spoken(item.kind, item.samples, item.text, item.names)
 
 
-def human(directory: Path = HUMAN) -> Iterator[Spoken]:
+def people(directory: Path = PEOPLE) -> Iterator[Spoken]:
     """13 recordings of people at 16 kHz, five of them read from a novel; none if the package is not installed."""
     for folder in ("librivox", "cards"):
         (index,) = (*directory.glob(f"{folder}/*transcription"),) or (None,)
@@ -133,7 +133,8 @@ def human(directory: Path = HUMAN) -> Iterator[Spoken]:
             continue
         for line in index.read_text(encoding="utf-8").splitlines():
             text, name = re.fullmatch(r"<s>\s*(.*?)\s*</s> \((.*)\)", line).groups()  # type: ignore[union-attr]
-            yield Spoken(f"people ({folder})", sf.read(index.with_name(f"{name}.wav"), dtype="int16")[0], text)
+            samples = np.asarray(sf.read(index.with_name(f"{name}.wav"), dtype="int16")[0], np.int16)
+            yield Spoken(f"people ({folder})", samples, text)
     for name, said in _COMMANDS.items():
         if (directory / f"{name}.raw").exists():
             yield Spoken("people (commands)", np.fromfile(directory / f"{name}.raw", "<i2"), said)

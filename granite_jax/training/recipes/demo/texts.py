@@ -1,8 +1,8 @@
 """What the training utterances say: text that a language model cannot guess, so that it learns to listen.
 
-Most of it comes from two Debian packages, `fortunes` (sentences) and `wamerican` (a word list): sentences as they
-are, their words shuffled, words drawn from both at random, and pieces of sentences around spelled letters, numbers
-and dates. A fifth is `grammar`. Five in a hundred say nothing.
+Most of it comes from Debian's `fortunes` and from the 25,000 most frequent English words (`wordfreq`), both checked
+against the list of Debian's `wamerican`: sentences as they are, their words shuffled, words drawn at random, and pieces
+of sentences around spelled letters, numbers and dates. A fifth is `grammar`. Five in a hundred say nothing.
 
 Fortunes are divided into a training and a held-out part as the grammar's sentences are, by a hash of their text.
 """
@@ -33,13 +33,14 @@ FORTUNES = Path("/usr/share/games/fortunes")
 WORD_LIST = Path("/usr/share/dict/american-english")
 MIN_WORDS, MAX_WORDS = 3, 16
 NAMED_SHARE = 0.25  # of sentences and word sequences
+FREQUENT_WORDS, FLATTENED = 25_000, 0.4  # how many words; the power of their frequency that they are drawn by
 
 SHARES = {
-    "grammar": 0.19,
-    "sentence": 0.30,
-    "words": 0.20,
-    "shuffled": 0.12,
-    "letters": 0.06,
+    "grammar": 0.16,
+    "sentence": 0.24,
+    "words": 0.34,
+    "shuffled": 0.08,
+    "letters": 0.05,
     "numbers": 0.08,
     "silence": 0.05,
 }
@@ -48,6 +49,7 @@ SHARES = {
 _LETTERS = tuple("bcdefghijklmnopqrstuvwxyz")
 _DIGITS = ("zero", *ONES)
 _DAYS = (*ORDINALS[:20], *ORDINALS[21:], "thirtieth", "thirty first")
+_WORD = re.compile(r"[a-z']{2,14}")
 _UNITS = words(
     """dollars, percent, miles, pounds, degrees, meters, gallons, years, minutes, hours, days, people, pages, points,
     feet, inches, cents"""
@@ -60,29 +62,30 @@ class TextSource:
 
     Fields:
       sentences: real sentences of a split, as raw transcripts.
-      common: words of the sentences, each once.
-      rare: words of the word list.
+      words: those that random ones are drawn from.
+      probabilities: of the words, in proportion to a power of their frequency.
     """
 
     split: Split
     sentences: tuple[str, ...]
-    common: tuple[str, ...]
-    rare: tuple[str, ...]
+    words: tuple[str, ...]
+    probabilities: np.ndarray
 
     @classmethod
     def open(cls, split: Split) -> "TextSource":
-        """Reads both packages. Raises FileNotFoundError that names a missing one."""
+        """Reads both packages and `wordfreq`. Raises FileNotFoundError that names a package that is missing."""
+        import wordfreq  # here, because only the recipe needs it
+
         for path, package in ((FORTUNES, "fortunes"), (WORD_LIST, "wamerican")):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: install Debian's {package!r} to make the training texts")
-        listed = WORD_LIST.read_text(encoding="utf-8").split()
-        known = {word.lower() for word in listed}
+        known = {word.lower() for word in WORD_LIST.read_text(encoding="utf-8").split()}
         files = sorted(path for path in FORTUNES.iterdir() if path.is_file() and not path.suffix)
         every = sorted({text for path in files for text in _sentences(path.read_text(encoding="utf-8"), known)})
         sentences = tuple(text for text in every if text_split(text) == split)
-        common = tuple(sorted({word for text in sentences for word in text.split()}))
-        rare = tuple(word for word in listed if re.fullmatch(r"[a-z]{2,12}", word))
-        return cls(split, sentences, common, rare)
+        ranked = [word for word in wordfreq.top_n_list("en", FREQUENT_WORDS) if word in known and _WORD.fullmatch(word)]
+        weights = np.array([wordfreq.word_frequency(word, "en") for word in ranked]) ** FLATTENED
+        return cls(split, sentences, tuple(ranked), weights / weights.sum())
 
     def draw(self, rng: np.random.Generator, kind: str | None = None) -> Sentence:
         """Draws a sentence of a kind, default of a random one with the probabilities `SHARES`."""
@@ -107,9 +110,9 @@ class TextSource:
         return self.sentences[int(rng.integers(len(self.sentences)))]
 
     def _words(self, rng: np.random.Generator) -> str:
-        """Four to twelve words, two in three of them of the sentences' vocabulary."""
-        pools = [self.common if rng.random() < 0.67 else self.rare for _ in range(int(rng.integers(4, 13)))]
-        return " ".join(pool[int(rng.integers(len(pool)))] for pool in pools)
+        """Four to twelve random words."""
+        drawn = rng.choice(len(self.words), size=int(rng.integers(4, 13)), p=self.probabilities)
+        return " ".join(self.words[i] for i in drawn)
 
     def _shuffled(self, rng: np.random.Generator) -> str:
         """The words of a sentence in random order; every third is of the grammar."""
