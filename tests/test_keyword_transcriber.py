@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.decoding import FullError, pool
+from granite_jax.inference.options import TranscribeOptions
 
 LIMIT = 12
 
@@ -115,20 +116,20 @@ def test_repaired_drafts_are_the_result_where_no_language_model_runs(
 
 def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Given a file of keywords, and a transcriber that notes what it is asked for
-    asked: dict = {}
+    asked: list[TranscribeOptions] = []
 
-    def transcribe(files, **options):
-        asked.update(options)
+    def transcribe(files, options, **_):
+        asked.append(options)
         return [gj.Transcript("a.wav", "text", (1,), 1.0, "text", {})]
 
-    monkeypatch.setattr(gj.Transcriber, "from_pretrained", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
+    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
     (tmp_path / "names.txt").write_text("\ufeffKai\nZoe\t2.5\n", encoding="utf-8")
 
     # When run with keywords, then they arrive
     options = ["--keywords-file", str(tmp_path / "names.txt"), "--keyword", "Ada", "--keyword", "B C"]
     CliRunner().invoke(app, ["transcribe", "a.wav", *options, "--keyword-boost", "3", "--keywords-in", "both"])
-    assert asked["keywords"] == ["Kai", ("Zoe", 2.5), "Ada", "B C"]
-    assert (asked["keyword_boost"], asked["keywords_in"]) == (3.0, "both")
+    keywords = ("Kai", ("Zoe", 2.5), "Ada", "B C")
+    assert asked == [TranscribeOptions(keywords=keywords, keyword_boost=3.0, keywords_in="both")]
     # And a bad line is named with its file
     (tmp_path / "names.txt").write_text("Kai\tmuch\n")
     result = CliRunner().invoke(app, ["transcribe", "a.wav", *options[:2]])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.options import SpeculativeOptions, drafts_for
+from granite_jax.inference.options import SpeculativeOptions, TranscribeOptions, drafts_for
 
 # The whole pipeline, on a random checkpoint.
 
@@ -127,18 +127,18 @@ def test_what_was_accepted_is_on_record(pipeline: SimpleNamespace, mode: str) ->
     # Given drafts, when transcribed, then each accepted run is the same tokens in draft and text, in the text's order
     own = {"draft": [t.text for t in pipeline.greedy]}
     found = pipeline.run(**{"ctc": {}, "own": own, "relaxed": {"speculative": "relaxed", "ctc_threshold": 5.5}}[mode])
-    assert any(t.accepted for t in found)
+    assert any(t.accepted_spans for t in found)
     for t in found:
         assert len(t.draft) == t.stats["draft_tokens"]
-        assert sum(size for _, _, size in t.accepted) == t.stats["accepted_tokens"]
-        places = [place for place, _, size in t.accepted for place in range(place, place + size)]
+        assert sum(size for _, _, size in t.accepted_spans) == t.stats["accepted_tokens"]
+        places = [place for place, _, size in t.accepted_spans for place in range(place, place + size)]
         assert places == sorted(set(places))
-        for place, source, size in t.accepted:
+        for place, source, size in t.accepted_spans:
             assert size > 0
             assert t.tokens[place : place + size] == t.draft[source : source + size]
 
     # And without drafts there is none
-    assert all((t.draft, t.accepted) == ((), ()) for t in pipeline.greedy)
+    assert all((t.draft, t.accepted_spans) == ((), ()) for t in pipeline.greedy)
 
 
 def test_all_modes_share_three_programs_a_bucket(pipeline: SimpleNamespace) -> None:
@@ -213,20 +213,20 @@ def test_a_draft_is_for_lossless_mode(pipeline: SimpleNamespace) -> None:
 
 def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a transcriber that notes what it is asked for
-    asked: dict = {}
+    asked: list[TranscribeOptions] = []
 
-    def transcribe(files, **options):
-        asked.update(options)
+    def transcribe(files, options, **_):
+        asked.append(options)
         return [gj.Transcript("a.wav", "text", (1,), 1.0, "text", {"route": "ctc", "llm_passes": 0})]
 
-    monkeypatch.setattr(gj.Transcriber, "from_pretrained", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
+    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
 
     # When run with options of drafts
     options = ["--speculative", "relaxed-fast", "--ctc-threshold", "0.5", "--format", "json"]
     result = CliRunner().invoke(app, ["transcribe", "a.wav", *options])
 
     # Then they arrive, and the statistics are printed
-    assert (asked["speculative"], asked["ctc_threshold"], asked["verify_threshold"]) == ("relaxed-fast", 0.5, None)
+    assert asked == [TranscribeOptions(speculative="relaxed-fast", ctc_threshold=0.5)]
     assert json.loads(result.stdout)["stats"]["route"] == "ctc"
     CliRunner().invoke(app, ["transcribe", "a.wav", "--speculative", "off"])
-    assert asked["speculative"] is False
+    assert asked[1].speculative is False

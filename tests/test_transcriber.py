@@ -1,7 +1,6 @@
 """The host pipeline on a small random model: forms of input, order, independence, errors, compilations."""
 
 import dataclasses
-import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -306,7 +305,9 @@ def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
 
 def test_the_default_task_is_its_documented_prompt(asr: Transcriber) -> None:
     # Given the raw-transcript prompt, when it is passed as a prompt of one's own, then the result is the task's
-    run = functools.partial(asr.transcribe, [speech(1.4, 5)], max_new_tokens=9, speculative=False)
+    def run(**options: Any) -> tuple[int, ...]:
+        return asr.transcribe(speech(1.4, 5), max_new_tokens=9, speculative=False, **options).tokens
+
     own = run(prompt="can you transcribe the speech into a written format?")
     assert own == run() == run(task="transcribe")
     assert own != run(task="punctuate")
@@ -361,7 +362,18 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     # Given a transcript, when it is taken apart, then it has the documented fields, in types JSON knows
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
-    documented = ["audio", "text", "tokens", "duration", "ctc_text", "stats", "flags", "draft", "accepted", "error"]
+    documented = [
+        "audio",
+        "text",
+        "tokens",
+        "duration",
+        "ctc_text",
+        "stats",
+        "draft",
+        "accepted_spans",
+        "flags",
+        "error",
+    ]
     assert list(fields) == documented
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float

@@ -329,7 +329,7 @@ class Pipeline:
             stats["keywords"] = row.heard
         doubtful = row.request.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = ("low-agreement",) if doubtful else ()
-        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, flags, draft, _runs(sources))
+        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources), flags)
 
 
 def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

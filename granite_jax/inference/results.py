@@ -27,9 +27,10 @@ class Transcript:
         if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
         that were heard, best first.
       draft: ids of the draft as it was proposed.
+      accepted_spans: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`,
+        size).
       flags: what to know before the text is used, of `FLAGS`. "low-agreement" is for raw transcripts: more than a share
         `LOW_AGREEMENT` of the words are not those of `ctc_text`.
-      accepted: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`, size).
       error: why there is no result, or None.
     """
 
@@ -39,9 +40,9 @@ class Transcript:
     duration: float = 0.0
     ctc_text: str = ""
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    flags: tuple[str, ...] = ()
     draft: tuple[int, ...] = ()
-    accepted: tuple[tuple[int, int, int], ...] = ()
+    accepted_spans: tuple[tuple[int, int, int], ...] = ()
+    flags: tuple[str, ...] = ()
     error: str | None = None
 
 

@@ -209,7 +209,7 @@ class Passage(NamedTuple):
 
 
 def compare(transcript: Transcript, tokenizer: Tokenizer) -> list[Passage]:
-    """What became of the draft, from the record of the decode loop (`Transcript.draft`, `.accepted`)."""
+    """What became of the draft, from the record of the decode loop (`Transcript.draft`, `.accepted_spans`)."""
     drafted, written = transcript.draft, transcript.tokens
     draft_pieces, pieces = tokenizer.pieces(drafted), tokenizer.pieces(written)
     if not drafted:
@@ -228,7 +228,7 @@ def compare(transcript: Transcript, tokenizer: Tokenizer) -> list[Passage]:
             add("same" if tag == "equal" else "corrected", i + i1, i + i2, a + a1, a + a2)
 
     i = a = 0
-    for place, source, size in transcript.accepted:
+    for place, source, size in transcript.accepted_spans:
         add_own(i, max(i, source), a, place)  # it may have gone back in the draft
         add("accepted", source, source + size, place, place + size)
         i, a = source + size, place + size

@@ -82,15 +82,18 @@ def ctc_loss(
     return total, encoded.batch_statistics
 
 
-def ctc_step(config: Config, optimizer: optax.GradientTransformation) -> Callable:
+def ctc_step(config: Config, optimizer: optax.GradientTransformation, *, augment: bool = True) -> Callable:
     """The jitted step of stage 1: (state, key, samples, lengths, labels, label lengths) -> (state, loss).
 
+    `augment` masks features (`spec_augment`).
     `state.params` is `{"encoder": ...}`. BatchNorm's running statistics follow the batches' and receive no gradient.
     """
 
     @jax.jit
     def step(state: TrainState, key, samples: Samples, lengths: Lengths, labels: Tokens, label_lengths: Lengths):
-        features = spec_augment(key, log_mel(samples, lengths))
+        features = log_mel(samples, lengths)
+        if augment:
+            features = spec_augment(key, features)
         inputs = (features, num_frames(lengths), labels, label_lengths)
         loss_of = lambda params: ctc_loss(config, params, *inputs)  # noqa: E731
         (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)

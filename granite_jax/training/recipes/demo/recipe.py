@@ -155,7 +155,7 @@ def encoder(work: Work, start: Start = "demo") -> None:
 
     state = TrainState(params, optimizer.init(params))
     shuffled = batches.forever(buckets, SEED)
-    params = train(work, "encoder", ctc_step(config, optimizer), state, shuffled, inputs, ENCODER_STEPS)
+    params = train(work, "encoder", ctc_step(config, optimizer, augment=False), state, shuffled, inputs, ENCODER_STEPS)
     _save(work / "encoder-params", params)
 
 
