@@ -179,7 +179,7 @@ def encode_once(pipeline: Pipeline) -> None:
 
 def rates(asr: Transcriber, speech: Speech, parts: Sequence[str], results: Path, setting: dict[str, Any]) -> None:
     """Runs the conditions that are missing in `results`."""
-    encode_once(asr._pipeline)
+    encode_once(asr._engine)
     done = read_results(results, setting)
     for name, condition in conditions(parts).items():
         if name in done:
@@ -325,7 +325,7 @@ def invented_lists(seed: int) -> Iterator[list[tuple[str, None]]]:
 
 def cost(asr: Transcriber, batch: int, turns: int) -> None:
     """Prints decode steps and encodings with and without keywords, by time and compiled bytes; and recompilations."""
-    config, programs, params = asr.config, asr._pipeline.programs, asr._pipeline._params
+    config, programs, params = asr.config, asr._engine.programs, asr._engine._params
     bucket = make_bucket(config, batch, 5.0)
     lists = invented_lists(seed=0)
     make = functools.partial(prepare, tokenizer=asr.tokenizer, num_labels=config.encoder.output_dim)

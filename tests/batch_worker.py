@@ -36,16 +36,17 @@ class StandIn:
         audio: list,
         options: TranscribeOptions,
         *,
-        keywords: Sequence[Any] = (),
+        keywords: Sequence[Any] | None = None,
         on_error: str = "raise",
         progress: Callable[[int], None] | None = None,
     ) -> list[Transcript]:
         asked = instruction(options.task, target_language=options.target_language, prompt=options.prompt)
         self.calls.append((len(audio), options))
         results = []
-        for each, listed in zip(audio, keywords or [()] * len(audio), strict=True):
+        for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
             time.sleep(self.seconds)
-            digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {listed or []}".encode())
+            named = list(options.keywords if listed is None else listed)
+            digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {named}".encode())
             stats = {"route": "greedy"}
             results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, "heard", stats))
             if progress is not None:

@@ -4,7 +4,6 @@ import json
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
@@ -13,7 +12,6 @@ from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.buckets import make_bucket
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.training.recipes.demo import noise
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,70 +35,24 @@ def transcripts(asr, clips) -> list[gj.Transcript]:
     return asr.transcribe([CLIPS / clip["audio"] for clip in clips])
 
 
-def test_a_sample_is_heard_and_silence_is_not():
-    # Given one row of ten seconds as the only bucket, when a sample and silence are transcribed
+def test_a_sample_is_heard():
+    # Given one row of ten seconds as the only bucket, when a sample is transcribed, then its text is what is said
     buckets = [make_bucket(open_checkpoint("demo").config, 1, 10.0)]
     asr = gj.Transcriber.from_pretrained("demo", dtype="float32", batch_size=1, buckets=buckets)
     said = {sample["audio"]: sample["text"] for sample in _manifest(ROOT / "samples" / "samples.jsonl")}
-    heard, silence = asr.transcribe([ROOT / "samples" / "request.wav", np.zeros(80_000, np.float32)])
-    # Then the text is what is said, or nothing
-    assert heard.text == said["request.wav"] and heard.flags == ()
-    assert silence.text == "" and silence.flags == ()
+    assert asr.transcribe(ROOT / "samples" / "request.wav").text == said["request.wav"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decoding", ["ctc_text", "text"])
-@pytest.mark.parametrize(("kind", "most"), [("free", 12.0), ("grammar", 5.0), ("joined", 10.0)])
-def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, decoding, kind, most):
-    # Given clips of new sentences with unseen names, some noisy: of forms that training never had, of those of its
-    # grammar, or several joined
-    spoken = [i for i, clip in enumerate(clips) if clip["kind"] == kind]
+@pytest.mark.parametrize("kind", ["ctc_text", "text"])
+def test_few_words_of_the_heldout_clips_are_wrong(transcripts, clips, kind):
+    # Given 300 clips of new sentences with unseen names, some noisy
+    references = [clip["text"] for clip in clips]
     # When transcribed, by the encoder alone or by the language model
-    hypotheses = [getattr(transcripts[i], decoding) for i in spoken]
+    hypotheses = [getattr(transcript, kind) for transcript in transcripts]
     # Then
-    assert len(spoken) >= 30
-    assert score([clips[i]["text"] for i in spoken], hypotheses).wer.rate <= most
-
-
-SOUNDS = {
-    "silence": lambda rng, size: np.zeros(size, np.float32),
-    "hum": noise.hum,
-    "tones": noise.tones,
-    "noise": noise.pink,
-    "clicks": noise.clicks,
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", SOUNDS)
-def test_nothing_is_written_where_nothing_is_said(asr, kind):
-    # Given ten sounds of 1 to 20 seconds without speech, at different levels
-    rng = np.random.default_rng(11)
-    sounds = [SOUNDS[kind](rng, int(seconds * 16_000)) for seconds in np.linspace(1, 20, 10)]
-    levels = 10 ** (np.linspace(-60, -14, 10) / 20)
-    scaled = [
-        np.float32(level) * wave / max(np.abs(wave).max(), 1e-9) for level, wave in zip(levels, sounds, strict=True)
-    ]
-    # When transcribed, then there is no text
-    assert [transcript.text for transcript in asr.transcribe(scaled)] == [""] * 10
-
-
-@pytest.mark.slow
-def test_texts_follow_the_audio(asr, clips):
-    # Given pairs of clips with silence after the shorter, so that both have the same prompt
-    single = [clip for clip in clips if clip["kind"] != "joined"][::6]
-    audio = [soundfile.read(CLIPS / clip["audio"], dtype="float32")[0] for clip in single]
-    pairs = list(zip(audio[::2], audio[1::2], strict=True))
-    padded = [np.pad(wave, (0, max(map(len, pair)) - len(wave))) for pair in pairs for wave in pair]
-    texts = [transcript.text for transcript in asr.transcribe(padded)]
-    # When each audio is transcribed with the other's text as its draft
-    swapped = [text for a, b in zip(texts[::2], texts[1::2], strict=True) for text in (b, a)]
-    again = [transcript.text for transcript in asr.transcribe(padded, draft=swapped)]
-    # Then each text is that of its own audio
-    assert len(pairs) > 20 and again == texts
-    references = [clip["text"] for clip in single]
-    exchanged = [text for a, b in zip(references[::2], references[1::2], strict=True) for text in (b, a)]
-    assert score(references, texts).wer.rate < 15 and score(exchanged, texts).wer.rate > 60
+    assert len(clips) >= 300
+    assert score(references, hypotheses).wer.rate <= 5.0
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeli
     gated = pipeline.run(**options | {"keyword_gate": -8.0})
     assert any(t.stats.get("keywords") for t in gated)
     assert tokens_of(gated) == tokens_of(pipeline.run(speculative=False, **options | {"keyword_gate": -8.0}))
-    assert retraces(pipeline.asr._pipeline.programs, 1) == []
+    assert retraces(pipeline.asr._engine.programs, 1) == []
     assert pipeline.asr.compilations == 3
 
 
@@ -80,7 +80,7 @@ def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monk
     monkeypatch.setattr("granite_jax.inference.engine.pool", functools.partial(limited_pool, edges=80))
 
     # When transcribed, then batches are split, and the tokens stay
-    pipeline.asr._pipeline._pools.clear()
+    pipeline.asr._engine._pools.clear()
     assert tokens_of(pipeline.run(**options)) == expected
 
 

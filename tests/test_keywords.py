@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import granite_jax as gj
 from granite_jax.decoding import build, pool
 from granite_jax.decoding.automaton import FIRST
 from granite_jax.keywords.automaton import trie_of
-from granite_jax.keywords.lists import keyword_lists, prepare, read_keywords, sounds, validated
+from granite_jax.keywords.lists import lists_by_input, prepare, read_keywords, sounds, validated
 from granite_jax.keywords.matches import Heard, repair, select
 from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE, Place, places
@@ -203,13 +202,14 @@ def test_scripts_without_spaces_need_none() -> None:
 
 
 def test_one_list_for_all_or_a_list_for_each() -> None:
-    def found(keywords: Any, inputs: int) -> list:
-        return [validated(entries, KeywordOptions()) for entries in keyword_lists(keywords, inputs, KeywordOptions())]
-
-    assert found(["Kai", ("Zoe", 2)], 2) == [(("Kai", None), ("Zoe", 2.0))] * 2
-    assert found([["Kai", "Kai"], None, []], 3) == [(("Kai", None),), (), ()]
-    assert found(None, 1) == found([], 1) == [()]
-    assert found(("  New\u3000 York ",), 1) == [(("New York", None),)]
+    # Given one list, or none, then it is for all inputs
+    for shared in (["Kai", ("Zoe", 2)], [], ("Kai",)):
+        assert lists_by_input(shared, 2) is None
+    # Given a list for each, then each has its own, without repetitions
+    lists = lists_by_input([["Kai", "Kai"], None, []], 3)
+    assert lists == [["Kai", "Kai"], None, []]
+    assert validated(["Kai", "Kai", ("Zoe", 2)], KeywordOptions()) == (("Kai", None), ("Zoe", 2.0))
+    assert validated(("  New\u3000 York ",), KeywordOptions()) == (("New York", None),)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,8 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
 )
 def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
-        keyword_lists(keywords, 2, KeywordOptions())  # pyright: ignore[reportArgumentType]
+        lists_by_input(keywords, 2)
+        validated(keywords, KeywordOptions())
 
 
 @pytest.mark.parametrize(

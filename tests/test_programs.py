@@ -41,6 +41,6 @@ def test_bfloat16_runs_on_bfloat16_weights(tmp_path: Path) -> None:
     hf_fixture.write_random_checkpoint(tmp_path / "hf")
     buckets = [Bucket(1, 48_000, 100, 140)]
     asr = Transcriber.from_pretrained(tmp_path / "hf", dtype="bfloat16", batch_size=1, buckets=buckets)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._pipeline._params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._engine._params)} == {"bfloat16"}
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000).astype(np.float32)
     assert len(asr.transcribe(noise, max_new_tokens=5).tokens) == 5

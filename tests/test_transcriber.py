@@ -49,7 +49,7 @@ def asr(checkpoint: Path) -> Transcriber:
 @pytest.fixture(autouse=True)
 def nothing_more_is_compiled(asr: Transcriber):
     yield
-    assert retraces(asr._pipeline.programs, len(asr.buckets)) == []
+    assert retraces(asr._engine.programs, len(asr.buckets)) == []
     assert asr.compilations == 3 * len(asr.buckets)
 
 
@@ -69,7 +69,7 @@ def wav(samples: np.ndarray, rate: int = RATE, format: str = "WAV") -> bytes:
 
 def like(asr: Transcriber, **options: Any) -> Transcriber:
     """Another Transcriber of the same model."""
-    return Transcriber(asr.config, asr._pipeline._params, asr.tokenizer, template=asr.template, **options)
+    return Transcriber(asr.config, asr._engine._params, asr.tokenizer, template=asr.template, **options)
 
 
 def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) -> None:

@@ -237,12 +237,12 @@ def transcribe_group(
     found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
     report(len(found))
     usable = {read.entry.index: read for read in reads if read.audio is not None}
-    keywords = [options.keywords if (own := read.entry.keywords) is None else own for read in usable.values()]
+    own = (read.entry.keywords for read in usable.values())
     try:
         transcripts = asr.transcribe(
             [read.audio for read in usable.values()],
             options,
-            keywords=list(map(list, keywords)),
+            keywords=[None if keywords is None else list(keywords) for keywords in own],
             on_error="return",
             progress=progress,
         )

@@ -1,15 +1,24 @@
-"""Batches on their way through the device: encode -> drafts -> prefill -> decode -> transcripts.
+"""Requests in, transcripts out: batches on their way through the device.
+
+    submit ──► pending, by bucket ──► encode ──► drafts ──► prefill, decode ──► texts ──► futures
 
     device   encode 1   encode 2   prefill, decode 1   encode 3   prefill, decode 2   ...
     host                drafts 1   batch 3             drafts 2   texts 1, batch 4
 
-The host makes the drafts of one batch while the device encodes the next, and reads a result when the next is under way.
+A batch goes when it is full, when it is flushed, when one of its requests has waited for its deadline, or when many
+requests were admitted after one of its own. The host makes the drafts of one batch while the device encodes the next,
+and reads a result when the next is under way.
+
+The engine has no thread of its own: those who wait for a future drive it, one at a time.
 """
 
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -18,13 +27,12 @@ import numpy as np
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
-from granite_jax.inference.options import SpeculativeOptions
+from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
 from granite_jax.keywords.automaton import trie_of
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import repair, select
-from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.spotter import candidates
 from granite_jax.model import ctc
 from granite_jax.model.config import Config
@@ -33,37 +41,46 @@ from granite_jax.text.tasks import PromptTokens
 from granite_jax.text.tokenizer import Tokenizer
 
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
+_POLL_SECONDS = 0.05
 _LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One valid input.
+    """One valid input, and what is to be made of it.
 
     Fields:
-      index: its place in the list.
-      limit: the most tokens it may generate.
+      max_new_tokens: the most tokens it may generate.
       prompt_length: tokens of the prompt with the audio's.
+      options: how drafts and keywords are used. Requests with different options share batches.
       draft: its caller's, if any.
       keywords: what biases it, if anything.
-      raw: whether its text is to be what is said, word by word, so that it can be compared with the CTC text.
     """
 
-    index: int
     audio: Audio
-    limit: int
+    max_new_tokens: int
     prompt: PromptTokens
     prompt_length: int
+    options: TranscribeOptions = dataclasses.field(default_factory=TranscribeOptions)
     draft: tuple[int, ...] | None = None
     keywords: Keywords | None = None
-    raw: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Ticket:
+    """A request that was admitted: as which, when, and who waits for it."""
+
+    request: Request
+    number: int
+    time: float
+    future: "Future[Transcript]"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """A request that is encoded."""
 
-    request: Request
+    ticket: _Ticket
     ctc_text: str
     drafted_text: str
     draft: tuple[int, ...]
@@ -71,13 +88,24 @@ class _Row:
     heard: tuple[str, ...] = ()
     trie: Trie | None = None
 
+    @property
+    def request(self) -> Request:
+        return self.ticket.request
 
-Results = list[tuple[int, Transcript]]
-_Batch = tuple[Bucket, list[Request]]
+
+_Batch = tuple[Bucket, list[_Ticket]]
+_Results = list[tuple[_Ticket, Transcript]]
 
 
-class Pipeline:
-    """The three programs fed with requests."""
+class Engine:
+    """The three programs fed with requests.
+
+    In short:
+
+        futures = [engine.submit(request) for request in requests]
+        engine.flush()
+        transcripts = [engine.wait(future) for future in futures]
+    """
 
     def __init__(
         self,
@@ -87,19 +115,35 @@ class Pipeline:
         tokenizer: Tokenizer,
         buckets: Sequence[Bucket],
         batch_size: int,
+        *,
+        deadline: float = math.inf,
     ):
+        """
+        Args:
+          deadline: seconds after which a request goes in a batch that is not full.
+        """
         self.programs = programs
+        self.deadline = deadline
         self._config = config
         self._params = params
         self._tokenizer = tokenizer
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
         self._pools: dict[tuple[int, ...], tuple[Automata, list[Trie]]] = {}
+        self._changed = threading.Condition()  # guards what is pending
+        self._pending: dict[Bucket, list[_Ticket]] = collections.defaultdict(list)
+        self._unfinished: dict[int, _Ticket] = {}
+        self._admitted = 0
+        self._flushed = 0  # requests with a lower number wait for no others
+        self._driving = threading.Lock()  # guards what is on the device
+        self._encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
+        self._decoding: collections.deque[Callable[[], _Results]] = collections.deque()
+        self._survivors: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
         """The bucket of `batch` rows for a request, or None."""
         samples = len(request.audio.samples)
-        return choose_bucket(self._buckets, batch, samples, request.prompt_length, request.limit)
+        return choose_bucket(self._buckets, batch, samples, request.prompt_length, request.max_new_tokens)
 
     def rows(self, bucket: Bucket) -> int:
         """Rows of a batch over all devices."""
@@ -107,7 +151,7 @@ class Pipeline:
 
     @property
     def read_ahead(self) -> int:
-        """Requests that are sorted by length together."""
+        """How many requests may be admitted after one before its batch goes, full or not."""
         return _READ_AHEAD * self._batch_size * self.programs.devices.replicas
 
     def fits(self, request: Request) -> bool:
@@ -122,99 +166,158 @@ class Pipeline:
         """Runs the programs of a bucket on silence."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
-        row = _Row(Request(0, silence, 1, prompt, length), "", "", (), 0.0)
-        audio = self._encode(bucket, [row.request]).audio
-        jax.block_until_ready(self._decode(bucket, [row], audio, math.inf).tokens)
+        row = _Row(_Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future()), "", "", (), 0.0)
+        with self._driving:
+            audio = self._encode(bucket, [row.ticket]).audio
+            jax.block_until_ready(self._decode(bucket, [row], audio).tokens)
 
-    def run(
-        self, requests: Iterable[Request], accept: SpeculativeOptions, biasing: KeywordOptions
-    ) -> Iterator[tuple[int, Transcript]]:
-        """Results in the order in which batches finish."""
-        encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
-        decoding: collections.deque[Callable[[], Results]] = collections.deque()
-        survivors: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
+    # Admission.
 
-        def advance() -> Results:
-            """Takes the oldest encoded batch on; returns what the CTC gate let pass."""
-            (bucket, batch), found = encoded.popleft()
-            rows = self._rows(batch, found, accept, biasing)
-            if accept.ctc_threshold == 0:
-                decoding.extend(self._submit(bucket, rows, found.audio, accept))
-                return []
-            # The gate's survivors wait for one another, so that the language model sees full batches.
-            audio = np.asarray(found.audio)
-            passed = [row.entropy < accept.ctc_threshold for row in rows]
-            survivors[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
-            if len(survivors[bucket]) >= self.rows(bucket):
-                repack(bucket)
-            return [(row.request.index, self._ctc_transcript(row)) for i, row in enumerate(rows) if passed[i]]
+    def submit(self, request: Request) -> "Future[Transcript]":
+        """Admits a request that `fits`. Its future is done when someone has driven the engine so far: see `wait`."""
+        bucket = self.bucket(request, self._batch_size) or self.bucket(request, 1)
+        assert bucket is not None, "checked when the request was made"
+        with self._changed:
+            ticket = _Ticket(request, self._admitted, time.monotonic(), Future())
+            self._admitted += 1
+            self._pending[bucket].append(ticket)
+            self._unfinished[ticket.number] = ticket
+            self._changed.notify_all()
+        return ticket.future
 
-        def repack(bucket: Bucket) -> None:
+    def flush(self) -> None:
+        """Has all requests that were admitted so far go, in batches that are not full where need be."""
+        with self._changed:
+            self._flushed = self._admitted
+            self._changed.notify_all()
+
+    def wait(self, future: "Future[Transcript]", until: Callable[[], bool] = lambda: False) -> bool:
+        """Drives the engine until a future is done, or `until` says so; whether it is done."""
+        while not future.done() and not until():
+            with self._driving:
+                if not future.done():
+                    self.advance(_POLL_SECONDS)
+        return future.done()
+
+    def advance(self, timeout: float) -> None:
+        """Does the next piece of work, or waits for some; only with `_driving` held."""
+        batch = self._take() if len(self._encoded) < 2 else None
+        try:
+            if batch is not None:
+                self._encoded.append((batch, self._encode(*batch)))
+            if len(self._encoded) > 1 or (self._encoded and batch is None):
+                self._advance_encoded()
+            elif batch is None and not self._repack(late=True) and not self._decoding:
+                with self._changed:
+                    self._changed.wait(timeout)
+            if self._decoding and (len(self._decoding) > 1 or batch is None):
+                self._finish(self._decoding.popleft()())
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _take(self) -> _Batch | None:
+        """The next batch that is due: a full one, or one that is to wait no longer."""
+        with self._changed:
+            for tickets in self._pending.values():
+                tickets[:] = [t for t in tickets if not (t.future.cancelled() and self._unfinished.pop(t.number))]
+            late = {b: min((t for t in tickets if self._is_late(t)), key=_number, default=None)
+                    for b, tickets in self._pending.items()}  # fmt: skip
+            full = [b for b, tickets in self._pending.items() if len(tickets) >= self.rows(b)]
+            oldest = min((t for t in late.values() if t is not None), key=_number, default=None)
+            if oldest is not None:
+                bucket = next(b for b, ticket in late.items() if ticket is oldest)
+            elif full:
+                bucket = max(full, key=lambda b: len(self._pending[b]))
+            else:
+                return None
+            # Rows of similar length decode for a similar time: those around the one that has waited longest.
+            waiting = sorted(self._pending[bucket], key=lambda t: len(t.request.audio.samples))
+            place = waiting.index(min(waiting, key=_number))
             size = self.rows(bucket)
-            taken, survivors[bucket] = survivors[bucket][:size], survivors[bucket][size:]
-            padded = [*taken, *[taken[0]] * (size - len(taken))]
-            audio = self.programs.devices.split(np.stack([audio for _, audio in padded]))
-            decoding.extend(self._submit(bucket, [row for row, _ in taken], audio, accept))
-
-        for bucket, batch in self._batches(requests):
-            encoded.append(((bucket, batch), self._encode(bucket, batch)))
-            if len(encoded) > 1:
-                yield from advance()
-            while len(decoding) > 1:
-                yield from decoding.popleft()()
-        while encoded:
-            yield from advance()
-        for bucket, rows in survivors.items():
-            if rows:
-                repack(bucket)
-        for collect in decoding:
-            yield from collect()
-
-    def _batches(self, requests: Iterable[Request]) -> Iterator[_Batch]:
-        """Groups requests by bucket: full batches, then what is left, in rows of one where that costs less."""
-        held: list[Request] = []
-        for request in requests:
-            held.append(request)
-            if len(held) >= self.read_ahead:
-                yield from self._group(held)
-                held = []
-        yield from self._group(held)
-
-    def _group(self, requests: list[Request]) -> Iterator[_Batch]:
-        by_bucket: dict[Bucket, list[Request]] = collections.defaultdict(list)
-        for request in sorted(requests, key=lambda r: len(r.audio.samples)):
-            bucket = self.bucket(request, self._batch_size) or self.bucket(request, 1)
-            assert bucket is not None, "checked when the request was made"
-            by_bucket[bucket].append(request)
-        for bucket, rows in by_bucket.items():
-            for batch in _chunks(rows, self.rows(bucket)):
+            start = max(0, min(place - size // 2, len(waiting) - size))
+            taken = waiting[start : start + size]
+            single = self.bucket(taken[-1].request, 1)  # of the longest
+            if bucket.batch > 1 and 4 * len(taken) <= size and single is not None:
                 # Mostly empty batches run a row a device: their cost is that of all rows.
-                single = self.bucket(batch[-1], 1)  # of the longest
-                if bucket.batch > 1 and 4 * len(batch) <= self.rows(bucket) and single is not None:
-                    for part in _chunks(batch, self.rows(single)):
-                        yield self.bucket(part[-1], 1) or single, part
-                else:
-                    yield bucket, batch
+                taken = taken[: self.rows(single)]
+                chosen = self.bucket(taken[-1].request, 1) or single
+            else:
+                chosen = bucket
+            going = set(map(_number, taken))
+            self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in going]
+            return chosen, taken
 
-    def _encode(self, bucket: Bucket, batch: list[Request]) -> Encoded:
+    def _is_late(self, ticket: _Ticket) -> bool:
+        return (
+            ticket.number < self._flushed
+            or self._admitted - ticket.number > self.read_ahead
+            or time.monotonic() - ticket.time > self.deadline
+        )
+
+    def _finish(self, results: _Results) -> None:
+        for ticket, transcript in results:
+            self._unfinished.pop(ticket.number, None)
+            if not ticket.future.cancelled():
+                ticket.future.set_result(transcript)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Tells everyone who waits why there will be no result."""
+        with self._changed:
+            tickets, self._unfinished = list(self._unfinished.values()), {}
+            for held in (self._pending, self._encoded, self._decoding, self._survivors):
+                held.clear()
+        for ticket in tickets:
+            if not ticket.future.done():
+                ticket.future.set_exception(error)
+
+    # On the device.
+
+    def _advance_encoded(self) -> None:
+        """Takes the oldest encoded batch on; what the CTC gate lets pass is finished."""
+        (bucket, batch), encoded = self._encoded.popleft()
+        rows = self._rows(batch, encoded)
+        if not any(row.request.options.drafting.ctc_threshold for row in rows):
+            self._decoding.extend(self._dispatch(bucket, rows, encoded.audio))
+            return
+        # The gate's survivors wait for one another, so that the language model sees full batches.
+        audio = np.asarray(encoded.audio)
+        passed = [row.entropy < row.request.options.drafting.ctc_threshold for row in rows]
+        self._survivors[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
+        self._finish([(row.ticket, self._ctc_transcript(row)) for i, row in enumerate(rows) if passed[i]])
+        self._repack(late=False)
+
+    def _repack(self, *, late: bool) -> bool:
+        """Dispatches a full batch of survivors, or, if `late`, one with a row that is to wait no longer; if any."""
+        for bucket, rows in self._survivors.items():
+            size = self.rows(bucket)
+            if len(rows) >= size or (late and any(self._is_late(row.ticket) for row, _ in rows)):
+                taken, self._survivors[bucket] = rows[:size], rows[size:]
+                padded = [*taken, *[taken[0]] * (size - len(taken))]
+                audio = self.programs.devices.split(np.stack([audio for _, audio in padded]))
+                self._decoding.extend(self._dispatch(bucket, [row for row, _ in taken], audio))
+                return True
+        return False
+
+    def _encode(self, bucket: Bucket, batch: list[_Ticket]) -> Encoded:
         """Dispatches a batch to the encoder. Rows that only fill it up repeat its first one."""
         size = self.rows(bucket)
         samples = np.zeros((size, bucket.samples), np.float32)
-        lengths = np.full(size, len(batch[0].audio.samples), np.int32)
-        full = [*batch, *[batch[0]] * (size - len(batch))]
+        lengths = np.zeros(size, np.int32)
+        requests = [ticket.request for ticket in batch]
+        full = [*requests, *[requests[0]] * (size - len(batch))]
         for row, request in enumerate(full):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
         sounds = candidates([request.keywords and request.keywords.labels for request in full])
         return self.programs.encode(self._params, samples, lengths, sounds)
 
-    def _rows(
-        self, batch: list[Request], encoded: Encoded, accept: SpeculativeOptions, biasing: KeywordOptions
-    ) -> list[_Row]:
+    def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
         """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
         labels, entropy, support = jax.device_get((encoded.labels, encoded.entropy, encoded.support))
         rows = []
-        for i, request in enumerate(batch):
+        for i, ticket in enumerate(batch):
+            request, biasing = ticket.request, ticket.request.options.biasing
             text = drafted = " ".join(ctc.to_text(labels[i]).split())
             heard, trie = (), None
             if (keywords := request.keywords) is not None:
@@ -224,9 +327,9 @@ class Pipeline:
                 trie = trie_of(keywords, passed, labels[i], biasing.threshold or -math.inf)
             draft = request.draft
             if draft is None:
-                draft = tuple(self._tokenizer.encode(drafted)) if accept.drafts else ()
-            room = min(draft_budget(len(request.audio.samples)), request.limit)
-            rows.append(_Row(request, text, drafted, draft[:room], float(entropy[i]), heard, trie))
+                draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
+            room = min(draft_budget(len(request.audio.samples)), request.max_new_tokens)
+            rows.append(_Row(ticket, text, drafted, draft[:room], float(entropy[i]), heard, trie))
         return rows
 
     def _automata(self, tries: Sequence[Trie | None]) -> Automata:
@@ -244,43 +347,41 @@ class Pipeline:
                 self._pools[key] = kept
         return kept[0]
 
-    def _submit(
-        self, bucket: Bucket, rows: list[_Row], audio: Any, accept: SpeculativeOptions
-    ) -> Iterator[Callable[[], Results]]:
+    def _dispatch(self, bucket: Bucket, rows: list[_Row], audio: Any) -> Iterator[Callable[[], _Results]]:
         """Dispatches a batch to the language model; each function returned waits for its part of it."""
         try:
-            state = self._decode(bucket, rows, audio, accept.verify_threshold)
+            state = self._decode(bucket, rows, audio)
         except FullError:
             # Rows with long lists of their own, none of which can be scored: each list by itself has room.
             half = len(rows) // 2
-            yield from self._submit(bucket, rows[:half], audio, accept)
+            yield from self._dispatch(bucket, rows[:half], audio)
             rest = self.programs.devices.split(np.roll(np.asarray(audio), -half, axis=0))
-            yield from self._submit(bucket, rows[half:], rest, accept)
+            yield from self._dispatch(bucket, rows[half:], rest)
             return
         # All but the cache, so that it is freed as soon as the device is done with it.
         kept = {name: getattr(state, name) for name in ("tokens", "sources", "counts", "passes", "accepted", "ended")}
         kept["drafted"] = state.draft.lengths
 
-        def collect() -> Results:
+        def collect() -> _Results:
             host = jax.device_get(kept)
-            return [(row.request.index, self._transcript(row, host, i)) for i, row in enumerate(rows)]
+            return [(row.ticket, self._transcript(row, host, i)) for i, row in enumerate(rows)]
 
         yield collect
 
-    def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any, verify_threshold: float) -> DecodeState:
+    def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any) -> DecodeState:
         """Runs prefill and decode on a padded batch, without waiting for them."""
         size = self.rows(bucket)
         empty = size - len(rows)
         # Rows that only fill up the batch repeat its first one and generate nothing.
-        requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, limit=0)] * empty
+        requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, max_new_tokens=0)] * empty
         tokens = np.zeros((size, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
             tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
-        limits = np.array([request.limit for request in requests], np.int32)
+        limits = np.array([request.max_new_tokens for request in requests], np.int32)
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
-        thresholds = np.full(size, verify_threshold, np.float32)
+        thresholds = np.array([request.options.drafting.verify_threshold for request in requests], np.float32)
         automata = self._automata([*(row.trie for row in rows), *[None] * empty])
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
@@ -306,7 +407,7 @@ class Pipeline:
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
         drafted = self._tokenizer.encode(row.drafted_text)
-        tokens = tuple(drafted[: row.request.limit])
+        tokens = tuple(drafted[: row.request.max_new_tokens])
         stats = {
             "route": "ctc",
             "llm_passes": 0,
@@ -327,7 +428,7 @@ class Pipeline:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
         if row.request.keywords is not None:
             stats["keywords"] = row.heard
-        doubtful = row.request.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
+        doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = ("low-agreement",) if doubtful else ()
         return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources), flags)
 
@@ -343,5 +444,5 @@ def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     return tuple(runs)
 
 
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+def _number(ticket: _Ticket) -> int:
+    return ticket.number

@@ -1,10 +1,13 @@
-"""The host pipeline: audio in any form -> buckets -> batches -> device -> text, in input order."""
+"""Audio in any form -> readers -> engine -> transcripts, in input order."""
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +18,14 @@ from granite_jax.audio.load import Audio, load_audio, printable
 from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import ContextError, GraniteError
+from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, new_token_budget
-from granite_jax.inference.engine import Pipeline, Request
+from granite_jax.inference.engine import Engine, Request
 from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.results import Acoustics, Transcript
 from granite_jax.inference.sharding import DeviceList, Devices
-from granite_jax.keywords.lists import Keywords, keyword_lists, prepare, validated
+from granite_jax.keywords.lists import Keywords, lists_by_input, prepare, validated
 from granite_jax.keywords.options import Entry
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
@@ -79,8 +83,10 @@ class Transcriber:
         if not isinstance(devices, Devices):
             devices = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
+        self._preparing = threading.Lock()
+        self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
         self._params = devices.place(params, devices.param_shardings(config))
-        self._pipeline = Pipeline(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
+        self._engine = Engine(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
 
     @classmethod
     @accepts(ModelOptions)
@@ -130,18 +136,18 @@ class Transcriber:
     @property
     def compilations(self) -> int:
         """How many programs have been compiled so far: at most three a bucket."""
-        return sum(map(len, self._pipeline.programs.traces.values()))
+        return sum(map(len, self._engine.programs.traces.values()))
 
     @property
     def read_ahead(self) -> int:
         """How many inputs are sorted by length together: lists that are multiples of it fill the most batches."""
-        return self._pipeline.read_ahead
+        return self._engine.read_ahead
 
     def warmup(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Compiles the programs of all buckets (or those given) by running them on silence."""
         prompt = self._prompt(instruction())
         for bucket in buckets or self.buckets:
-            self._pipeline.compile(bucket, prompt)
+            self._engine.compile(bucket, prompt)
 
     @accepts(TranscribeOptions)
     def transcribe(
@@ -180,65 +186,94 @@ class Transcriber:
           AudioError: an input is not readable, too short or not finite, named.
           ContextError: an input does not fit the model's positions together with its prompt and new tokens, named.
         """
+        sources = audio if isinstance(audio, list) else [audio]
+        listed = None if keywords is None else lists_by_input(keywords, len(sources))
+        if keywords is not None and listed is None:
+            fields["keywords"] = tuple(keywords)
+        stream = self.stream(
+            sources,
+            options,
+            sampling_rate=sampling_rate,
+            keyword_lists=listed,
+            drafts=drafts_for(draft, len(sources)),
+            on_error=on_error,
+            **fields,
+        )
+        transcripts = []
+        for transcript in stream:
+            transcripts.append(transcript)
+            if progress is not None:
+                progress(1)
+        return transcripts if isinstance(audio, list) else transcripts[0]
+
+    @accepts(TranscribeOptions)
+    def stream(
+        self,
+        audio: Iterable[Any],
+        options: TranscribeOptions | None = None,
+        *,
+        sampling_rate: int | None = None,
+        keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+        drafts: Iterable[str | None] | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        ordered: bool = True,
+        **fields: Any,
+    ) -> Iterator[Transcript]:
+        """Transcribes any number of inputs and yields transcripts while later inputs are still read.
+
+        Inputs are read by a few threads, ahead of the device by a bounded number of them (`read_ahead`, twice).
+
+        Args:
+          audio: inputs as in `transcribe`; may be an iterator without end.
+          keyword_lists: a list of keywords (or None, for those of the options) for each input.
+          drafts: a draft (or None) for each input.
+          ordered: yield in input order; otherwise as they are done.
+          options, sampling_rate, on_error, fields: as in `transcribe`.
+
+        Raises:
+          the same errors as `transcribe`: of the options at once, of an input in its place.
+        """
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
         asked = dataclasses.replace(options or TranscribeOptions(), **fields)
         if asked.prompt is None:
             self.capabilities.check(asked.task, asked.target_language)
-        if draft is not None and asked.speculative != "lossless":
-            raise GraniteError(f'draft is for speculative="lossless", not for {asked.speculative!r}')
-        sources = audio if isinstance(audio, list) else [audio]
-        drafts = [
-            None if text is None else tuple(self.tokenizer.encode(text)) for text in drafts_for(draft, len(sources))
-        ]
-        lists = keyword_lists(asked.keywords if keywords is None else keywords, len(sources), asked.biasing)
+        if asked.speculative != "lossless" and drafts is not None:
+            drafts = list(drafts)
+            if any(draft is not None for draft in drafts):
+                raise GraniteError(f'draft is for speculative="lossless", not for {asked.speculative!r}')
+        shared = self._prepared(asked, asked.keywords)  # what is wrong with it is no single input's fault
+        inputs = zip(
+            itertools.count(),
+            audio,
+            itertools.repeat(None) if keyword_lists is None else keyword_lists,
+            itertools.repeat(None) if drafts is None else drafts,
+            strict=False,
+        )
 
-        @functools.cache
-        def instructed(mentioned: tuple[str, ...]) -> PromptTokens:
-            text = instruction(
-                asked.task, target_language=asked.target_language, prompt=asked.prompt, keywords=mentioned
-            )
-            return self._prompt(text)
+        def submit(index: int, source: Any, listed: Sequence[Entry] | None, draft: str | None) -> Future[Transcript]:
+            name = _name(source, index)
+            try:
+                prompt, keywords = shared if listed is None else self._prepared(asked, listed)
+                request = self._request(source, sampling_rate, name, asked, prompt)
+                tokens = None if draft is None else tuple(self.tokenizer.encode(draft))
+                return self._engine.submit(dataclasses.replace(request, keywords=keywords, draft=tokens))
+            except GraniteError as error:
+                failed: Future[Transcript] = Future()
+                if on_error == "raise":
+                    failed.set_exception(error)
+                else:
+                    failed.set_result(Transcript(name, error=str(error)))
+                return failed
 
-        instructed(())  # what is wrong with it is no single input's fault
-
-        @functools.lru_cache(maxsize=_LISTS)
-        def prepared(entries: tuple[tuple[str, float | None], ...]) -> Keywords | None:
-            if not entries or not asked.biasing.decoder:
-                return None
-            return prepare(entries, asked.biasing, self.tokenizer, self.config.encoder.output_dim)
-
-        results: dict[int, Transcript] = {}
-
-        def finish(index: int, transcript: Transcript) -> None:
-            results[index] = transcript
-            if progress is not None:
-                progress(1)
-
-        def requests() -> Iterator[Request]:
-            for index, source in enumerate(sources):
-                name = _name(source, index)
-                try:
-                    entries = validated(lists[index], asked.biasing)
-                    prompt = instructed(tuple(text for text, _ in entries) if asked.biasing.prompt else ())
-                    request = self._request(index, source, sampling_rate, name, prompt, asked.max_new_tokens)
-                    yield dataclasses.replace(request, draft=drafts[index], keywords=prepared(entries), raw=asked.raw)
-                except GraniteError as error:
-                    if on_error == "raise":
-                        raise
-                    finish(index, Transcript(name, error=str(error)))
-
-        for index, transcript in self._pipeline.run(requests(), asked.drafting, asked.biasing):
-            finish(index, transcript)
-        transcripts = [results[index] for index in range(len(sources))]
-        return transcripts if isinstance(audio, list) else transcripts[0]
+        return readers.read_ahead(inputs, submit, self._engine, 2 * self.read_ahead, ordered)
 
     def acoustics(self, audio: Any, *, sampling_rate: int | None = None) -> Acoustics:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
         samples = self._load(audio, sampling_rate, _name(audio, 0)).samples
         padded = np.zeros((1, -(-len(samples) // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
         padded[0, : len(samples)] = samples
-        programs = self._pipeline.programs
+        programs = self._engine.programs
         params, lengths = programs.devices.unplaced(self._params), np.array([len(samples)], np.int32)
         found = _acoustics(self.config, programs.dtype, params, padded, lengths)
         return Acoustics(*(np.asarray(array)[0, : num_frames(len(samples))] for array in found))
@@ -254,19 +289,19 @@ class Transcriber:
 
     def _request(
         self,
-        index: int,
         source: Any,
         rate: int | None,
         name: str,
+        options: TranscribeOptions,
         prompt: PromptTokens,
-        max_new_tokens: int | None,
     ) -> Request:
+        """Reads an input. Raises AudioError or ContextError, which name it."""
         positions = self.config.decoder.max_position_embeddings
         audio = self._load(source, rate, name)
         length = self._prompt_length(prompt, audio)
-        budget = new_token_budget(audio.duration) if max_new_tokens is None else max_new_tokens
-        request = Request(index, audio, budget, prompt, length)
-        if not self._pipeline.fits(request):
+        budget = options.max_new_tokens or new_token_budget(audio.duration)
+        request = Request(audio, budget, prompt, length, options)
+        if not self._engine.fits(request):
             if length + budget > positions:
                 beyond = f"the model's context of {positions} positions"
             else:
@@ -277,11 +312,29 @@ class Transcriber:
             )
         return request
 
+    def _prepared(self, options: TranscribeOptions, keywords: Sequence[Entry]) -> tuple[PromptTokens, Keywords | None]:
+        """The prompt with a list of keywords, and the list ready for decoding; both are kept for later inputs."""
+        entries = validated(keywords, options.biasing)
+        asked = (options.task, options.target_language, options.prompt, options.biasing, entries)
+        with self._preparing:
+            if asked not in self._lists:
+                mentioned = tuple(text for text, _ in entries) if options.biasing.prompt else ()
+                text = instruction(
+                    options.task, target_language=options.target_language, prompt=options.prompt, keywords=mentioned
+                )
+                ready = None
+                if entries and options.biasing.decoder:
+                    ready = prepare(entries, options.biasing, self.tokenizer, self.config.encoder.output_dim)
+                self._lists[asked] = self._prompt(text), ready
+                while len(self._lists) > _LISTS:
+                    del self._lists[next(iter(self._lists))]
+            return self._lists[asked]
+
     def _prompt(self, text: str) -> PromptTokens:
         return self.template.tokens(self.tokenizer, text)
 
     def _prompt_length(self, prompt: PromptTokens, audio: Audio) -> int:
-        return len(prompt.prefix) + len(prompt.suffix) + self._pipeline.num_audio_tokens(audio)
+        return len(prompt.prefix) + len(prompt.suffix) + self._engine.num_audio_tokens(audio)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -24,30 +24,24 @@ MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
 
 
-def keyword_lists(
-    keywords: Sequence[Entry] | Sequence[Sequence[Entry] | None] | None, inputs: int, options: KeywordOptions
-) -> Sequence[Sequence[Entry]]:
-    """A caller's `keywords=` as one list an input, of which a list for all inputs is checked.
-
-    Args:
-      keywords: a list for all inputs, or a list with a list (or None) for every input.
+def lists_by_input(keywords: Iterable[Any], inputs: int) -> list[list[Entry] | None] | None:
+    """A caller's `keywords=` as one list (or None) an input; None if it is a list for all inputs.
 
     Raises:
-      PromptError: a keyword is no readable line of text, too long, or one of too many, named.
-      GraniteError: it is no list, or not as long as there are inputs.
+      PromptError: it is no list.
+      GraniteError: some entries are lists and others are not, or there are not as many as inputs.
     """
-    if keywords is None:
-        return [()] * inputs
     if isinstance(keywords, str) or not isinstance(keywords, Iterable):
         raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    entries: list[Any] = list(keywords)
-    if not any(entry is None or isinstance(entry, list) for entry in entries):
-        return [validated(entries, options)] * inputs
-    if not all(entry is None or isinstance(entry, list) for entry in entries):
+    entries = list(keywords)
+    listed = [entry is None or isinstance(entry, list) for entry in entries]
+    if not any(listed):
+        return None
+    if not all(listed):
         raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
     if len(entries) != inputs:
         raise GraniteError(f"keywords has {len(entries)} lists for {inputs} inputs")
-    return [entry or () for entry in entries]
+    return entries
 
 
 def read_keywords(path: Path) -> list[Entry]:
@@ -127,7 +121,7 @@ class Keywords:
 def prepare(
     entries: Sequence[tuple[str, float | None]], options: KeywordOptions, tokenizer: Tokenizer, num_labels: int
 ) -> Keywords:
-    """Tokens and labels of a list of `keyword_lists`.
+    """Tokens and labels of a list of `validated`.
 
     Raises:
       PromptError: the list takes more states than there are.

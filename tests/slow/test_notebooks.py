@@ -132,10 +132,12 @@ def test_the_installation_is_for_the_machines_accelerator(tmp_path: Path, device
     assert done.stdout == f"-m pip install --quiet colab/..[{extras}]\n"
 
 
-def test_the_readmes_pictures_are_there_and_small() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\((?!https)([^)]+)\)", (ROOT / "README.md").read_text())
-    assert pictures
-    assert all((ROOT / picture).stat().st_size < 150_000 for picture in pictures)
+def test_pictures_of_the_pages_are_there_and_small() -> None:
+    # Given the pictures of the documentation, then each is a file of at most 150 kB
+    for page in (ROOT / "docs").glob("*.md"):
+        for picture in re.findall(r"!\[[^]]*\]\((?!https)([^)]+)\)", page.read_text()):
+            assert (page.parent / picture).stat().st_size < 150_000
+    assert "overview.png" in (ROOT / "docs" / "research.md").read_text()
 
 
 # What they write.
