@@ -246,9 +246,9 @@ def run_jax(work: Workload, bench: Bench) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from granite_jax.decoding import no_keywords
     from granite_jax.inference.buckets import make_bucket
     from granite_jax.inference.programs import Programs, pad_drafts
+    from granite_jax.keywords.automaton import no_keywords
     from granite_jax.keywords.spotter import candidates
     from granite_jax.model import granite_speech
     from granite_jax.model.config import Config
@@ -317,12 +317,14 @@ def run_jax(work: Workload, bench: Bench) -> None:
         return programs.prefill(params, tokens, lengths, audio, draft, keywords, capacity=bucket.capacity)
 
     def decode(prefilled: Any, draft: Any) -> Any:
-        return programs.decode(params, *prefilled, draft, limits, lossless, keywords, room=bucket.room)
+        return programs.decode(
+            params, *prefilled, draft, limits, lossless, keywords, max_out_length=bucket.max_out_length
+        )
 
     def transcribe(texts: list[list[int]] | None = None) -> tuple[list[list[int]], int]:
         drafts = draft(texts)
         state = decode(prefill(encode(split(waveforms)), drafts), drafts)
-        generated, counts, passes = jax.device_get((state.tokens, state.counts, state.passes))
+        generated, counts, passes = jax.device_get((state.tokens, state.num_tokens, state.num_forward_passes))
         return [row[:count].tolist() for row, count in zip(generated, counts, strict=True)], int(passes.max())
 
     empty = draft()

@@ -39,10 +39,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from granite_jax.decoding.automaton import FIRST
+
 from benchmarks.timing import elapsed, measure_in_turns, median_ratios
 from granite_jax.audio.load import SAMPLE_RATE
-from granite_jax.decoding import Automata, Trie, no_keywords, pool
-from granite_jax.decoding.automaton import FIRST
+from granite_jax.decoding import BatchedAutomata, KeywordAutomaton, batch_automata, no_keywords
 from granite_jax.evaluation.metrics import (
     GAP,
     Counts,
@@ -348,24 +349,26 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     draft = pad_drafts([()] * batch, bucket.draft)
     limits, thresholds = np.full(batch, 100, np.int32), np.full(batch, np.inf, np.float32)
 
-    def prefill(automata: Automata) -> Any:
+    def prefill(automata: BatchedAutomata) -> Any:
         prompts = params, tokens, np.full(batch, length, np.int32), audio, draft
         return jax.block_until_ready(programs.prefill(*prompts, automata, capacity=bucket.capacity))
 
-    def decode(automata: Automata) -> float:
+    def decode(automata: BatchedAutomata) -> float:
         verified, cache = prefill(automata)
         start = time.perf_counter()
-        state = programs.decode(params, verified, cache, draft, limits, thresholds, automata, room=bucket.room)
-        steps = int(np.asarray(state.passes).max()) - 1
+        state = programs.decode(
+            params, verified, cache, draft, limits, thresholds, automata, max_out_length=bucket.max_out_length
+        )
+        steps = int(np.asarray(state.num_forward_passes).max()) - 1
         return (time.perf_counter() - start) / steps
 
-    def compiled_bytes(automata: Automata) -> int:
+    def compiled_bytes(automata: BatchedAutomata) -> int:
         drafts = params, *prefill(automata), draft, limits, thresholds, automata
-        memory = programs.decode.lower(*drafts, room=bucket.room).compile().memory_analysis()
+        memory = programs.decode.lower(*drafts, max_out_length=bucket.max_out_length).compile().memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-    def pooled(trie: Trie | None) -> Automata:
-        return jax.tree.map(jax.numpy.asarray, pool([trie] if trie else [], [0 if trie else -1] * batch))
+    def pooled(trie: KeywordAutomaton | None) -> BatchedAutomata:
+        return jax.tree.map(jax.numpy.asarray, batch_automata([trie] if trie else [], [0 if trie else -1] * batch))
 
     tables = {
         "smallest tables": jax.tree.map(jax.numpy.asarray, no_keywords(batch, states=8)),

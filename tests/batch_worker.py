@@ -48,7 +48,7 @@ class StandIn:
             named = list(options.keywords if listed is None else listed)
             digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {named}".encode())
             stats = {"route": "greedy"}
-            results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, "heard", stats))
+            results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, 0.5, "heard", stats))
             if progress is not None:
                 progress(1)
         return results

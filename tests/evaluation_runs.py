@@ -49,7 +49,7 @@ class Listener(StandIn):
         results = []
         for each in audio:
             self.heard.append(each.name)
-            results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration, "", {}))
+            results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration))
             if progress is not None:
                 progress(1)
         return results

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_speculation import VOCABULARY, boosts_after, keyword_lists, pooled
 
-from granite_jax.decoding import Bias, FullError, Phrase, build, no_keywords, pool
+from granite_jax.keywords.automaton import FullError, Phrase, batch_automata, build_automaton, no_keywords
+from granite_jax.keywords.selector import KeywordSelector
 
 ROWS, LENGTH = 4, 12
 
@@ -17,7 +18,7 @@ ROWS, LENGTH = 4, 12
 def run_automata(automata, tokens, logits):
     """States before each token, the boosts that the tokens had, and the best token at each place."""
     states, boosts = automata.walk(automata.starts, tokens, jnp.int32(LENGTH))
-    return states, boosts, Bias.of(automata, VOCABULARY).best(logits, states)
+    return states, boosts, KeywordSelector.from_automata(automata, VOCABULARY, end_of_text=0).best(logits, states)
 
 
 @given(data=st.data(), seed=st.integers(0, 10_000))
@@ -44,12 +45,12 @@ def test_states_with_many_edges_are_searched_to_the_last() -> None:
     # Given 300 keywords with one first token, more than are looked at together, and logits that like the very last
     wide = 1_000
     phrases = [Phrase((7, 600 + i), 4.0 + i / 1000) for i in range(300)]
-    automata = jax.tree.map(jnp.asarray, pool([build(phrases)], [0, -1], states=1024))
+    automata = jax.tree.map(jnp.asarray, batch_automata([build_automaton(phrases)], [0, -1], states=1024))
     logits = jnp.zeros((2, 1, wide))
 
     # When its state is entered in a row with the list and in one without
     states, _ = automata.advance(automata.starts, jnp.array([7, 7]))
-    best = Bias.of(automata, wide).best(logits, states[:, None])
+    best = KeywordSelector.from_automata(automata, wide, end_of_text=0).best(logits, states[:, None])
 
     # Then the first continues with the largest boost of all, the second is not touched
     assert best[:, 0].tolist() == [899, 0]
@@ -58,10 +59,11 @@ def test_states_with_many_edges_are_searched_to_the_last() -> None:
 def test_equal_sizes_whatever_the_lists() -> None:
     # Given no keywords, and as many as there is room for
     rng = np.random.default_rng(0)
-    full = build(Phrase(tuple(rng.integers(0, 100_000, 7).tolist()), 1.0) for _ in range(9_000))
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), a) for a in (no_keywords(3), pool([full], [0, -1, 0]))]
+    full = build_automaton(Phrase(tuple(rng.integers(0, 100_000, 7).tolist()), 1.0) for _ in range(9_000))
+    automata = no_keywords(3), batch_automata([full], [0, -1, 0])
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), a) for a in automata]
 
     # Then nothing distinguishes them for a compiler, and one list more is refused
     assert shapes[0] == shapes[1]
     with pytest.raises(FullError):
-        pool([full, full], [0, 1, -1])
+        batch_automata([full, full], [0, 1, -1])

@@ -40,7 +40,18 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
     assert [f["text"] for f in found] == [text_of(corpus / f["audio"]) for f in found]
     assert found[0]["tokens"] == [1, 2]
     assert found[0]["duration"] == 0.11
-    assert set(found[0]) == {"index", "id", "audio", "text", "tokens", "duration", "ctc_text", "stats", "flags"}
+    assert set(found[0]) == {
+        "index",
+        "id",
+        "audio",
+        "text",
+        "tokens",
+        "duration",
+        "confidence",
+        "ctc_text",
+        "stats",
+        "flags",
+    }
     assert (summary.parts, summary.entries, summary.transcribed, summary.failed) == (2, 3, 3, 0)
     # And the summary is of the run that did the work
     for _ in range(2):

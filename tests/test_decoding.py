@@ -51,10 +51,10 @@ def prompts(rows: int, seed: int) -> History:
     return History(jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.zeros(1, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("room", "never"))
-def decode(cache: History, limits: jax.Array, room: int, never: tuple[int, ...] = ()) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("length", "never"))
+def decode(cache: History, limits: jax.Array, length: int, never: tuple[int, ...] = ()) -> DecodeState:
     logits = jax.vmap(toy_logits)(cache.tokens, cache.lengths)[:, None]
-    return greedy_decode(toy_step, logits, cache, limits, room=room, end_of_text=END, never=never)
+    return greedy_decode(toy_step, logits, cache, limits, max_out_length=length, end_of_text=END, suppress_tokens=never)
 
 
 def decode_row(cache: History, row: int, limit: int, never: tuple[int, ...] = ()) -> tuple[list[int], int, bool]:
@@ -75,18 +75,18 @@ def decode_row(cache: History, row: int, limit: int, never: tuple[int, ...] = ()
 
 
 def tokens_of(state: DecodeState, row: int) -> list[int]:
-    return np.asarray(state.tokens)[row, : int(state.counts[row])].tolist()
+    return np.asarray(state.tokens)[row, : int(state.num_tokens[row])].tolist()
 
 
 @pytest.mark.parametrize("never", [(), (2, 11)])
 def test_every_row_is_what_a_plain_loop_makes_of_it(never: tuple[int, ...]) -> None:
     # Given rows with prompts of several lengths and limits of their own, when they are decoded together
     cache, limits = prompts(rows=40, seed=0), np.random.default_rng(1).integers(1, 25, 40)
-    state = decode(cache, jnp.asarray(limits, jnp.int32), room=25, never=never)
+    state = decode(cache, jnp.asarray(limits, jnp.int32), length=25, never=never)
 
     # Then each has the tokens, passes and end it has alone, and both kinds of end occur
     expected = [decode_row(cache, row, int(limits[row]), never) for row in range(40)]
-    found = [(tokens_of(state, row), int(state.passes[row]), bool(state.ended[row])) for row in range(40)]
+    found = [(tokens_of(state, row), int(state.num_forward_passes[row]), bool(state.ended[row])) for row in range(40)]
     assert found == expected
     assert {ended for _, _, ended in expected} == {True, False}
     assert not {token for tokens, _, _ in found for token in tokens} & {*never, END}
@@ -94,16 +94,16 @@ def test_every_row_is_what_a_plain_loop_makes_of_it(never: tuple[int, ...]) -> N
 
 def test_nothing_follows_the_last_token() -> None:
     # Given a decoded batch, then the result past each row's count is zero
-    state = decode(prompts(rows=16, seed=2), jnp.full(16, 9, jnp.int32), room=12)
-    past = np.arange(12) >= np.asarray(state.counts)[:, None]
+    state = decode(prompts(rows=16, seed=2), jnp.full(16, 9, jnp.int32), length=12)
+    past = np.arange(12) >= np.asarray(state.num_tokens)[:, None]
     assert not np.asarray(state.tokens)[past].any()
 
 
 def test_rows_without_a_limit_to_fill_cost_nothing() -> None:
     # Given rows of limit 0 only, when they are decoded, then the decoder never runs
-    state = decode(prompts(rows=4, seed=3), jnp.zeros(4, jnp.int32), room=8)
-    assert state.counts.tolist() == [0] * 4
-    assert state.passes.tolist() == [1] * 4
+    state = decode(prompts(rows=4, seed=3), jnp.zeros(4, jnp.int32), length=8)
+    assert state.num_tokens.tolist() == [0] * 4
+    assert state.num_forward_passes.tolist() == [1] * 4
     assert state.cache.steps.tolist() == [0]
 
 
@@ -112,7 +112,7 @@ def test_the_loop_stops_with_its_slowest_row() -> None:
     cache, limits = prompts(rows=12, seed=4), [3, 0, 20, 1, 7, 0, 2, 4, 5, 6, 8, 9]
 
     # When they are decoded, then the decoder runs as often as the slowest row needs: the prefill was a pass of its own
-    state = decode(cache, jnp.asarray(limits, jnp.int32), room=20)
+    state = decode(cache, jnp.asarray(limits, jnp.int32), length=20)
     slowest = max(decode_row(cache, row, limit)[1] for row, limit in enumerate(limits))
     assert slowest > 3
     assert state.cache.steps.tolist() == [slowest - 1]
@@ -121,10 +121,10 @@ def test_the_loop_stops_with_its_slowest_row() -> None:
 def test_finished_rows_leave_their_cache_alone() -> None:
     # Given a row whose limit is reached long before the other's, when both are decoded
     cache = prompts(rows=2, seed=5)
-    state = decode(cache, jnp.asarray([2, 25], jnp.int32), room=25, never=(END,))
+    state = decode(cache, jnp.asarray([2, 25], jnp.int32), length=25, never=(END,))
 
     # Then its length stays at prompt and tokens without the last one, which was never run
-    assert state.counts.tolist() == [2, 25]
+    assert state.num_tokens.tolist() == [2, 25]
     assert (state.cache.lengths - cache.lengths).tolist() == [1, 24]
 
 
@@ -133,7 +133,9 @@ def test_devices_finish_on_their_own() -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     cache, limits = prompts(rows=16, seed=6), np.random.default_rng(7).integers(0, 25, 16)
     data = PartitionSpec("data")
-    split = jax.jit(jax.shard_map(functools.partial(decode, room=25), mesh=mesh, in_specs=(data, data), out_specs=data))
+    split = jax.jit(
+        jax.shard_map(functools.partial(decode, length=25), mesh=mesh, in_specs=(data, data), out_specs=data)
+    )
     state = split(dataclasses.replace(cache, steps=jnp.zeros(8, jnp.int32)), jnp.asarray(limits, jnp.int32))
 
     # Then tokens are those of one device, and each stopped with its own slowest row

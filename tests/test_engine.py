@@ -196,8 +196,11 @@ def test_results_come_in_order_while_later_inputs_are_read(
     assert source.read <= 500 + 2 * engine.read_ahead + 1
 
 
-def test_results_come_as_they_are_done_if_order_does_not_matter(asr: gj.Transcriber, engine: Counting) -> None:
-    # Given a long input before short ones without end, whose batches are soon full
+def test_results_come_as_they_are_done_if_order_does_not_matter(
+    asr: gj.Transcriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given slow readers, and a long input before short ones without end, whose batches are soon full
+    Source(monkeypatch, asr, 0.01)
     long, short = (np.zeros(int(seconds * SECOND), np.float32) for seconds in (LONG, SHORT))
     # When order does not matter, then the short ones come first
     stream = asr.stream(itertools.chain([long], itertools.repeat(short)), ordered=False)

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import granite_jax as gj
 from granite_jax.cli import app
-from granite_jax.decoding import FullError, pool
 from granite_jax.inference.options import TranscribeOptions
+from granite_jax.keywords.automaton import FullError, batch_automata
 
 LIMIT = 12
 
@@ -77,7 +77,7 @@ def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monk
     lists = [[f"{chr(97 + i)}{n}" for n in range(100, 130)] for i in range(6)]
     options = {"keywords": lists, "keyword_gate": False, "keyword_boost": 9.0}
     expected = tokens_of(pipeline.run(**options))
-    monkeypatch.setattr("granite_jax.inference.engine.pool", functools.partial(limited_pool, edges=80))
+    monkeypatch.setattr("granite_jax.inference.engine.batch_automata", functools.partial(limited_pool, edges=80))
 
     # When transcribed, then batches are split, and the tokens stay
     pipeline.asr._engine._pools.clear()
@@ -87,7 +87,7 @@ def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monk
 def limited_pool(tries, rows, edges: int):
     if sum(len(trie.tokens) for trie in tries) > edges:
         raise FullError("full")
-    return pool(tries, rows)
+    return batch_automata(tries, rows)
 
 
 def test_keywords_in_the_prompt_are_the_released_models(pipeline: SimpleNamespace) -> None:
@@ -120,7 +120,7 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
 
     def transcribe(files, options, **_):
         asked.append(options)
-        return [gj.Transcript("a.wav", "text", (1,), 1.0, "text", {})]
+        return [gj.Transcript("a.wav", "text", (1,), 1.0)]
 
     monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
     (tmp_path / "names.txt").write_text("\ufeffKai\nZoe\t2.5\n", encoding="utf-8")

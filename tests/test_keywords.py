@@ -10,14 +10,13 @@ import pytest
 from hf_fixture import make_tokenizer
 
 import granite_jax as gj
-from granite_jax.decoding import build, pool
-from granite_jax.decoding.automaton import FIRST
-from granite_jax.keywords.automaton import trie_of
+from granite_jax.keywords.automaton import FIRST, batch_automata, build_automaton
 from granite_jax.keywords.lists import lists_by_input, prepare, read_keywords, sounds, validated
 from granite_jax.keywords.matches import Heard, repair, select
 from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE, Place, places
 from granite_jax.keywords.spotter import Support
+from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
 from granite_jax.text.tokenizer import Tokenizer
 
@@ -122,22 +121,23 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     # Then the automaton is that of the first, less boosted, and the last
     ways = prepared.phrases(0) + prepared.phrases(0, Place((), first=True))
     expected = [way._replace(boost=way.boost * 0.75) for way in ways] + list(prepared.phrases(2))
-    for found, wanted in zip(trie_of(prepared, heard, NOTHING, -1.5), build(expected), strict=True):
+    automaton = utterance_automaton(prepared, heard, NOTHING, -1.5)
+    for found, wanted in zip(automaton, build_automaton(expected), strict=True):
         assert set(np.atleast_1d(found).tolist()) == set(np.atleast_1d(wanted).tolist())
-    assert trie_of(prepared, [], NOTHING, -1.5) is prepared.trie
+    assert utterance_automaton(prepared, [], NOTHING, -1.5) is prepared.trie
     without = prepare([("zelgad", None)], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348)
-    assert trie_of(without, [], NOTHING, -1.5) is None
+    assert utterance_automaton(without, [], NOTHING, -1.5) is None
 
 
 def test_keywords_are_lifted_more_where_the_draft_has_them() -> None:
     # Given a keyword that is heard, and a draft that has it at its beginning and later
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("kai", None)], KeywordOptions(boost=8.0), tokenizer, 348)
-    trie = trie_of(prepared, [Heard(0, 0.0, 0, 8)], spelt("kai asks where kai is"), -1.5)
+    trie = utterance_automaton(prepared, [Heard(0, 0.0, 0, 8)], spelt("kai asks where kai is"), -1.5)
     assert trie is not None
 
     # When a text is written
-    automata = jax.tree.map(jnp.asarray, pool([trie], [0]))
+    automata = jax.tree.map(jnp.asarray, batch_automata([trie], [0]))
 
     def lift(before: str) -> float:
         """Of the first token of the keyword after these words."""
@@ -156,10 +156,10 @@ def test_a_keyword_that_the_draft_joins_to_another_word_has_its_place() -> None:
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("kai", None)], KeywordOptions(), tokenizer, 348)
     labels = spelt("wait forkai")
-    found = trie_of(prepared, [Heard(0, -0.5, 24, 32)], labels, -1.5)
+    found = utterance_automaton(prepared, [Heard(0, -0.5, 24, 32)], labels, -1.5)
 
     # Then the automaton is that of the words set apart
-    apart = trie_of(prepared, [Heard(0, -0.5, 27, 35)], spelt("wait for kai"), -1.5)
+    apart = utterance_automaton(prepared, [Heard(0, -0.5, 27, 35)], spelt("wait for kai"), -1.5)
     for one, other in zip(found or (), apart or (), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -182,9 +182,9 @@ def test_a_draft_full_of_keywords_has_room() -> None:
     draft = spelt(" ".join(f"{other} {prepared.texts[0]}" for other in others))
 
     # Then as many of these are used as there are states for
-    trie = trie_of(prepared, [Heard(0, -0.5, 0, 9)], draft, -1.5)
+    trie = utterance_automaton(prepared, [Heard(0, -0.5, 0, 9)], draft, -1.5)
     assert trie is not None and len(trie.failures) > 30_000
-    pool([trie], [0])
+    batch_automata([trie], [0])
 
 
 @pytest.mark.parametrize(("lower_case", "written"), [(True, {"kai"}), (False, {"Kai"}), (None, {"Kai", "kai"})])

@@ -29,7 +29,7 @@ def ids(text: str) -> tuple[int, ...]:
 def result(draft: str, text: str, *accepted: tuple[int, int, int], **fields: Any) -> gj.Transcript:
     stats = {"llm_passes": 2, "draft_tokens": len(draft), "accepted_tokens": sum(n for *_, n in accepted)}
     return gj.Transcript(
-        "a.wav", text, ids(text), 1.0, draft, stats | {"finish": "end"}, ids(draft), accepted, **fields
+        "a.wav", text, ids(text), 1.0, 0.5, draft, stats | {"finish": "end"}, ids(draft), accepted, **fields
     )
 
 
@@ -166,7 +166,7 @@ def test_an_overview(tmp_path: Path, seconds: int) -> None:
     labels = "_" * (50 * seconds - 3) + "hi_"
     acoustics = Acoustics(np.zeros((50 * seconds, 160), np.float32), frames(labels))
     transcript = gj.Transcript(
-        "$a_$.wav", "hi", ids("hi"), float(seconds), "hi", {"finish": "end"}, ids("hi"), ((0, 0, 2),)
+        "$a_$.wav", "hi", ids("hi"), float(seconds), 0.5, "hi", {"finish": "end"}, ids("hi"), ((0, 0, 2),)
     )
     # When drawn
     figure = figures.overview(acoustics, transcript, LETTERS)

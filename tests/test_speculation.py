@@ -11,21 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from granite_jax.decoding import (
-    REALIGN,
-    Automata,
-    Bias,
-    DecodeState,
-    Draft,
+from granite_jax.decoding import REALIGN, DecodeState, Draft, DraftProposal, decode, verify
+from granite_jax.keywords.automaton import (
+    BatchedAutomata,
+    KeywordAutomaton,
     Phrase,
-    Proposed,
-    Trie,
-    build,
-    decode,
+    batch_automata,
+    build_automaton,
     no_keywords,
-    pool,
-    verify,
 )
+from granite_jax.keywords.selector import KeywordSelector
 
 VOCABULARY, PROMPT, DRAFT, ROOM, END, NEVER = 11, 6, 30, 20, 5, 2
 CAPACITY = PROMPT + DRAFT + 1
@@ -72,27 +67,25 @@ def toy_decode(
     table: jax.Array,
     prompts: History,
     draft: Draft,
-    limits: jax.Array,
+    max_new_tokens: jax.Array,
     thresholds: jax.Array,
-    keywords: Automata,
+    keywords: BatchedAutomata,
     window: int = 4,
     realign: str = "nearest",
 ) -> DecodeState:
-    bias = Bias.of(keywords, VOCABULARY)
+    selector = KeywordSelector.from_automata(keywords, VOCABULARY, END, (NEVER,))
     before = prompts.rolled_back(prompts.lengths - 1)
     last = jnp.take_along_axis(prompts.tokens, before.lengths[:, None], axis=1)
     logits, cache = toy_step(table, jnp.concatenate([last, draft.tokens], axis=1), before)
     return decode(
         functools.partial(toy_step, table),
-        verify(logits, Proposed.of(draft, keywords, END), bias, end_of_text=END, never=(NEVER,)),
+        verify(logits, DraftProposal.from_draft(draft, selector), selector),
         cache.rolled_back(prompts.lengths),
         draft,
-        limits,
+        max_new_tokens,
         thresholds,
-        bias,
-        room=ROOM,
-        end_of_text=END,
-        never=(NEVER,),
+        selector,
+        max_out_length=ROOM,
         window=window,
         realign=REALIGN[realign],
     )
@@ -110,7 +103,9 @@ def make_drafts(drafts: list[list[int]]) -> Draft:
 
 
 def tokens_of(state: DecodeState) -> list[list[int]]:
-    return [np.asarray(row)[:count].tolist() for row, count in zip(state.tokens, state.counts.tolist(), strict=True)]
+    return [
+        np.asarray(row)[:count].tolist() for row, count in zip(state.tokens, state.num_tokens.tolist(), strict=True)
+    ]
 
 
 # Plain references, one row and one token at a time.
@@ -165,10 +160,28 @@ def keyword_lists(draw: st.DrawFn) -> tuple[Phrase, ...]:
 NO_KEYWORDS = no_keywords(5, states=128)
 
 
-def pooled(lists: list[tuple[Phrase, ...]]) -> Automata:
+def pooled(lists: list[tuple[Phrase, ...]]) -> BatchedAutomata:
     """Equal lists share an automaton, as in the pipeline; empty ones have none."""
-    tries: dict[tuple[Phrase, ...], Trie] = {phrases: build(phrases) for phrases in lists if phrases}
-    return pool(list(tries.values()), [list(tries).index(p) if p else -1 for p in lists], states=128)
+    built: dict[tuple[Phrase, ...], KeywordAutomaton] = {p: build_automaton(p) for p in lists if p}
+    return batch_automata(list(built.values()), [list(built).index(p) if p else -1 for p in lists], states=128)
+
+
+@pytest.mark.parametrize("threshold", [np.inf, 0.05])
+def test_log_probs_are_those_of_the_tokens_without_boosts(threshold: float) -> None:
+    # Given drafts with mistakes, strong keywords, and lossless or relaxed verification
+    table, prompts = random_model(3), make_prompts(6, 4)
+    phrases = (Phrase((1, 3), 6.0), Phrase((4,), 5.0))
+    keywords = pooled([phrases] * 6)
+    drafts = make_drafts([[1, 3, 4, 0, 7, 8]] * 6)
+    # When decoded
+    thresholds = jnp.full(6, threshold, jnp.float32)
+    state = toy_decode(jnp.asarray(table), prompts, drafts, jnp.full(6, ROOM), thresholds, keywords)
+    # Then each token comes with its own log-probability after those before it
+    for row, text in enumerate(tokens_of(state)):
+        prompt = np.asarray(prompts.tokens)[row, : int(prompts.lengths[row])].tolist()
+        odds = [probabilities(table, prompt + text[:place])[token] for place, token in enumerate(text)]
+        np.testing.assert_allclose(np.exp(state.log_probs[row, : len(text)]), odds, rtol=1e-4)
+        assert not np.any(state.log_probs[row, len(text) :])
 
 
 def paper(
@@ -254,10 +267,10 @@ def test_lossless_is_greedy_whatever_the_drafts(
     # Then the tokens are greedy decoding's, in no more passes, and never past the cache
     assert tokens_of(state) == expected
     greedy_passes = [max(1, min(len(text) + 1, limit)) for text, limit in zip(expected, limits, strict=True)]
-    assert all(passes <= most for passes, most in zip(state.passes.tolist(), greedy_passes, strict=True))
-    accepted_or_chosen = state.accepted + state.passes
+    assert all(passes <= most for passes, most in zip(state.num_forward_passes.tolist(), greedy_passes, strict=True))
+    accepted_or_chosen = state.num_accepted + state.num_forward_passes
     assert all(n >= len(text) for n, text in zip(accepted_or_chosen.tolist(), expected, strict=True))
-    assert not np.asarray(state.tokens)[np.arange(ROOM) >= np.asarray(state.counts)[:, None]].any()
+    assert not np.asarray(state.tokens)[np.arange(ROOM) >= np.asarray(state.num_tokens)[:, None]].any()
 
 
 @given(data=st.data(), seed=st.integers(0, 10_000), threshold=st.sampled_from([0.0, 0.02, 0.2, 0.6]))
@@ -276,7 +289,9 @@ def test_relaxed_is_the_papers_verification(data: st.DataObject, seed: int, thre
     # Then tokens and acceptance as a whole are those of the three steps
     expected = [paper(table, text, draft, ROOM, threshold) for text, draft in zip(texts, drafts, strict=True)]
     assert tokens_of(state) == [tokens for tokens, _ in expected]
-    assert all(passes == 1 for passes, (_, whole) in zip(state.passes.tolist(), expected, strict=True) if whole)
+    assert all(
+        passes == 1 for passes, (_, whole) in zip(state.num_forward_passes.tolist(), expected, strict=True) if whole
+    )
 
 
 def test_one_wrong_token_costs_one_more_pass() -> None:
@@ -299,7 +314,7 @@ def test_one_wrong_token_costs_one_more_pass() -> None:
 
     # Then the prefill and one window suffice
     assert tokens_of(state) == [text]
-    assert state.passes.tolist() == [2]
+    assert state.num_forward_passes.tolist() == [2]
 
 
 def test_devices_decode_on_their_own() -> None:
@@ -322,7 +337,7 @@ def test_devices_decode_on_their_own() -> None:
     )
 
     # Then passes are those that each row needs alone
-    assert state.passes.tolist() == [1, *[ROOM] * 7]
+    assert state.num_forward_passes.tolist() == [1, *[ROOM] * 7]
     assert tokens_of(state)[0] == text
 
 

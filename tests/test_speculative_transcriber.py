@@ -217,7 +217,7 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
 
     def transcribe(files, options, **_):
         asked.append(options)
-        return [gj.Transcript("a.wav", "text", (1,), 1.0, "text", {"route": "ctc", "llm_passes": 0})]
+        return [gj.Transcript("a.wav", "text", (1,), 1.0, 0.5, "text", {"route": "ctc", "llm_passes": 0})]
 
     monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
 

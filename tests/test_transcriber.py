@@ -362,18 +362,8 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     # Given a transcript, when it is taken apart, then it has the documented fields, in types JSON knows
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
-    documented = [
-        "audio",
-        "text",
-        "tokens",
-        "duration",
-        "ctc_text",
-        "stats",
-        "draft",
-        "accepted_spans",
-        "flags",
-        "error",
-    ]
-    assert list(fields) == documented
+    documented = "audio text tokens duration confidence ctc_text stats draft accepted_spans flags error"
+    assert list(fields) == documented.split()
+    assert type(transcript.confidence) is float and 0 < transcript.confidence <= 1
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float

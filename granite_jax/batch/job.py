@@ -36,7 +36,7 @@ PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read
 _LATER_CHUNKS = 4  # times as many entries as the first
 _LISTING = "manifest.jsonl"
-_FIELDS = ("text", "tokens", "duration", "ctc_text", "stats", "flags")  # of a transcript, in its line
+_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a transcript, in its line
 
 
 @dataclasses.dataclass
@@ -131,8 +131,9 @@ def run(
     """Transcribes a manifest, or one shard of it, into a directory; goes on where an earlier run was interrupted.
 
     The directory gets `part-*.jsonl`, one line an utterance in the manifest's order: `index`, `id`, `audio`, and
-    `text`, `tokens`, `duration` (in seconds), `ctc_text`, `stats`, `flags`, or `error` in their place; `errors.jsonl`,
-    the failed ones alone; `summary.json`; `job.json`, which tells jobs apart. `merge` joins and checks them.
+    `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or `error` in their place;
+    `errors.jsonl`, the failed ones alone; `summary.json`; `job.json`, which tells jobs apart. `merge` joins and checks
+    them.
 
     Args:
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,

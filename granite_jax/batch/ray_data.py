@@ -72,6 +72,7 @@ class Transcribe:
             "text": [found[i].text for i in range(count)],
             "tokens": [list(found[i].tokens) for i in range(count)],
             "duration": [found[i].duration for i in range(count)],
+            "confidence": [found[i].confidence for i in range(count)],
             "ctc_text": [found[i].ctc_text for i in range(count)],
             "stats": [found[i].stats for i in range(count)],
             "flags": [list(found[i].flags) for i in range(count)],

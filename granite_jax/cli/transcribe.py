@@ -33,9 +33,9 @@ def transcribe(
     """Transcribe or translate audio files.
 
     Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
-    tokens, duration, ctc_text, stats, draft, accepted_spans and flags. Files that fail, and those whose text is in
-    doubt, are reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2 if nothing
-    could be tried.
+    tokens, duration, confidence, ctc_text, stats, draft, accepted_spans and flags. Files that fail, and those whose
+    text is in doubt, are reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2
+    if nothing could be tried.
     """
     from granite_jax.inference.results import FLAGS
     from granite_jax.inference.transcriber import Transcriber

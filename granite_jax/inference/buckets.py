@@ -24,7 +24,7 @@ class Bucket:
     capacity: int
 
     @property
-    def room(self) -> int:
+    def max_out_length(self) -> int:
         """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
         return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
 
@@ -76,6 +76,6 @@ def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: i
         and samples <= bucket.samples
         and prompt <= bucket.prompt
         and prompt + limit <= bucket.capacity
-        and limit <= bucket.room
+        and limit <= bucket.max_out_length
     ]
     return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt), default=None)

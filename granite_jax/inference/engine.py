@@ -25,15 +25,16 @@ import jax
 import numpy as np
 
 from granite_jax.audio.load import Audio
-from granite_jax.decoding import Automata, DecodeState, FullError, Trie, pool
+from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
-from granite_jax.keywords.automaton import trie_of
+from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import repair, select
 from granite_jax.keywords.spotter import candidates
+from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, num_frames
@@ -42,6 +43,7 @@ from granite_jax.text.tokenizer import Tokenizer
 
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
 _POLL_SECONDS = 0.05
+_RESULTS = ("tokens", "log_probs", "draft_positions", "num_tokens", "num_forward_passes", "num_accepted", "ended")
 _LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
 
 
@@ -86,7 +88,7 @@ class _Row:
     draft: tuple[int, ...]
     entropy: float
     heard: tuple[str, ...] = ()
-    trie: Trie | None = None
+    trie: KeywordAutomaton | None = None
 
     @property
     def request(self) -> Request:
@@ -129,7 +131,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
-        self._pools: dict[tuple[int, ...], tuple[Automata, list[Trie]]] = {}
+        self._pools: dict[tuple[int, ...], tuple[BatchedAutomata, list[KeywordAutomaton]]] = {}
         self._changed = threading.Condition()  # guards what is pending
         self._pending: dict[Bucket, list[_Ticket]] = collections.defaultdict(list)
         self._unfinished: dict[int, _Ticket] = {}
@@ -324,7 +326,7 @@ class Engine:
                 passed = [] if biasing.threshold is None else select(keywords, support, i, labels[i], biasing.threshold)
                 drafted = repair(labels[i], passed, keywords.texts)
                 heard = tuple(keywords.texts[one.keyword] for one in passed)
-                trie = trie_of(keywords, passed, labels[i], biasing.threshold or -math.inf)
+                trie = utterance_automaton(keywords, passed, labels[i], biasing.threshold or -math.inf)
             draft = request.draft
             if draft is None:
                 draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
@@ -332,14 +334,14 @@ class Engine:
             rows.append(_Row(ticket, text, drafted, draft[:room], float(entropy[i]), heard, trie))
         return rows
 
-    def _automata(self, tries: Sequence[Trie | None]) -> Automata:
+    def _automata(self, tries: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
         """The automata of a batch, on all devices; kept there while rows share one."""
         key = tuple(map(id, tries))
         kept = self._pools.get(key)
         if kept is None:
             distinct = list({id(trie): trie for trie in tries if trie is not None}.values())
             places = {id(trie): place for place, trie in enumerate(distinct)}
-            pooled = pool(distinct, [places.get(one, -1) for one in key])
+            pooled = batch_automata(distinct, [places.get(one, -1) for one in key])
             automata = dataclasses.replace(self.programs.devices.place(pooled), starts=pooled.starts)
             kept = automata, distinct  # which keeps the ids from being taken by others
             if len(distinct) <= 1:
@@ -359,7 +361,7 @@ class Engine:
             yield from self._dispatch(bucket, rows[half:], rest)
             return
         # All but the cache, so that it is freed as soon as the device is done with it.
-        kept = {name: getattr(state, name) for name in ("tokens", "sources", "counts", "passes", "accepted", "ended")}
+        kept = {name: getattr(state, name) for name in _RESULTS}
         kept["drafted"] = state.draft.lengths
 
         def collect() -> _Results:
@@ -387,13 +389,13 @@ class Engine:
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
         )
         return self.programs.decode(
-            self._params, verified, cache, draft, limits, thresholds, automata, room=bucket.room
+            self._params, verified, cache, draft, limits, thresholds, automata, max_out_length=bucket.max_out_length
         )
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
-        count = int(state["counts"][i])
+        count = int(state["num_tokens"][i])
         tokens = tuple(state["tokens"][i, :count].tolist())
-        passes, drafted, accepted = (int(state[name][i]) for name in ("passes", "drafted", "accepted"))
+        passes, drafted, accepted = (int(state[name][i]) for name in ("num_forward_passes", "drafted", "num_accepted"))
         verified = passes == 1 and accepted == drafted
         stats = {
             "route": "greedy" if not drafted else "verified" if verified else "resumed",
@@ -402,7 +404,9 @@ class Engine:
             "accepted_tokens": accepted,
             "finish": "end" if state["ended"][i] else "length",
         }
-        return self._finished(row, tokens, stats, row.draft, state["sources"][i, :count].tolist())
+        # Rounded, because batch mates may change the last bits.
+        confidence = round(float(np.exp(state["log_probs"][i, :count]).mean()), 3) if count else None
+        return self._finished(row, tokens, stats, row.draft, state["draft_positions"][i, :count].tolist(), confidence)
 
     def _ctc_transcript(self, row: _Row) -> Transcript:
         """Of a row that never reaches the language model."""
@@ -424,13 +428,16 @@ class Engine:
         stats: dict[str, Any],
         draft: tuple[int, ...],
         sources: Sequence[int],
+        confidence: float | None = None,
     ) -> Transcript:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
         if row.request.keywords is not None:
             stats["keywords"] = row.heard
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = ("low-agreement",) if doubtful else ()
-        return Transcript(audio.name, text, tokens, audio.duration, row.ctc_text, stats, draft, _runs(sources), flags)
+        return Transcript(
+            audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, _runs(sources), flags
+        )
 
 
 def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

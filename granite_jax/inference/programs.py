@@ -4,7 +4,7 @@
                                                               on shapes (batch, samples)
     prefill   prompts, audio embeddings, drafts and keywords -> what the model says of the drafts, and its cache
                                                               on shapes (batch, prompt, draft, capacity)
-    decode    that, the drafts and the keywords -> tokens     on shapes (batch, draft, capacity, room)
+    decode    that, the drafts and the keywords -> tokens     on shapes (batch, draft, capacity, output)
 
 A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts
 and keywords: these have arrays of one size, of which no more than is filled is computed.
@@ -24,10 +24,12 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from granite_jax import decoding
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
-from granite_jax.decoding import Automata, Bias, DecodeState, Draft, Proposed, Verified
+from granite_jax.decoding import DecodeState, Draft, DraftProposal, VerifierOutput
 from granite_jax.errors import GraniteError
 from granite_jax.inference.sharding import DATA, WHOLE, Devices
 from granite_jax.keywords import spotter
+from granite_jax.keywords.automaton import BatchedAutomata
+from granite_jax.keywords.selector import KeywordSelector
 from granite_jax.keywords.spotter import Candidates, Support
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
@@ -90,14 +92,14 @@ class Programs:
         cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
         fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
         state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
-        tables = {field.name: WHOLE for field in dataclasses.fields(Automata)}
-        keywords = Automata(**tables | {"starts": DATA})  # pyright: ignore[reportArgumentType]
+        tables = {field.name: WHOLE for field in dataclasses.fields(BatchedAutomata)}
+        keywords = BatchedAutomata(**tables | {"starts": DATA})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
         self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA, DATA), DATA)
         prompts = (WHOLE, DATA, DATA, DATA, DATA, keywords)
         self.prefill = compiled(self._counted(self._prefill), prompts, (DATA, cache), static="capacity")
         drafts = (WHOLE, DATA, cache, DATA, DATA, DATA, keywords)
-        self.decode = compiled(self._counted(self._decode), drafts, state, static="room", donate=2)
+        self.decode = compiled(self._counted(self._decode), drafts, state, static="max_out_length", donate=2)
 
     def _counted(self, function: Callable) -> Callable:
         signature, traces = inspect.signature(function), self.traces[function.__name__.strip("_")]
@@ -128,11 +130,11 @@ class Programs:
         lengths: Lengths,
         audio: AudioEmbeddings,
         draft: Draft,
-        keywords: Automata,
+        keywords: BatchedAutomata,
         capacity: int,
-    ) -> tuple[Verified, KVCache]:
+    ) -> tuple[VerifierOutput, KVCache]:
         """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
-        end_of_text = self.config.decoder.eos_token_id
+        selector = self._selector(keywords)
         # No draft is longer than its row's limit, which leaves room for as much.
         width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
         place = jnp.arange(width)[None, :] - lengths[:, None]
@@ -144,8 +146,8 @@ class Programs:
             jnp.where((place >= 0) & (place < draft.lengths[:, None]), drafted, prompts),
             lengths,
             audio,
-            functools.partial(decoding.verify, bias=self._bias(keywords), end_of_text=end_of_text, never=self._never),
-            Proposed.of(draft, keywords, end_of_text),
+            functools.partial(decoding.verify, selector=selector),
+            DraftProposal.from_draft(draft, selector),
             draft.lengths + 1,
             capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
             dtype=self.dtype,
@@ -154,35 +156,34 @@ class Programs:
     def _decode(
         self,
         params: Params,
-        verified: Verified,
+        verified: VerifierOutput,
         cache: KVCache,
         draft: Draft,
-        limits: Lengths,
+        max_new_tokens: Lengths,
         thresholds: Float[Array, "b"],
-        keywords: Automata,
-        room: int,
+        keywords: BatchedAutomata,
+        max_out_length: int,
     ) -> DecodeState:
         return decoding.decode(
             functools.partial(granite_speech.decode_step, self.config, params, dtype=self.dtype),
             verified,
             cache,
             draft,
-            limits,
+            max_new_tokens,
             thresholds,
-            self._bias(keywords),
-            room=room,
-            end_of_text=self.config.decoder.eos_token_id,
-            never=self._never,
+            self._selector(keywords),
+            max_out_length=max_out_length,
             window=self.speculation.window,
             realign=decoding.REALIGN[self.speculation.realign],
         )
 
-    def _bias(self, keywords: Automata) -> Bias:
-        return Bias.of(keywords, self.config.decoder.vocab_size)
+    def _selector(self, keywords: BatchedAutomata) -> KeywordSelector:
+        decoder = self.config.decoder
+        return KeywordSelector.from_automata(keywords, decoder.vocab_size, decoder.eos_token_id, self._suppressed)
 
     @property
-    def _never(self) -> tuple[int, ...]:
-        """Tokens that are never produced."""
+    def _suppressed(self) -> tuple[int, ...]:
+        """Tokens that are never written."""
         audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
         return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
 

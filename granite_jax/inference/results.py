@@ -20,6 +20,8 @@ class Transcript:
       text: the transcript or translation.
       tokens: generated ids, without end-of-text and padding.
       duration: seconds of audio.
+      confidence: mean probability of the tokens in the language model's own distribution, without any boost; None if it
+        did not run or wrote nothing.
       ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
@@ -38,6 +40,7 @@ class Transcript:
     text: str = ""
     tokens: tuple[int, ...] = ()
     duration: float = 0.0
+    confidence: float | None = None
     ctc_text: str = ""
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
     draft: tuple[int, ...] = ()

@@ -1,43 +1,262 @@
-"""The automaton of an utterance: the keywords that it can hold, boosted more where they were heard."""
+"""Keyword biasing: Aho-Corasick automata over token ids, built on the host, read by gathers inside the decode loop.
 
-import functools
-import itertools
-from collections.abc import Sequence
+A keyword of boost w, in nats, lifts the logits of the tokens that continue it: the first by a share of w, the last by
+w, those between linearly between. It may be bound to a context, tokens that are not lifted. A token that continues
+several keywords, or one keyword and the beginning of another inside it, has the largest of their boosts. A finished
+keyword lifts nothing, and nothing is taken back.
 
+    keywords  " dak f iki", " da v"      states: the root, what has been written of a keyword, and `start`, the place
+                                         before the first token, where keywords may begin without a space
+       root --" dak"--> 1 --"f"--> 2 --"iki"--> root
+       root --" da"---> 3 --"v"--> root
+
+A state without edges is never entered: its longest suffix that has edges takes its place. That is why finishing a
+keyword leads to the root, or into a keyword whose beginning is the end of the finished one.
+
+The lists of all rows share flat arrays of one size, so that no list compiles anything; rows with the same list share
+its states. The boosts of a root's edges are added from one dense row of the vocabulary's width; those of other states,
+of which there may be many or none, a chunk of edges at a time, in a loop that runs while some row is inside a keyword.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, UInt
 
-from granite_jax.decoding import Phrase, Trie, build
-from granite_jax.decoding.automaton import STATES
-from granite_jax.keywords.lists import Keywords
-from granite_jax.keywords.matches import Heard, repair
-from granite_jax.keywords.phrases import places
+from granite_jax.array_types import Lengths, Tokens
+
+STATES = 1 << 16  # and as many edges: 2,000 keywords of 8 tokens, each written in up to four ways
+FIRST = 0.25  # of the boost, on a keyword's first token: measured by benchmarks/keywords.py
+_PROBES = 16
+_SEEDS, _SEED_STEP = 16, 0x07D4EB2F
 
 
-def trie_of(keywords: Keywords, heard: Sequence[Heard], labels: np.ndarray, threshold: float) -> Trie | None:
-    """The automaton of the keywords heard and of those that cannot be scored. None if there are none.
+class Phrase(NamedTuple):
+    """One way to write a keyword.
+
+    Fields:
+      tokens: what precedes it, then its own.
+      boost: nats (> 0), of its last token.
+      anywhere: whether the tokens may begin in mid-text.
+      context: how many of the tokens precede it: they have no boost.
+      first: share of the boost on its first token.
+    """
+
+    tokens: tuple[int, ...]
+    boost: float
+    anywhere: bool = True
+    context: int = 0
+    first: float = FIRST
+
+
+class KeywordAutomaton(NamedTuple):
+    """The automaton of one list, on the host.
+
+    Fields:
+      sources, tokens, targets: int32 `[edges]`, sorted by source. Sources and targets are states of this list, 0 its
+        root.
+      boosts: float32 `[edges]`, nats.
+      failures: int32 `[states]`, of each state the longest suffix that is a state; the root's is the root.
+      start: the state before the first token.
+    """
+
+    sources: np.ndarray
+    tokens: np.ndarray
+    targets: np.ndarray
+    boosts: np.ndarray
+    failures: np.ndarray
+    start: int
+
+
+class FullError(ValueError):
+    """The lists of a batch need more states than there are."""
+
+
+def build_automaton(phrases: Iterable[Phrase]) -> KeywordAutomaton:
+    """The automaton of a list. Phrases without tokens are left out."""
+    children: list[dict[int, int]] = [{}, {}]  # the root, and the start
+    boosts, depths = [0.0, 0.0], [0, 0]
+    for tokens, boost, anywhere, context, first in phrases:
+        node = 0 if anywhere else 1
+        for place, token in enumerate(tokens, start=-context):
+            child = children[node].get(token)
+            if child is None:
+                child = children[node][token] = len(children)
+                children.append({})
+                boosts.append(0.0)
+                depths.append(depths[node] + 1)
+            node = child
+            if place >= 0:
+                share = first + (1 - first) * place / max(len(tokens) - context - 1, 1)
+                boosts[node] = max(boosts[node], boost * share)
+    failures = [0] * len(children)
+    alive = [bool(edges) for edges in children]
+    # Breadth first, the root's subtree before the start's at every depth: a failure is complete when it is needed.
+    queue = [0, 1]
+    for node in queue:
+        for token, child in children[node].items():
+            suffix = failures[node]
+            while suffix and token not in children[suffix]:
+                suffix = failures[suffix]
+            # Of the root's own children the failure is the root itself.
+            suffix = children[suffix].get(token, 0) if node else 0
+            boosts[child] = max(boosts[child], boosts[suffix])
+            failures[child] = suffix if not suffix or alive[suffix] else failures[suffix]
+            queue.append(child)
+    kept = [node for node in queue if alive[node] or not node]
+    number = dict(zip(kept, range(len(kept)), strict=True))
+    resolved = [number[node if alive[node] else failures[node]] for node in range(len(children))]
+    edges = [
+        (number[node], token, resolved[child], boosts[child])
+        for node in kept
+        for token, child in children[node].items()
+    ]
+    sources, tokens, targets, lifts = zip(*edges, strict=True) if edges else ((), (), (), ())
+    return KeywordAutomaton(
+        np.array(sources, np.int32),
+        np.array(tokens, np.int32),
+        np.array(targets, np.int32),
+        np.array(lifts, np.float32),
+        np.array([resolved[failures[node]] for node in kept], np.int32),
+        resolved[1],
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchedAutomata:
+    """The automata of a batch. State 0 is the root of an empty list.
+
+    Fields:
+      starts: int32 `[b]`, the state of each row before its first token.
+      failures: int32 `[states]`; a root's is itself.
+      first: int32 `[states + 1]`, where the edges of each state begin.
+      tokens, targets: int32 `[edges]`.
+      boosts: float32 `[edges]`, nats.
+      slots: int32 `[slots, 3]`, a hash table: state, token, edge.
+      seed: uint32, of the hash.
+    """
+
+    starts: Lengths
+    failures: Int[Array, "states"]
+    first: Int[Array, "firsts"]
+    tokens: Int[Array, "edges"]
+    targets: Int[Array, "edges"]
+    boosts: Float[Array, "edges"]
+    slots: Int[Array, "slots 3"]
+    seed: UInt[Array, ""]
+
+    def advance(self, states: Lengths, tokens: Lengths) -> tuple[Lengths, Float[Array, "b"]]:
+        """The states after one more token, and the boosts that these tokens had, in nats."""
+
+        def search(carry):
+            states, boosts, searching = carry
+            edge, failed = self._edge(states, tokens), self.failures[states]
+            found = searching & (edge >= 0)
+            states = jnp.where(found, self.targets[edge], jnp.where(searching, failed, states))
+            boosts = jnp.where(found, self.boosts[edge], boosts)
+            # A root that fails to itself has been searched.
+            return states, boosts, searching & ~found & (failed != carry[0])
+
+        boosts = states.astype(jnp.float32) * 0.0
+        return jax.lax.while_loop(lambda carry: carry[2].any(), search, (states, boosts, states > 0))[:2]
+
+    def walk(
+        self, states: Lengths, tokens: Tokens, count: Int[Array, ""]
+    ) -> tuple[Int[Array, "b n"], Float[Array, "b p"]]:
+        """The states before and after the first `count` of `tokens` `[b, p]`: int32 `[b, p + 1]`; and their boosts."""
+
+        def step(i, carry):
+            states, found, lifts = carry
+            token = jax.lax.dynamic_index_in_dim(tokens, i, axis=1, keepdims=False)
+            states, lift = self.advance(states, token)
+            found = jax.lax.dynamic_update_slice_in_dim(found, states[:, None], i + 1, axis=1)
+            return states, found, jax.lax.dynamic_update_slice_in_dim(lifts, lift[:, None], i, axis=1)
+
+        found = jnp.zeros((1, tokens.shape[1] + 1), jnp.int32) + states[:, None]
+        lifts = found[:, 1:].astype(jnp.float32) * 0.0
+        if tokens.shape[1] == 0:
+            return found, lifts
+        # Without keywords there is nothing to walk.
+        count = jnp.where((states > 0).any(), count, 0)
+        return jax.lax.fori_loop(0, count, step, (states, found, lifts))[1:]
+
+    def _edge(self, states: Lengths, tokens: Lengths) -> Lengths:
+        """The edge of a state that a token takes, -1 for none."""
+        size = self.slots.shape[0] - _PROBES + 1
+        home = _home(states.astype(jnp.uint32), tokens.astype(jnp.uint32), self.seed, size).astype(jnp.int32)
+        probed = self.slots[home[:, None] + jnp.arange(_PROBES)[None, :]]
+        hit = (probed[..., 0] == states[..., None]) & (probed[..., 1] == tokens[..., None])
+        return jnp.where(hit, probed[..., 2], -1).max(axis=-1)
+
+
+def batch_automata(tries: Sequence[KeywordAutomaton], rows: Sequence[int], states: int = STATES) -> BatchedAutomata:
+    """The automata of a batch as numpy arrays, of sizes that depend on `len(rows)` and `states` alone.
 
     Args:
-      labels: best label of every frame, `[t]`, of the utterance.
+      tries: the lists' automata.
+      rows: which of them each row has; -1 for none.
+      states: room for states, and for edges.
+
+    Raises:
+      FullError: the lists need more room.
     """
-    if not heard:
-        return keywords.trie if keywords.always else None
-    phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases(keyword)]
-    placed: list[Phrase] = []
-    draft = repair(labels, heard, keywords.texts)
-    for one in heard:
-        scaled = functools.partial(_scaled, share=1 - 0.5 * one.score / threshold)
-        phrases += map(scaled, keywords.phrases(one.keyword))
-        text = keywords.texts[one.keyword]
-        # Where the draft does not have it: what was heard before it.
-        for place in places(draft, text) or places(
-            f"{repair(labels[: one.start], heard, keywords.texts)} {text}", text
-        ):
-            placed += map(scaled, keywords.phrases(one.keyword, place))
-    # Of a text with very many, the first: `prepare` has made sure that there is room for the others.
-    lengths = itertools.accumulate((len(phrase.tokens) for phrase in (*phrases, *placed)), initial=4)
-    room = sum(length <= STATES for length in lengths) - 1
-    return build([*phrases, *placed][:room])
+    used = 1 + sum(len(trie.failures) for trie in tries)
+    edges = sum(len(trie.tokens) for trie in tries)
+    if used > states or edges > states:
+        raise FullError(f"keywords take {max(used, edges)} states, more than {states}")
+    offsets = np.cumsum([1, *(len(trie.failures) for trie in tries)])
+
+    def joined(name: str, room: int, dtype: type = np.int32, *, states_of: bool = True, first: int = 0) -> np.ndarray:
+        arrays = [getattr(trie, name) + states_of * at for trie, at in zip(tries, offsets, strict=False)]
+        flat = np.concatenate([np.zeros(first), *arrays])
+        return np.pad(flat, (0, room - len(flat))).astype(dtype)
+
+    sources, tokens = joined("sources", edges), joined("tokens", states, states_of=False)
+    slots, seed = _hash_table(sources, tokens[:edges], 4 * states)
+    starts = [0 if row < 0 else int(offsets[row]) + tries[row].start for row in rows]
+    fields: dict[str, Any] = {  # numpy arrays, which jax takes for its own
+        "starts": np.array(starts, np.int32),
+        "failures": joined("failures", states, first=1),
+        "first": np.searchsorted(sources, np.arange(states + 1)).astype(np.int32),
+        "tokens": tokens,
+        "targets": joined("targets", states),
+        "boosts": joined("boosts", states, np.float32, states_of=False),
+        "slots": slots,
+        "seed": np.array(seed, np.uint32),
+    }
+    return BatchedAutomata(**fields)
 
 
-def _scaled(phrase: Phrase, share: float) -> Phrase:
-    return phrase._replace(boost=phrase.boost * share)
+def no_keywords(batch: int, states: int = STATES) -> BatchedAutomata:
+    """The automata of a batch without keywords."""
+    return batch_automata([], [-1] * batch, states)
+
+
+def _home(states, tokens, seed, slots: int):
+    """Where the search for an edge begins: the upper bits of a product (Knuth). Works on numpy and on jax's uint32."""
+    mixed = (tokens * np.uint32(0x9E3779B1)) ^ (states * np.uint32(0x85EBCA6B)) ^ seed
+    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+    return mixed >> np.uint32(32 - (slots.bit_length() - 1))
+
+
+def _hash_table(states: np.ndarray, tokens: np.ndarray, size: int) -> tuple[np.ndarray, int]:
+    """Every edge at most `_PROBES - 1` places after its home, by the first seed for which there is room."""
+    for seed in range(0, _SEEDS * _SEED_STEP, _SEED_STEP):
+        home = _home(states.astype(np.uint32), tokens.astype(np.uint32), np.uint32(seed), size)
+        slots = np.full((size + _PROBES - 1, 3), -1, np.int32)
+        pending = np.arange(len(states))
+        for probe in range(_PROBES):
+            place = home[pending].astype(np.int64) + probe
+            free = np.flatnonzero(slots[place, 0] < 0)
+            place, winner = np.unique(place[free], return_index=True)
+            edge = pending[free[winner]]
+            slots[place] = np.stack([states[edge], tokens[edge], edge], axis=1)
+            pending = np.setdiff1d(pending, edge, assume_unique=True)
+        if not len(pending):
+            return slots, seed
+    raise FullError("keywords cannot be hashed")

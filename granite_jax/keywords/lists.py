@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.decoding import Phrase, Trie, build
-from granite_jax.decoding.automaton import STATES
 from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords import spotter
+from granite_jax.keywords.automaton import STATES, KeywordAutomaton, Phrase, build_automaton
 from granite_jax.keywords.options import Entry, KeywordOptions, check_boost
 from granite_jax.keywords.phrases import Place, phrases_of
 from granite_jax.model import ctc
@@ -113,9 +112,9 @@ class Keywords:
     always: tuple[int, ...]
 
     @functools.cached_property
-    def trie(self) -> Trie:
+    def trie(self) -> KeywordAutomaton:
         """Of the keywords that are used whatever is heard."""
-        return build(phrase for keyword in self.always for phrase in self.phrases(keyword))
+        return build_automaton(phrase for keyword in self.always for phrase in self.phrases(keyword))
 
 
 def prepare(

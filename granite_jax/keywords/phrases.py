@@ -5,7 +5,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from granite_jax.decoding import Phrase
+from granite_jax.keywords.automaton import Phrase
 from granite_jax.text.tokenizer import Tokenizer
 
 # Of the boost, on every token of a keyword behind the same word, or the same two words, as in the draft: measured by

@@ -20,11 +20,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from granite_jax.audio.resample import one_line
-from granite_jax.decoding import Draft, no_keywords
+from granite_jax.decoding import Draft
 from granite_jax.errors import GraniteError
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
 from granite_jax.inference.sharding import DATA, WHOLE, DeviceList, Devices
+from granite_jax.keywords.automaton import no_keywords
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, Candidates
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
@@ -120,7 +121,7 @@ def plan(
         # Laid out as the prefill leaves them: over `model` by the compiler's choice.
         placed = _placed((verified, cache), prefill.output_shardings)
         drafts = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32), automata)
-        decode = _compile(programs.decode.lower(*drafts, room=bucket.room))
+        decode = _compile(programs.decode.lower(*drafts, max_out_length=bucket.max_out_length))
         yield _read("decode", decode, cache_bytes, config, limit)
 
 

@@ -35,7 +35,7 @@ def run(code: str, *arguments: str | Path, path: Path) -> str:
     return done.stdout
 
 
-def build(kind: str, source: Path, destination: Path) -> Path:
+def build_automaton(kind: str, source: Path, destination: Path) -> Path:
     """Calls setuptools as pip does."""
     destination.mkdir()
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
@@ -71,12 +71,12 @@ def installed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: py
     work = tmp_path_factory.mktemp(request.param)
     tree = source
     if request.param == "sdist":
-        with tarfile.open(build("sdist", source, work / "sdist")) as archive:
+        with tarfile.open(build_automaton("sdist", source, work / "sdist")) as archive:
             archive.extractall(work, filter="data")
         (tree,) = (path for path in work.glob("granite_jax-*") if path.is_dir())
         assert not (tree / "tests").exists()
     kind = "editable" if request.param == "editable" else "wheel"
-    return unpack(build(kind, tree, work / "dist"), work / "site")
+    return unpack(build_automaton(kind, tree, work / "dist"), work / "site")
 
 
 def test_an_installation_is_complete(installed: Path, source: Path) -> None:
