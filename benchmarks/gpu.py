@@ -249,7 +249,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
     from granite_jax.inference.buckets import make_bucket
     from granite_jax.inference.programs import Programs, pad_drafts
     from granite_jax.keywords.automaton import no_keywords
-    from granite_jax.keywords.spotter import candidates
+    from granite_jax.keywords.spotter import make_keyword_batch
     from granite_jax.model import granite_speech
     from granite_jax.model.config import Config
 
@@ -304,7 +304,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
     prompts[:, : len(work.prompt)] = work.prompt
     samples, tokens, lengths = split(waveforms), split(prompts), rows(len(work.prompt))
     audio_lengths, limits, lossless = rows(work.samples), rows(work.new_tokens), rows(np.inf, np.float32)
-    sounds, automata = split(candidates([None] * work.batch)), no_keywords(work.batch)
+    sounds, automata = split(make_keyword_batch([None] * work.batch)), no_keywords(work.batch)
     keywords = dataclasses.replace(place(automata), starts=split(automata.starts))
 
     def encode(samples: jax.Array) -> Any:

@@ -26,7 +26,6 @@ Intervals are 95 % bootstrap intervals over utterances; of changes, over the sam
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -56,7 +55,7 @@ from granite_jax.evaluation.metrics import (
 )
 from granite_jax.evaluation.normalize import normalizer
 from granite_jax.inference.buckets import make_bucket
-from granite_jax.inference.engine import Pipeline, Request
+from granite_jax.inference.engine import Engine
 from granite_jax.inference.programs import Encoded, pad_drafts
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
@@ -145,10 +144,10 @@ def conditions(parts: Sequence[str]) -> dict[str, Condition]:
     return found
 
 
-def encode_once(pipeline: Pipeline) -> None:
-    """Keeps what the encoder makes of a batch: lists of keywords are scored against that, in a program of its own."""
-    config, dtype, encode = pipeline._config, pipeline.programs.dtype, pipeline._encode
-    kept: dict[tuple[Any, ...], tuple[Encoded, jax.Array]] = {}
+def encode_once(engine: Engine) -> None:
+    """Keeps what the encoder makes of each input; lists of keywords are scored against that by a program of its own."""
+    config, dtype, encode = engine._config, engine.programs.dtype, engine._encode
+    kept: dict[tuple[Any, str], tuple[np.ndarray, ...]] = {}
 
     @jax.jit
     def ctc_logits(params: Any, samples: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -157,25 +156,26 @@ def encode_once(pipeline: Pipeline) -> None:
         ).hidden
         return granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
 
-    support = jax.jit(spotter.support)
-    supports: dict[bytes, spotter.Support] = {}
+    score = jax.jit(spotter.score_keywords)
 
-    def remembered(bucket: Any, batch: list[Request]) -> Encoded:
-        key = (bucket, *(request.index for request in batch))
-        rows = [*batch, *[batch[0]] * (pipeline.rows(bucket) - len(batch))]
+    def remembered(bucket: Any, batch: list[Any]) -> Encoded:
+        requests = [ticket.request for ticket in batch]
+        rows = [*requests, *[requests[0]] * (engine.rows(bucket) - len(batch))]
         lengths = np.array([len(request.audio.samples) for request in rows], np.int32)
-        if key not in kept:
+        names = [(bucket, request.audio.name) for request in rows]
+        if any(name not in kept for name in names):
             samples = np.stack([np.pad(r.audio.samples, (0, bucket.samples - len(r.audio.samples))) for r in rows])
-            encoded = encode(bucket, [dataclasses.replace(request, keywords=None) for request in batch])
-            kept[key] = encoded, ctc_logits(pipeline._params, samples, lengths)
-        encoded, logits = kept[key]
-        sounds = spotter.candidates([request.keywords and request.keywords.labels for request in rows])
-        what = hashlib.sha256(repr(key).encode() + np.asarray(sounds.labels).tobytes()).digest()
-        if what not in supports:
-            supports[what] = support(logits, num_frames(lengths), sounds)
-        return dataclasses.replace(encoded, support=supports[what])
+            plain = [dataclasses.replace(t, request=dataclasses.replace(t.request, keywords=None)) for t in batch]
+            encoded = encode(bucket, plain)
+            found = encoded.audio, encoded.labels, encoded.entropy, ctc_logits(engine._params, samples, lengths)
+            kept.update(zip(names, zip(*map(np.asarray, found), strict=True), strict=True))
+        audio, labels, entropy, logits = (
+            np.stack(parts) for parts in zip(*(kept[name] for name in names), strict=True)
+        )
+        keywords = spotter.make_keyword_batch([request.keywords and request.keywords.labels for request in rows])
+        return Encoded(audio, labels, entropy, score(logits, num_frames(lengths), keywords))
 
-    pipeline._encode = remembered
+    engine._encode = remembered
 
 
 def rates(asr: Transcriber, speech: Speech, parts: Sequence[str], results: Path, setting: dict[str, Any]) -> None:
@@ -337,7 +337,7 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     lengths = np.full(batch, bucket.samples, np.int32)
 
     def make_candidates(keywords):
-        return jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords and keywords.labels] * batch))
+        return jax.tree.map(jax.numpy.asarray, spotter.make_keyword_batch([keywords and keywords.labels] * batch))
 
     def encode(candidates) -> Encoded:
         return programs.encode(params, samples, lengths, candidates)
@@ -373,7 +373,7 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
     tables = {
         "smallest tables": jax.tree.map(jax.numpy.asarray, no_keywords(batch, states=8)),
         "no keywords": pooled(None),
-        "2,000 keywords, no gate": pooled(ungated.trie),
+        "2,000 keywords, no gate": pooled(ungated.always_automaton),
     }
     steps = {name: functools.partial(decode, table) for name, table in tables.items()}
     for run in steps.values():
@@ -416,11 +416,11 @@ def gate_cost(tokenizer: Tokenizer, batch: int, seconds: float, turns: int) -> N
         return granite_speech.ctc_logits(config, params, hidden)
 
     logits = encode(params, samples, lengths)
-    score = jax.jit(spotter.support)
+    score = jax.jit(spotter.score_keywords)
     names = next(invented_lists(seed=0))
     for number in COUNTS[1:]:
         keywords = prepare(names[:number], KeywordOptions(), tokenizer, config.encoder.output_dim)
-        candidates = jax.tree.map(jax.numpy.asarray, spotter.candidates([keywords.labels] * batch))
+        candidates = jax.tree.map(jax.numpy.asarray, spotter.make_keyword_batch([keywords.labels] * batch))
         runs = {
             "encoder": functools.partial(encode, params, samples, lengths),
             "gate": functools.partial(score, logits, num_frames(lengths), candidates),

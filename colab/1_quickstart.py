@@ -69,7 +69,7 @@ print(transcripts[-1].error)
 # language model made of the encoder's draft. On the command line it is `granite-jax transcribe a.wav --plot out.png`.
 
 # %%
-plotting.overview(asr.acoustics(sample), transcript, asr.tokenizer)
+plotting.overview(asr.ctc_emissions(sample), transcript, asr.tokenizer)
 
 # %% [markdown]
 # ## Your own: upload a file

@@ -122,10 +122,10 @@ named = path.with_name("heldout-2-000103.ogg")
 off = asr.transcribe(named)
 on = asr.transcribe(named, keywords=KEYWORDS)
 print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")
-plotting.overview(asr.acoustics(named), on, asr.tokenizer)
+plotting.overview(asr.ctc_emissions(named), on, asr.tokenizer)
 
 # %% [markdown]
 # ## Everything in one picture
 
 # %%
-plotting.overview(asr.acoustics(path), transcript, asr.tokenizer)
+plotting.overview(asr.ctc_emissions(path), transcript, asr.tokenizer)

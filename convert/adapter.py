@@ -186,20 +186,20 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     Raises:
       CheckpointError: naming tensors of modules that `lora` does not target, and modules it does without tensors.
     """
-    spelt = {_released(name): name for name in names}
+    spelled = {_released(name): name for name in names}
     wanted = factors(lora, config)
     expected = {name for factor in wanted for name in factor.names}
-    raise_named("not a module that adapter_config.json targets:", [n for r, n in spelt.items() if r not in expected])
-    raise_named("missing:", sorted(expected - set(spelt)))
-    return [dataclasses.replace(factor, names=tuple(spelt[name] for name in factor.names)) for factor in wanted]
+    raise_named("not a module that adapter_config.json targets:", [n for r, n in spelled.items() if r not in expected])
+    raise_named("missing:", sorted(expected - set(spelled)))
+    return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in wanted]
 
 
 def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[HFTensor]:
     """For every tensor: its name, shape, the path of its leaf, and how to get it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
-            spelt = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
-            yield spelt, shape, factor.path, functools.partial(factor.tensor, number)
+            spelled = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
+            yield spelled, shape, factor.path, functools.partial(factor.tensor, number)
 
 
 def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:

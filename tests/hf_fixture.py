@@ -1,6 +1,6 @@
 """Small random Hugging Face checkpoints, written with numpy alone.
 
-Tensor names and shapes are spelt out here as `transformers` has them, not taken from the mapping table under test.
+Tensor names and shapes are spelled out here as `transformers` has them, not taken from the mapping table under test.
 """
 
 import json
@@ -280,20 +280,20 @@ def write_tensors(
 ) -> None:
     """Writes tensors with released names as model.safetensors, or as `shards` files and an index."""
     to = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    spelt = {
+    spelled = {
         spell(name) if names == "new" else name: x if x.dtype == np.int64 else x.astype(to)
         for name, x in tensors.items()
     }
     if shards == 1:
-        save_file(spelt, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(spelled, directory / "model.safetensors", metadata={"format": "pt"})
         return
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {name: spelt[name] for name in sorted(spelt)[i::shards]}
+        part = {name: spelled[name] for name in sorted(spelled)[i::shards]}
         save_file(part, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": sum(x.nbytes for x in spelt.values())}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(x.nbytes for x in spelled.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 

@@ -18,7 +18,7 @@ from batch_jobs import RATE, results, run, text_of, tone, write_lines
 from batch_worker import DeadlyReader
 
 from granite_jax import GraniteError, batch
-from granite_jax.batch.access import Access, check_host
+from granite_jax.batch.access import AudioStorage, check_host
 from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.reading import Reader, Source, reading
 from granite_jax.errors import AudioError
@@ -51,7 +51,7 @@ def test_a_segment_is_what_the_file_holds_there(tmp_path: Path) -> None:
     samples = np.arange(3 * RATE, dtype=np.int16)
     for suffix in ("wav", "flac"):
         soundfile.write(tmp_path / f"c.{suffix}", samples, RATE, subtype="PCM_16")
-    reader = Reader(Access(str(tmp_path)), max_seconds=2.0)
+    reader = Reader(AudioStorage(str(tmp_path)), max_seconds=2.0)
 
     def read(**fields: Any) -> Any:
         manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", fields), 1, ASK)
@@ -76,7 +76,7 @@ def test_files_have_to_be_below_the_root(corpus: Path, tmp_path: Path) -> None:
     soundfile.write(outside, tone(0.1), RATE)
     (corpus / "link.wav").symlink_to(outside)
     (corpus / "inner.wav").symlink_to(corpus / "a" / "1.wav")
-    access = Access(str(corpus))
+    access = AudioStorage(str(corpus))
     # When names are resolved, then those below it are found, and those that lead elsewhere are refused
     for name in ("a/1.wav", str(corpus / "a" / "1.wav"), f"file://{corpus}/a/1.wav", "inner.wav", "b/../a/1.wav"):
         assert access.resolve(name) == str(corpus / "a" / "1.wav")
@@ -84,7 +84,7 @@ def test_files_have_to_be_below_the_root(corpus: Path, tmp_path: Path) -> None:
         with pytest.raises(AudioError, match="is not below"):
             access.resolve(name)
     # And with a URL as root no local file is
-    remote = Access("gs://bucket/corpus")
+    remote = AudioStorage("gs://bucket/corpus")
     assert remote.resolve("a/1.wav") == "gs://bucket/corpus/a/1.wav"
     for name in ("/etc/passwd", "../other/1.wav", "a/../../1.wav"):
         with pytest.raises(AudioError, match="leads out of"):
@@ -107,7 +107,7 @@ def test_files_have_to_be_below_the_root(corpus: Path, tmp_path: Path) -> None:
 )
 def test_urls_of_other_protocols_are_refused(url: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AudioError, match=message):
-        Access(str(tmp_path)).resolve(url)
+        AudioStorage(str(tmp_path)).resolve(url)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_servers_of_the_own_network_are_refused(host: str) -> None:
 def test_names_that_lead_into_the_own_network_are_refused(tmp_path: Path) -> None:
     # Given a name that resolves to this machine, when https is allowed, then it is not read, and the error is its own
     check_host("https://example.com/a.wav")
-    reader = Reader(Access(str(tmp_path), ("https",)), 10.0)
+    reader = Reader(AudioStorage(str(tmp_path), ("https",)), 10.0)
     manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "https://localhost:9/a.wav"}), 1, ASK)
     error = reader(manifest.read(0)[0]).error
     assert error is not None
@@ -164,7 +164,7 @@ def test_processes_survive_files_that_kill_them(corpus: Path) -> None:
     # Given files, two of which kill whoever reads them
     names = ["a/1.wav", "b/2.wav", "deadly.wav", "a/3.wav", "b/4.wav", "b/6.wav", "deadly/too.wav", "a/7.wav"]
     manifest = Manifest.scan(write_lines(corpus / "m.jsonl", *({"audio": n} for n in names)), 4, ASK)
-    reader = DeadlyReader(Access(str(corpus)), 10.0)
+    reader = DeadlyReader(AudioStorage(str(corpus)), 10.0)
     # When they are read by processes, then each other file is read, in order, and these two have an error
     with time_limit(120), reading(Source(manifest, range(manifest.parts)), reader, "processes", 1) as reads:
         found = list(reads)

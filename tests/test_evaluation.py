@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(manifest: Path, tmp_path
     resumed, rest = evaluate(sets, tmp_path / "out")
     assert 0 < len(rest.heard) < 6
     assert numbers(resumed) == numbers(whole)
-    # And a finished one is scored again, by another normaliser, without loading anything
+    # And a finished one is scored again, by another normalizer, without loading anything
     again, idle = evaluate(sets, tmp_path / "out", normalizer="lowercase")
     assert (idle.heard, idle.compilations) == ([], 0)
     assert again["sets"][0]["wer"]["rate"] > resumed["sets"][0]["wer"]["rate"]
@@ -111,7 +111,7 @@ def test_two_runs_are_compared_utterance_by_utterance(manifest: Path, tmp_path: 
 
 
 def test_runs_that_cannot_be_compared_are_refused(manifest: Path, tmp_path: Path) -> None:
-    # Given a run, and others of another normaliser, set or reference, and of nothing
+    # Given a run, and others of another normalizer, set or reference, and of nothing
     evaluate([manifest], tmp_path / "a")
     evaluate([manifest], tmp_path / "lowercase", normalizer="lowercase")
     evaluate([f"other={manifest}"], tmp_path / "other")

@@ -86,9 +86,9 @@ def test_the_relative_difference_is_a_share_of_the_first_rate() -> None:
     assert spread.rate == 0.0 and spread.low < 0.0 < spread.high
 
 
-def test_normalisers_do_what_the_leaderboard_does() -> None:
-    # Given texts with contractions, numbers, hesitations and marks, then the normalisers unify them
-    assert normalizer("english")("Um, it's $20 -- colour!").split() == ["it", "is", "$20", "color"]
+def test_normalizers_do_what_the_leaderboard_does() -> None:
+    # Given texts with contractions, numbers, hesitations and marks, then the normalizers unify them
+    assert normalizer("english")("Um, it's $20 -- color!").split() == ["it", "is", "$20", "color"]
     assert normalizer("english")("twenty dollars").split() == ["$20"]
     assert normalizer("basic", "fr")("C'était [rires] l'été.").split() == ["c", "était", "l", "été"]
     assert normalizer("basic", "ja")("東京。").split() == ["東", "京"]

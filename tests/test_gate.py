@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_jax.keywords import spotter
-from granite_jax.keywords.spotter import WIDTH, Candidates, candidates
+from granite_jax.keywords.spotter import WIDTH, KeywordBatch, make_keyword_batch
 from granite_jax.model import ctc
 
 
@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_best_of_all_alignments(data: st.DataObject, see
     lists = [data.draw(st.lists(word, min_size=1, max_size=3)) for _ in range(2)]
 
     # When scored
-    found = jax.jit(spotter.support)(jnp.asarray(logits), jnp.array(lengths), labelled(lists))
+    found = jax.jit(spotter.score_keywords)(jnp.asarray(logits), jnp.array(lengths), labeled(lists))
 
     # Then
     for row, words in enumerate(lists):
@@ -53,25 +53,25 @@ def test_scores_are_those_of_the_best_of_all_alignments(data: st.DataObject, see
                 np.testing.assert_allclose(inside[0], score, rtol=1e-4, atol=1e-5)
 
 
-def labelled(lists: list[list[list[int]]]) -> Candidates:
+def labeled(lists: list[list[list[int]]]) -> KeywordBatch:
     matrices = []
     for words in lists:
         matrices.append(np.zeros((len(words), WIDTH), np.int16))
         for row, word in enumerate(words):
             matrices[-1][row, WIDTH - len(word) :] = word
-    return jax.tree.map(jnp.asarray, candidates(matrices))
+    return jax.tree.map(jnp.asarray, make_keyword_batch(matrices))
 
 
 def test_long_lists_are_scored_to_the_last() -> None:
     # Given frames that spell "zelgad tim", and 700 keywords of all lengths of which the spoken are the last
-    spelt = [label for character in ctc.to_labels("zelgad tim") for label in (character, 0)]
-    logits = jnp.full((1, len(spelt), 256), -9.0).at[0, jnp.arange(len(spelt)), jnp.array(spelt)].set(0.0)
+    spelled = [label for character in ctc.to_labels("zelgad tim") for label in (character, 0)]
+    logits = jnp.full((1, len(spelled), 256), -9.0).at[0, jnp.arange(len(spelled)), jnp.array(spelled)].set(0.0)
     rng = np.random.default_rng(0)
     others = [rng.integers(97, 123, rng.integers(3, 30)).tolist() for _ in range(698)]
     lists = [[*others, ctc.to_labels("tim"), ctc.to_labels("zelgad")]]
 
     # When scored, then these two are the best, at no cost, where they were spoken
-    found = spotter.support(logits, jnp.array([len(spelt)]), labelled(lists))
+    found = spotter.score_keywords(logits, jnp.array([len(spelled)]), labeled(lists))
     assert sorted(found.columns[0, :2].tolist()) == [698, 699]
     assert found.scores[0, :2].tolist() == [0, 0]
     places = zip(found.starts[0].tolist(), found.ends[0].tolist(), strict=True)

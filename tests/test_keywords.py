@@ -11,11 +11,11 @@ from hf_fixture import make_tokenizer
 
 import granite_jax as gj
 from granite_jax.keywords.automaton import FIRST, batch_automata, build_automaton
-from granite_jax.keywords.lists import lists_by_input, prepare, read_keywords, sounds, validated
-from granite_jax.keywords.matches import Heard, repair, select
+from granite_jax.keywords.lists import ctc_labels, lists_by_input, prepare, read_keywords, validated
+from granite_jax.keywords.matches import KeywordMatch, filter_matches, repair
 from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE, Place, places
-from granite_jax.keywords.spotter import Support
+from granite_jax.keywords.spotter import SpottingScores
 from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
 from granite_jax.text.tokenizer import Tokenizer
@@ -39,35 +39,35 @@ from granite_jax.text.tokenizer import Tokenizer
 )
 def test_what_of_a_keyword_is_scored(keyword: str, heard: str) -> None:
     # Then letters that have a label remain, of this case, accent and width or another
-    assert "".join(map(ctc.label_character, sounds(keyword, 348))) == heard
+    assert "".join(map(ctc.label_character, ctc_labels(keyword, 348))) == heard
 
 
 def test_labels_beyond_the_head_are_not_scored() -> None:
     # Given a CTC head without katakana, as of the 3.3 models
-    assert sounds("トヨタ", 256) == []
+    assert ctc_labels("トヨタ", 256) == []
 
 
-def spelt(text: str) -> np.ndarray:
+def spelled(text: str) -> np.ndarray:
     """Greedy labels of a text, two frames a character and a blank after it."""
     return np.array([x for label in ctc.to_labels(text) for x in (label, label, 0)])
 
 
-NOTHING = spelt("")
+NOTHING = spelled("")
 
 
 def heard_in(text: str, scores: dict[str, tuple[float, str]]) -> tuple:
     """Keywords and their support: of each its score and the part of the text where it was heard."""
     prepared = prepare([(word, None) for word in scores], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348)
-    columns = [prepared.heard.index(list(scores).index(word)) for word in scores]
+    columns = [prepared.scored.index(list(scores).index(word)) for word in scores]
     spans = [(3 * text.index(part), 3 * (text.index(part) + len(part)) - 1) for _, part in scores.values()]
     order = sorted(range(len(scores)), key=lambda i: -list(scores.values())[i][0])
-    found = Support(
+    found = SpottingScores(
         np.array([[columns[i] for i in order]]),
         np.array([[list(scores.values())[i][0] for i in order]]),
         np.array([[spans[i][0] for i in order]]),
         np.array([[spans[i][1] for i in order]]),
     )  # pyright: ignore[reportArgumentType]
-    return prepared, select(prepared, found, 0, spelt(text), -1.5)
+    return prepared, filter_matches(prepared, found, 0, spelled(text), -1.5)
 
 
 def test_of_rivals_in_one_place_the_better_is_heard() -> None:
@@ -86,7 +86,7 @@ def test_of_rivals_in_one_place_the_better_is_heard() -> None:
     # Then only what sounds best in its place is heard; the beginning of a word is a worse account of it than the word
     assert [keywords.texts[one.keyword] for one in heard] == ["timbado"]
     # And it takes the misheard name's place in the draft
-    assert repair(spelt(text), heard, keywords.texts) == "call timbado now"
+    assert repair(spelled(text), heard, keywords.texts) == "call timbado now"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_words_of_the_draft_give_way_to_the_keyword_heard_in_their_place(
     text: str, keyword: str, part: str, expected: str
 ) -> None:
     keywords, heard = heard_in(text, {keyword: (-0.1, part)})
-    assert repair(spelt(text), heard, keywords.texts) == expected
+    assert repair(spelled(text), heard, keywords.texts) == expected
 
 
 def test_keywords_that_cannot_be_scored_are_always_used() -> None:
@@ -116,7 +116,7 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     )
 
     # When one is heard, at half the threshold
-    heard = [Heard(0, -0.75, 0, 10)]
+    heard = [KeywordMatch(0, -0.75, 0, 10)]
 
     # Then the automaton is that of the first, less boosted, and the last
     ways = prepared.phrases(0) + prepared.phrases(0, Place((), first=True))
@@ -124,7 +124,7 @@ def test_keywords_that_cannot_be_scored_are_always_used() -> None:
     automaton = utterance_automaton(prepared, heard, NOTHING, -1.5)
     for found, wanted in zip(automaton, build_automaton(expected), strict=True):
         assert set(np.atleast_1d(found).tolist()) == set(np.atleast_1d(wanted).tolist())
-    assert utterance_automaton(prepared, [], NOTHING, -1.5) is prepared.trie
+    assert utterance_automaton(prepared, [], NOTHING, -1.5) is prepared.always_automaton
     without = prepare([("zelgad", None)], KeywordOptions(), Tokenizer(make_tokenizer().to_str()), 348)
     assert utterance_automaton(without, [], NOTHING, -1.5) is None
 
@@ -133,7 +133,7 @@ def test_keywords_are_lifted_more_where_the_draft_has_them() -> None:
     # Given a keyword that is heard, and a draft that has it at its beginning and later
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("kai", None)], KeywordOptions(boost=8.0), tokenizer, 348)
-    trie = utterance_automaton(prepared, [Heard(0, 0.0, 0, 8)], spelt("kai asks where kai is"), -1.5)
+    trie = utterance_automaton(prepared, [KeywordMatch(0, 0.0, 0, 8)], spelled("kai asks where kai is"), -1.5)
     assert trie is not None
 
     # When a text is written
@@ -155,11 +155,11 @@ def test_a_keyword_that_the_draft_joins_to_another_word_has_its_place() -> None:
     # Given a draft that lacks a space, when the keyword is heard within the joined words
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("kai", None)], KeywordOptions(), tokenizer, 348)
-    labels = spelt("wait forkai")
-    found = utterance_automaton(prepared, [Heard(0, -0.5, 24, 32)], labels, -1.5)
+    labels = spelled("wait forkai")
+    found = utterance_automaton(prepared, [KeywordMatch(0, -0.5, 24, 32)], labels, -1.5)
 
     # Then the automaton is that of the words set apart
-    apart = utterance_automaton(prepared, [Heard(0, -0.5, 27, 35)], spelt("wait for kai"), -1.5)
+    apart = utterance_automaton(prepared, [KeywordMatch(0, -0.5, 27, 35)], spelled("wait for kai"), -1.5)
     for one, other in zip(found or (), apart or (), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -179,10 +179,10 @@ def test_a_draft_full_of_keywords_has_room() -> None:
     tokenizer = Tokenizer(make_tokenizer().to_str())
     prepared = prepare([("abcdefghijklmnopqrstuvwxyz" * 3, None)], KeywordOptions(), tokenizer, 348)
     others = ("".join(chr(97 + int(digit)) for digit in f"{i:030}") for i in range(2000))
-    draft = spelt(" ".join(f"{other} {prepared.texts[0]}" for other in others))
+    draft = spelled(" ".join(f"{other} {prepared.texts[0]}" for other in others))
 
     # Then as many of these are used as there are states for
-    trie = utterance_automaton(prepared, [Heard(0, -0.5, 0, 9)], draft, -1.5)
+    trie = utterance_automaton(prepared, [KeywordMatch(0, -0.5, 0, 9)], draft, -1.5)
     assert trie is not None and len(trie.failures) > 30_000
     batch_automata([trie], [0])
 

@@ -139,9 +139,9 @@ def test_an_adapter_stays_a_subtree_and_goes_back_bit_for_bit(hf: Path, tmp_path
     convert(tmp_path / "own", tmp_path / "back", names=names)
     after = load_file(tmp_path / "back" / adapter.WEIGHTS)
     prefix = "base_model.model.model.language_model." if names == "new" else "base_model.model.language_model.model."
-    spelt = {name.replace("base_model.model.language_model.model.", prefix): x for name, x in before.items()}
-    assert after.keys() == spelt.keys()
-    assert all(after[n].dtype == x.dtype and after[n].tobytes() == x.tobytes() for n, x in spelt.items())
+    spelled = {name.replace("base_model.model.language_model.model.", prefix): x for name, x in before.items()}
+    assert after.keys() == spelled.keys()
+    assert all(after[n].dtype == x.dtype and after[n].tobytes() == x.tobytes() for n, x in spelled.items())
     config = json.loads((tmp_path / "back" / adapter.CONFIG).read_text())
     assert config == {
         **json.loads((hf / adapter.CONFIG).read_text()),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax.batch import Progress
-from granite_jax.inference.transcriber import Acoustics
+from granite_jax.inference.transcriber import Emissions
 from granite_jax.model import ctc
 from granite_jax.plotting import figures
 from granite_jax.plotting.figures import Passage
@@ -164,12 +164,12 @@ def test_lines_end_between_words() -> None:
 def test_an_overview(tmp_path: Path, seconds: int) -> None:
     # Given an utterance that says "hi" at its end, and a file name that is no formula
     labels = "_" * (50 * seconds - 3) + "hi_"
-    acoustics = Acoustics(np.zeros((50 * seconds, 160), np.float32), frames(labels))
+    emissions = Emissions(np.zeros((50 * seconds, 160), np.float32), frames(labels))
     transcript = gj.Transcript(
         "$a_$.wav", "hi", ids("hi"), float(seconds), 0.5, "hi", {"finish": "end"}, ids("hi"), ((0, 0, 2),)
     )
     # When drawn
-    figure = figures.overview(acoustics, transcript, LETTERS)
+    figure = figures.overview(emissions, transcript, LETTERS)
     # Then all of its time is there, in rows, and the word where it was spoken
     panels = [ax for ax in figure.axes if ax.get_ylabel() == "words"]
     assert panels[0].get_xlim()[0] == 0.0
@@ -181,7 +181,7 @@ def test_an_overview(tmp_path: Path, seconds: int) -> None:
 
 def test_an_error_has_no_picture() -> None:
     with pytest.raises(gj.GraniteError, match="a.wav: no such file"):
-        figures.overview(Acoustics(*np.zeros((2, 1, 1))), gj.Transcript("a.wav", error="a.wav: no such file"), LETTERS)
+        figures.overview(Emissions(*np.zeros((2, 1, 1))), gj.Transcript("a.wav", error="a.wav: no such file"), LETTERS)
 
 
 def test_a_text_that_was_not_spoken_is_not_aligned() -> None:

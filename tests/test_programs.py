@@ -12,7 +12,7 @@ from retraces import retraces
 from granite_jax import Transcriber
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
-from granite_jax.keywords.spotter import candidates
+from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.model.config import Config
 from granite_jax.model.granite_speech import abstract_params
 
@@ -24,7 +24,7 @@ def test_a_retrace_names_the_argument_that_changed() -> None:
 
     def trace(samples: int) -> None:
         shapes = jax.ShapeDtypeStruct((1, samples), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        jax.eval_shape(programs.encode, abstract_params(config), *shapes, candidates([None]))
+        jax.eval_shape(programs.encode, abstract_params(config), *shapes, make_keyword_batch([None]))
 
     trace(4800)
     assert retraces(programs, 1) == []

@@ -14,7 +14,7 @@ import pytest
 import granite_jax as gj
 from granite_jax.checkpoint.tree import expected_shapes, flatten
 from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.sharding import Devices
+from granite_jax.inference.sharding import DeviceMesh
 from granite_jax.model.config import Config
 
 # Heads that four devices can share, and key/value heads that they cannot.
@@ -23,7 +23,7 @@ MODEL: dict[str, Any] = {
     "projector_config": {"num_hidden_layers": 1},
     "text_config": {"num_hidden_layers": 2},
 }
-# Heard or not, and of each utterance's own that may be heard by an encoder that knows nothing.
+# KeywordMatch or not, and of each utterance's own that may be heard by an encoder that knows nothing.
 SHARED = {"keywords": ["speech", "2024", "the", "kai"], "keyword_gate": False, "keyword_boost": 9.0}
 OWN = {
     "keywords": [[f"{chr(97 + i)}{c}{d}" for c in "aeiou" for d in "lmnr"] if i % 4 else None for i in range(11)],
@@ -104,7 +104,7 @@ def test_acoustics_are_those_of_the_functions(job: SimpleNamespace, options: dic
     hidden = gj.encode(config, params, features, gj.num_frames(length)).hidden
     logits = gj.ctc_logits(config, params, hidden)
     # When a Transcriber is asked, wherever its weights are
-    found = job.load(**options | {"devices": jax.devices()[: options.get("devices", 1)]}).acoustics(samples)
+    found = job.load(**options | {"devices": jax.devices()[: options.get("devices", 1)]}).ctc_emissions(samples)
     # Then the same is found, without padding
     assert found.features.shape == (gj.num_frames(len(samples)), 160)
     np.testing.assert_allclose(found.features, features[0], atol=1e-5)
@@ -113,9 +113,9 @@ def test_acoustics_are_those_of_the_functions(job: SimpleNamespace, options: dic
 
 def test_weights_are_split_by_the_table(job: SimpleNamespace) -> None:
     # Given two copies of the weights on four devices each, when the weights are placed
-    devices = Devices.make(jax.devices(), model_parallel=4)
+    devices = DeviceMesh.make(jax.devices(), model_parallel=4)
     config, params = gj.load(job.directory, dtype="float32")
-    placed = flatten(devices.place(params, devices.param_shardings(config)))
+    placed = flatten(devices.put(params, devices.param_shardings(config)))
 
     # Then heads, channels and their inverse are split over `model`; two key/value heads, norms and biases are not
     def parts(path: str) -> tuple[int, ...]:
@@ -145,7 +145,7 @@ def test_most_of_a_big_model_is_split() -> None:
     raw["encoder_config"] |= {"num_heads": 8, "hidden_dim": 1024, "dim_head": 128, "num_layers": 16}
     raw["projector_config"] |= {"encoder_hidden_size": 1024}
     config = Config.from_dict(raw)
-    shardings = flatten(Devices.make(jax.devices(), model_parallel=8).param_shardings(config))
+    shardings = flatten(DeviceMesh.make(jax.devices(), model_parallel=8).param_shardings(config))
 
     # Then a device holds little more than an eighth
     shapes = expected_shapes(config)

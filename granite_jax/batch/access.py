@@ -53,7 +53,7 @@ def retried(call: Callable[[], T]) -> T:
 
 
 @dataclass(frozen=True)
-class Access:
+class AudioStorage:
     """What may be read.
 
     Fields:

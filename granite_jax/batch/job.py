@@ -21,11 +21,11 @@ from typing import Any
 
 import granite_jax
 from granite_jax.audio.load import printable
-from granite_jax.batch.access import KNOWN, PROTOCOLS, Access, retried, scheme, without_file_scheme
-from granite_jax.batch.commit import LocalStore, Store, open_store
+from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
 from granite_jax.batch.manifest import Entry, Manifest, is_listing, listing, root_of, split_tfds
-from granite_jax.batch.parts import Shard, choose_shard, claim, committed, part_name, weights_identity
+from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, reading
+from granite_jax.batch.store import LocalStore, Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
@@ -168,7 +168,7 @@ def run(
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
     storage = storage_options or {}
     below = root_of(source) if root is None else without_file_scheme(os.fspath(root))
-    access = Access(below, tuple(allow), tuple(storage.items()))
+    access = AudioStorage(below, tuple(allow), tuple(storage.items()))
     store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
     opened = open_checkpoint(where.checkpoint, where.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
@@ -183,7 +183,7 @@ def run(
             "entries": scanned.entries,
             "part_size": part_size,
         }
-        worker = _Worker(scanned, store, claim(store, description), share, asked, work, progress, stop)
+        worker = _Worker(scanned, store, claim_output_dir(store, description), share, asked, work, progress, stop)
 
         def load() -> Transcriber:
             if transcriber is not None:
@@ -197,7 +197,7 @@ def run(
         return worker.run(load, read_with, readers, num_readers)
 
 
-def _local_manifest(source: str, access: Access, store: Store, work: Path) -> Path:
+def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path) -> Path:
     """A local file of JSON lines: the manifest, a copy of a remote one, or the listing that the first worker made."""
     if not is_listing(source):
         if scheme(source) is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from granite_jax.audio.load import printable
-from granite_jax.batch.access import Access, scheme
+from granite_jax.batch.access import AudioStorage, scheme
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import TranscribeOptions
 
@@ -225,7 +225,7 @@ def root_of(source: str) -> str:
     return root or "."
 
 
-def listing(source: str, access: Access) -> Iterator[str]:
+def listing(source: str, access: AudioStorage) -> Iterator[str]:
     """JSON lines of a directory's audio files, those that a glob matches, or a data set's examples.
 
     Raises:

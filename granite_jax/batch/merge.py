@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from granite_jax.batch.access import scheme
-from granite_jax.batch.commit import Store, open_store
 from granite_jax.batch.parts import committed, fingerprint_of, part_name, read_job
+from granite_jax.batch.store import Store, open_store
 from granite_jax.errors import GraniteError
 
 _SHOWN = 10

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from granite_jax.batch.commit import Store
+from granite_jax.batch.store import Store
 from granite_jax.checkpoint.directory import Checkpoint
 from granite_jax.checkpoint.orbax import TENSORS
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
@@ -108,7 +108,7 @@ def weights_identity(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def claim(store: Store, description: Mapping[str, Any]) -> str:
+def claim_output_dir(store: Store, description: Mapping[str, Any]) -> str:
     """Makes a directory that of the job described, unless it is already; returns the job's fingerprint.
 
     Raises:

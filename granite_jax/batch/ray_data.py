@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.batch.access import PROTOCOLS, Access
+from granite_jax.batch.access import PROTOCOLS, AudioStorage
 from granite_jax.batch.job import transcribe_group
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
@@ -49,7 +49,7 @@ class Transcribe:
         """
         where, self._options = resolve(model, options, fields)
         self._asr = Transcriber.from_options(where)
-        self._reader = Reader(Access(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
+        self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
         self._threads = ThreadPoolExecutor(num_readers)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import grain
 
 from granite_jax.audio.load import Audio, load_audio, load_segment, printable
 from granite_jax.audio.resample import one_line
-from granite_jax.batch.access import Access, retried
+from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.manifest import Entry, Manifest
 from granite_jax.errors import AudioError, GraniteError
 
@@ -41,7 +41,7 @@ class Reader:
       dataset: directory and split of the prepared TFDS data set that `tfds:` entries are examples of.
     """
 
-    access: Access
+    access: AudioStorage
     max_seconds: float
     dataset: tuple[str, str] | None = None
 

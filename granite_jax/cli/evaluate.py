@@ -30,7 +30,7 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
     ] = None,
-    language: Annotated[str, typer.Option(help="of the references; decides on the normaliser")] = "en",
+    language: Annotated[str, typer.Option(help="of the references; decides on the normalizer")] = "en",
     normalizer: Annotated[
         Literal["english", "basic", "lowercase"] | None,
         typer.Option(help="default: english for English, basic for others", show_default=False),

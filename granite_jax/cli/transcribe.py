@@ -69,7 +69,7 @@ def transcribe(
             transcripts[0].text if options.task != "translate" and options.prompt is None else transcripts[0].ctc_text
         )
         try:
-            figure = plots.overview(asr.acoustics(files[0]), transcripts[0], asr.tokenizer, spoken)
+            figure = plots.overview(asr.ctc_emissions(files[0]), transcripts[0], asr.tokenizer, spoken)
             with warnings.catch_warnings(record=True, action="always") as caught:
                 figure.savefig(plot)
         except (GraniteError, OSError) as error:

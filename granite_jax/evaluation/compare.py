@@ -21,7 +21,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> dict[str, A
       bootstrap test; `average`, of the sets' error rates.
 
     Raises:
-      GraniteError: a directory is not that of a finished run, or the runs are of other sets, references or normalisers.
+      GraniteError: a directory is not that of a finished run, or the runs are of other sets, references or normalizers.
     """
     first, second = _results(Path(a)), _results(Path(b))
     for key, value in first["scoring"].items():

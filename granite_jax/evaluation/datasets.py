@@ -14,7 +14,7 @@ import soundfile
 
 from granite_jax.audio.load import printable
 from granite_jax.audio.resample import one_line
-from granite_jax.batch.access import Access, scheme
+from granite_jax.batch.access import AudioStorage, scheme
 from granite_jax.batch.manifest import MAX_LINE, Entry, parse_line, root_of, split_tfds
 from granite_jax.batch.tfds import open_dataset
 from granite_jax.errors import GraniteError
@@ -102,14 +102,14 @@ def _open(spec: str, root: str | None) -> EvaluationSet:
         place, split = split_tfds(source)
         directory = place if os.path.isdir(place) else _prepare(place, split)
         return _open_tfds(label or name or f"{_builder_name(place)} {split}", directory, split)
-    access = Access(root or root_of(rest))
+    access = AudioStorage(root or root_of(rest))
     return EvaluationSet(label or Path(rest).stem, rest, access.root, tuple(_read_manifest(rest, access)))
 
 
 # Manifests.
 
 
-def _read_manifest(path: str, access: Access) -> Iterator[Utterance]:
+def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
     """References of a manifest, all of whose lines have to be good: numbers without some of them are no numbers."""
     seen: dict[Any, int] = {}  # ids and segments of audio
     index = 0
@@ -129,7 +129,7 @@ def _read_manifest(path: str, access: Access) -> Iterator[Utterance]:
         raise GraniteError(f"{printable(path)}: has no entries")
 
 
-def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) -> Utterance:
+def _utterance(line: bytes, index: int, seen: dict[Any, int], access: AudioStorage) -> Utterance:
     whole = len(line) <= MAX_LINE or line.endswith(b"\n")
     entry = parse_line(line if whole else None, index, TranscribeOptions())
     if entry.error is not None:
@@ -147,7 +147,7 @@ def _utterance(line: bytes, index: int, seen: dict[Any, int], access: Access) ->
     return Utterance(entry.id, text, entry.keywords, _seconds(entry, access))
 
 
-def _seconds(entry: Entry, access: Access) -> float | None:
+def _seconds(entry: Entry, access: AudioStorage) -> float | None:
     """Length of an entry's audio, as far as its file's header is to be trusted; None if the file is remote."""
     if entry.duration is not None:
         return entry.duration

@@ -66,12 +66,12 @@ def score(
     keywords: Sequence[Iterable[str]] | None = None,
     normalize: Callable[[str], str] | None = None,
 ) -> Scores:
-    """Compares hypotheses with references, neither of which is normalised yet.
+    """Compares hypotheses with references, neither of which is normalized yet.
 
     Args:
-      references: with words left in them when normalised.
+      references: with words left in them when normalized.
       keywords: of each utterance: those of its words, or else names of several words, that B-WER is about.
-      normalize: default Whisper's English normaliser.
+      normalize: default Whisper's English normalizer.
     """
     counts = count(references, hypotheses, keywords, normalize)
     return Scores(**{name: rate([each]) for name, each in counts.items()})
@@ -108,7 +108,7 @@ def _count(output: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
 def keyword_counts(
     references: Sequence[str], hypotheses: Sequence[str], keywords: Sequence[set[str]]
 ) -> tuple[Counts, Counts]:
-    """Counts of the words that are in the utterance's set, and of the others, of texts that are normalised.
+    """Counts of the words that are in the utterance's set, and of the others, of texts that are normalized.
 
     A wrong or missing word counts by the reference's word, an inserted one by itself.
     """
@@ -121,7 +121,7 @@ def keyword_counts(
 
 
 def align_words(reference: str, hypothesis: str) -> list[tuple[str, str]]:
-    """Pairs of a reference's word and the hypothesis's word in its place, in order, of texts that are normalised.
+    """Pairs of a reference's word and the hypothesis's word in its place, in order, of texts that are normalized.
 
     A missing word is paired with `GAP`, and so is an inserted one.
     """
@@ -185,11 +185,11 @@ def score_translations(
     """`bleu` and `chrf` of the translations of one system, or of several in comparison with the first (sacrebleu).
 
     Args:
-      references, systems: as they are, neither normalised nor tokenised.
-      language: that of the references, as a code, which decides on BLEU's tokeniser.
+      references, systems: as they are, neither normalized nor tokenized.
+      language: that of the references, as a code, which decides on BLEU's tokenizer.
 
     Raises:
-      GraniteError: the language's tokeniser is not installed.
+      GraniteError: the language's tokenizer is not installed.
     """
     try:
         metrics: dict[str, Any] = {"BLEU": BLEU(tokenize=_TOKENIZERS.get(language, "13a")), "chrF2": CHRF()}

@@ -1,4 +1,4 @@
-"""What is done to references and hypotheses before words are compared: Whisper's normalisers, a package's."""
+"""What is done to references and hypotheses before words are compared: Whisper's normalizers, a package's."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _WITHOUT_SPACES = ("ja", "zh")
 
 @functools.cache
 def normalizer(name: Name, language: str = "en") -> Callable[[str], str]:
-    """A normaliser of this name.
+    """A normalizer of this name.
 
     Args:
       name: "english": Whisper's English one (arXiv 2212.04356, appendix C), from which the Open ASR leaderboard's is

@@ -46,7 +46,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
     if scoring["translation"]:
         how = "; ".join(f"{_TITLES[name]} {text}" for name, text in results["sets"][0]["signatures"].items())
     else:
-        how = f'normaliser "{scoring["normalizer"]}" (whisper-normalizer {packages["whisper-normalizer"]})'
+        how = f'normalizer "{scoring["normalizer"]}" (whisper-normalizer {packages["whisper-normalizer"]})'
         how += f", jiwer {packages['jiwer']}, {RESAMPLES:,} bootstrap resamples of utterances"
     late = seconds["late_compilations"]
     devices = results["devices"]

@@ -20,8 +20,8 @@ import jax
 import granite_jax
 from granite_jax import batch
 from granite_jax.batch.access import scheme
-from granite_jax.batch.commit import LocalStore
 from granite_jax.batch.parts import weights_identity
+from granite_jax.batch.store import LocalStore
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
 from granite_jax.evaluation import normalize, transcribed
@@ -91,7 +91,7 @@ def evaluate(
     """Transcribes sets and compares with their references; goes on where an earlier run was interrupted.
 
     An utterance that fails counts as if nothing had been heard; one whose reference has no words is not counted. With
-    another normaliser or other keyword lists a directory is scored again, and not transcribed again.
+    another normalizer or other keyword lists a directory is scored again, and not transcribed again.
 
     Args:
       sets: as of `datasets.open_sets`.
@@ -177,7 +177,7 @@ class _Scoring:
         translation = asked.task == "translate" or asked.target_language is not None
         code = language_code(asked.target_language if translation and asked.target_language else language)
         if translation:
-            score_translations(["a"], ["a"], language=code)  # before hours of work, for its tokeniser may be missing
+            score_translations(["a"], ["a"], language=code)  # before hours of work, for its tokenizer may be missing
         return cls(translation, code, name or normalize.default_name(code))
 
     def normalize(self, text: str) -> str:

@@ -32,8 +32,8 @@ from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
-from granite_jax.keywords.matches import repair, select
-from granite_jax.keywords.spotter import candidates
+from granite_jax.keywords.matches import filter_matches, repair
+from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
 from granite_jax.model.config import Config
@@ -87,8 +87,8 @@ class _Row:
     drafted_text: str
     draft: tuple[int, ...]
     entropy: float
-    heard: tuple[str, ...] = ()
-    trie: KeywordAutomaton | None = None
+    spotted: tuple[str, ...] = ()
+    automaton: KeywordAutomaton | None = None
 
     @property
     def request(self) -> Request:
@@ -296,7 +296,7 @@ class Engine:
             if len(rows) >= size or (late and any(self._is_late(row.ticket) for row, _ in rows)):
                 taken, self._survivors[bucket] = rows[:size], rows[size:]
                 padded = [*taken, *[taken[0]] * (size - len(taken))]
-                audio = self.programs.devices.split(np.stack([audio for _, audio in padded]))
+                audio = self.programs.devices.shard_rows(np.stack([audio for _, audio in padded]))
                 self._decoding.extend(self._dispatch(bucket, [row for row, _ in taken], audio))
                 return True
         return False
@@ -311,38 +311,39 @@ class Engine:
         for row, request in enumerate(full):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
-        sounds = candidates([request.keywords and request.keywords.labels for request in full])
+        sounds = make_keyword_batch([request.keywords and request.keywords.labels for request in full])
         return self.programs.encode(self._params, samples, lengths, sounds)
 
     def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
         """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
-        labels, entropy, support = jax.device_get((encoded.labels, encoded.entropy, encoded.support))
+        labels, entropy, scores = jax.device_get((encoded.labels, encoded.entropy, encoded.spotting))
         rows = []
         for i, ticket in enumerate(batch):
             request, biasing = ticket.request, ticket.request.options.biasing
             text = drafted = " ".join(ctc.to_text(labels[i]).split())
-            heard, trie = (), None
+            spotted, automaton = (), None
             if (keywords := request.keywords) is not None:
-                passed = [] if biasing.threshold is None else select(keywords, support, i, labels[i], biasing.threshold)
-                drafted = repair(labels[i], passed, keywords.texts)
-                heard = tuple(keywords.texts[one.keyword] for one in passed)
-                trie = utterance_automaton(keywords, passed, labels[i], biasing.threshold or -math.inf)
+                gate = biasing.threshold
+                matches = [] if gate is None else filter_matches(keywords, scores, i, labels[i], gate)
+                drafted = repair(labels[i], matches, keywords.texts)
+                spotted = tuple(keywords.texts[match.keyword] for match in matches)
+                automaton = utterance_automaton(keywords, matches, labels[i], biasing.threshold or -math.inf)
             draft = request.draft
             if draft is None:
                 draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
             room = min(draft_budget(len(request.audio.samples)), request.max_new_tokens)
-            rows.append(_Row(ticket, text, drafted, draft[:room], float(entropy[i]), heard, trie))
+            rows.append(_Row(ticket, text, drafted, draft[:room], float(entropy[i]), spotted, automaton))
         return rows
 
-    def _automata(self, tries: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
+    def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
         """The automata of a batch, on all devices; kept there while rows share one."""
-        key = tuple(map(id, tries))
+        key = tuple(map(id, lists))
         kept = self._pools.get(key)
         if kept is None:
-            distinct = list({id(trie): trie for trie in tries if trie is not None}.values())
-            places = {id(trie): place for place, trie in enumerate(distinct)}
+            distinct = list({id(each): each for each in lists if each is not None}.values())
+            places = {id(each): place for place, each in enumerate(distinct)}
             pooled = batch_automata(distinct, [places.get(one, -1) for one in key])
-            automata = dataclasses.replace(self.programs.devices.place(pooled), starts=pooled.starts)
+            automata = dataclasses.replace(self.programs.devices.put(pooled), starts=pooled.starts)
             kept = automata, distinct  # which keeps the ids from being taken by others
             if len(distinct) <= 1:
                 self._pools = {} if len(self._pools) > _LISTS_KEPT else self._pools
@@ -357,7 +358,7 @@ class Engine:
             # Rows with long lists of their own, none of which can be scored: each list by itself has room.
             half = len(rows) // 2
             yield from self._dispatch(bucket, rows[:half], audio)
-            rest = self.programs.devices.split(np.roll(np.asarray(audio), -half, axis=0))
+            rest = self.programs.devices.shard_rows(np.roll(np.asarray(audio), -half, axis=0))
             yield from self._dispatch(bucket, rows[half:], rest)
             return
         # All but the cache, so that it is freed as soon as the device is done with it.
@@ -384,7 +385,7 @@ class Engine:
         limits = np.array([request.max_new_tokens for request in requests], np.int32)
         draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
         thresholds = np.array([request.options.drafting.verify_threshold for request in requests], np.float32)
-        automata = self._automata([*(row.trie for row in rows), *[None] * empty])
+        automata = self._automata([*(row.automaton for row in rows), *[None] * empty])
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
         )
@@ -432,7 +433,7 @@ class Engine:
     ) -> Transcript:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
         if row.request.keywords is not None:
-            stats["keywords"] = row.heard
+            stats["keywords"] = row.spotted
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = ("low-agreement",) if doubtful else ()
         return Transcript(

@@ -26,11 +26,11 @@ from granite_jax import decoding
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
 from granite_jax.decoding import DecodeState, Draft, DraftProposal, VerifierOutput
 from granite_jax.errors import GraniteError
-from granite_jax.inference.sharding import DATA, WHOLE, Devices
+from granite_jax.inference.sharding import BATCH, REPLICATED, DeviceMesh
 from granite_jax.keywords import spotter
 from granite_jax.keywords.automaton import BatchedAutomata
 from granite_jax.keywords.selector import KeywordSelector
-from granite_jax.keywords.spotter import Candidates, Support
+from granite_jax.keywords.spotter import KeywordBatch, SpottingScores
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import KVCache
@@ -48,13 +48,13 @@ class Encoded:
       audio: audio embeddings `[b, a, e]`.
       labels: best CTC label of every frame, int32, blank past the row's end.
       entropy: float32, the largest entropy of a valid frame's labels, in nats.
-      support: the keywords that the labels support best.
+      spotting: the keywords with the best scores.
     """
 
     audio: AudioEmbeddings
     labels: Int[Array, "b t"]
     entropy: Float[Array, "b"]
-    support: Support
+    spotting: SpottingScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +82,23 @@ class Programs:
         config: Config,
         dtype: DTypeLike,
         speculation: Speculation | None = None,
-        devices: Devices | None = None,
+        devices: DeviceMesh | None = None,
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.speculation = speculation or Speculation()
         self.traces: dict[str, list[dict[str, str]]] = {"encode": [], "prefill": [], "decode": []}
-        self.devices = devices or Devices.make(jax.devices()[:1])
-        cache = KVCache(*[PartitionSpec(None, *DATA)] * 2, lengths=DATA)  # pyright: ignore[reportArgumentType]
-        fields = {field.name: DATA for field in dataclasses.fields(DecodeState)}
+        self.devices = devices or DeviceMesh.make(jax.devices()[:1])
+        cache = KVCache(*[PartitionSpec(None, *BATCH)] * 2, lengths=BATCH)  # pyright: ignore[reportArgumentType]
+        fields = {field.name: BATCH for field in dataclasses.fields(DecodeState)}
         state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
-        tables = {field.name: WHOLE for field in dataclasses.fields(BatchedAutomata)}
-        keywords = BatchedAutomata(**tables | {"starts": DATA})  # pyright: ignore[reportArgumentType]
+        tables = {field.name: REPLICATED for field in dataclasses.fields(BatchedAutomata)}
+        keywords = BatchedAutomata(**tables | {"starts": BATCH})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
-        self.encode = compiled(self._counted(self._encode), (WHOLE, DATA, DATA, DATA), DATA)
-        prompts = (WHOLE, DATA, DATA, DATA, DATA, keywords)
-        self.prefill = compiled(self._counted(self._prefill), prompts, (DATA, cache), static="capacity")
-        drafts = (WHOLE, DATA, cache, DATA, DATA, DATA, keywords)
+        self.encode = compiled(self._counted(self._encode), (REPLICATED, BATCH, BATCH, BATCH), BATCH)
+        prompts = (REPLICATED, BATCH, BATCH, BATCH, BATCH, keywords)
+        self.prefill = compiled(self._counted(self._prefill), prompts, (BATCH, cache), static="capacity")
+        drafts = (REPLICATED, BATCH, cache, BATCH, BATCH, BATCH, keywords)
         self.decode = compiled(self._counted(self._decode), drafts, state, static="max_out_length", donate=2)
 
     def _counted(self, function: Callable) -> Callable:
@@ -115,13 +115,13 @@ class Programs:
 
         return counted
 
-    def _encode(self, params: Params, samples: Samples, lengths: Lengths, keywords: Candidates) -> Encoded:
+    def _encode(self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch) -> Encoded:
         frames = num_frames(lengths)
         hidden = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, dtype=self.dtype).hidden
         logits = granite_speech.ctc_logits(self.config, params, hidden, dtype=self.dtype)
         audio = granite_speech.project(self.config, params, hidden, frames, dtype=self.dtype)
         labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
-        return Encoded(audio, labels, entropy, spotter.support(logits, frames, keywords))
+        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords))
 
     def _prefill(
         self,

@@ -50,7 +50,7 @@ class Transcript:
 
 
 @dataclasses.dataclass(frozen=True)
-class Acoustics:
+class Emissions:
     """What the encoder makes of one input, for pictures and measurements.
 
     Fields:

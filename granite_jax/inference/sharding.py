@@ -26,7 +26,7 @@ from granite_jax.model.config import Config
 
 DeviceList = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  # a class that JAX declares as a variable
 
-DATA, WHOLE = PartitionSpec("data"), PartitionSpec()
+BATCH, REPLICATED = PartitionSpec("data"), PartitionSpec()
 
 PARTITION_RULES: Mapping[str, int] = {
     # What makes heads or channels is split by them, what takes them in by its input: one all-reduce a sublayer.
@@ -48,7 +48,7 @@ PARTITION_RULES: Mapping[str, int] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices:
+class DeviceMesh:
     """The devices that programs run on.
 
     Fields:
@@ -62,7 +62,7 @@ class Devices:
     @classmethod
     def make(
         cls, devices: DeviceList | None = None, *, parallel: Parallel = "shard_map", model_parallel: int = 1
-    ) -> "Devices":
+    ) -> "DeviceMesh":
         """All of `devices`, `model_parallel` of them to a copy of the weights.
 
         Args:
@@ -109,28 +109,28 @@ class Devices:
         def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
             axis = next((axis for rule, axis in PARTITION_RULES.items() if re.fullmatch(rule, path)), None)
             if parts == 1 or axis is None or re.fullmatch(whole, path) or shape[axis] % parts:
-                return WHOLE
+                return REPLICATED
             return PartitionSpec(*[None] * (len(shape) + axis), "model")
 
         shapes = expected_shapes(config)
         return unflatten({path: NamedSharding(self.mesh, spec(path, shape)) for path, shape in shapes.items()})
 
-    def place(self, params: Any, shardings: Any = WHOLE) -> Any:
-        """Arrays as programs take them for `WHOLE` arguments; those that are there already are not copied.
+    def put(self, params: Any, shardings: Any = REPLICATED) -> Any:
+        """Arrays as programs take them for `REPLICATED` arguments; those that are there already are not copied.
 
         Args:
           shardings: of the leaves, as of `param_shardings`; default replicated.
         """
-        if shardings is WHOLE:
-            shardings = jax.tree.map(lambda _: NamedSharding(self.mesh, WHOLE), params)
+        if shardings is REPLICATED:
+            shardings = jax.tree.map(lambda _: NamedSharding(self.mesh, REPLICATED), params)
         placed = jax.device_put(params, shardings)
         return jax.tree.map(self._stacked, placed) if self.parallel == "pmap" else placed
 
-    def split(self, rows: Any) -> Any:
+    def shard_rows(self, rows: Any) -> Any:
         """Arrays of the host, split over `data` as programs return theirs: to the tracer both are of one type."""
-        return jax.device_put(rows, NamedSharding(self.mesh, DATA))
+        return jax.device_put(rows, NamedSharding(self.mesh, BATCH))
 
-    def unplaced(self, params: Any) -> Any:
+    def unstack(self, params: Any) -> Any:
         """What `place` placed, in the shape it had."""
         return jax.tree.map(lambda array: array[0], params) if self.parallel == "pmap" else params
 
@@ -146,7 +146,7 @@ class Devices:
         """`function` of positional arrays, and of the keyword `static`, compiled to run on every device's own rows.
 
         Args:
-          in_specs: of every argument: `WHOLE` for what `place` placed, else `DATA` or a tree of `PartitionSpec`s.
+          in_specs: of every argument: `REPLICATED` for what `place` placed, else `BATCH` or a tree of `PartitionSpec`s.
           out_specs: likewise.
           donate: the argument whose memory the result may take.
         """
@@ -174,8 +174,8 @@ class Devices:
             return jax.pmap(body, devices=list(self.mesh.devices.flat), donate_argnums=donated)
 
         def run(*args, **options):
-            split = lambda x: self.split(x.reshape(self.replicas, -1, *x.shape[1:]))  # noqa: E731
-            stacked = [_on_rows(split, spec, arg) for spec, arg in zip(in_specs, args, strict=True)]
+            shard = lambda x: self.shard_rows(x.reshape(self.replicas, -1, *x.shape[1:]))  # noqa: E731
+            stacked = [_on_rows(shard, spec, arg) for spec, arg in zip(in_specs, args, strict=True)]
             return _on_rows(lambda x: x.reshape(-1, *x.shape[2:]), out_specs, mapped(**options)(*stacked))
 
         return run
@@ -185,7 +185,7 @@ class Devices:
         shards = {shard.device: shard.data[None] for shard in array.addressable_shards}
         return jax.make_array_from_single_device_arrays(
             (self.replicas, *array.shape),
-            NamedSharding(self.mesh, DATA),
+            NamedSharding(self.mesh, BATCH),
             [shards[device] for device in self.mesh.devices.flat],
         )
 
@@ -194,5 +194,5 @@ def _on_rows(change: Callable[[jax.Array], jax.Array], specs: Any, tree: Any) ->
     """Applies `change` to the leaves whose rows are on the first axis."""
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     return jax.tree.map(
-        lambda spec, part: jax.tree.map(change, part) if spec == DATA else part, specs, tree, is_leaf=is_spec
+        lambda spec, part: jax.tree.map(change, part) if spec == BATCH else part, specs, tree, is_leaf=is_spec
     )

@@ -23,8 +23,8 @@ from granite_jax.inference.buckets import Bucket, default_buckets, new_token_bud
 from granite_jax.inference.engine import Engine, Request
 from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
-from granite_jax.inference.results import Acoustics, Transcript
-from granite_jax.inference.sharding import DeviceList, Devices
+from granite_jax.inference.results import Emissions, Transcript
+from granite_jax.inference.sharding import DeviceList, DeviceMesh
 from granite_jax.keywords.lists import Keywords, lists_by_input, prepare, validated
 from granite_jax.keywords.options import Entry
 from granite_jax.model import granite_speech
@@ -58,7 +58,7 @@ class Transcriber:
         batch_size: int | None = None,
         buckets: Sequence[Bucket] | None = None,
         speculation: Speculation | None = None,
-        devices: DeviceList | Devices | None = None,
+        devices: DeviceList | DeviceMesh | None = None,
         parallel: Parallel = "shard_map",
         model_parallel: int = 1,
     ):
@@ -80,12 +80,12 @@ class Transcriber:
         self.capabilities = capabilities or Capabilities()
         self.batch_size = batch_size or {"tpu": 64, "gpu": 32}.get(jax.default_backend(), 8)
         self.buckets = tuple(buckets or default_buckets(config, self.batch_size))
-        if not isinstance(devices, Devices):
-            devices = Devices.make(devices, parallel=parallel, model_parallel=model_parallel)
+        if not isinstance(devices, DeviceMesh):
+            devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
         self._preparing = threading.Lock()
         self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
-        self._params = devices.place(params, devices.param_shardings(config))
+        self._params = devices.put(params, devices.param_shardings(config))
         self._engine = Engine(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
 
     @classmethod
@@ -114,7 +114,7 @@ class Transcriber:
         if compilation_cache:
             enable_compilation_cache()
         opened = open_checkpoint(options.checkpoint, options.revision)
-        devices = Devices.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
+        devices = DeviceMesh.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
         return cls(
             opened.config,
             opened.load_params(parse_dtype(options.dtype), sharding=devices.param_shardings(opened.config)),
@@ -268,15 +268,15 @@ class Transcriber:
 
         return readers.read_ahead(inputs, submit, self._engine, 2 * self.read_ahead, ordered)
 
-    def acoustics(self, audio: Any, *, sampling_rate: int | None = None) -> Acoustics:
+    def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
         samples = self._load(audio, sampling_rate, _name(audio, 0)).samples
         padded = np.zeros((1, -(-len(samples) // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
         padded[0, : len(samples)] = samples
         programs = self._engine.programs
-        params, lengths = programs.devices.unplaced(self._params), np.array([len(samples)], np.int32)
-        found = _acoustics(self.config, programs.dtype, params, padded, lengths)
-        return Acoustics(*(np.asarray(array)[0, : num_frames(len(samples))] for array in found))
+        params, lengths = programs.devices.unstack(self._params), np.array([len(samples)], np.int32)
+        found = _emissions(self.config, programs.dtype, params, padded, lengths)
+        return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in found))
 
     def _load(self, source: Any, rate: int | None, name: str) -> Audio:
         if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
@@ -338,7 +338,7 @@ class Transcriber:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _acoustics(config: Config, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
+def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
     features = log_mel(samples, lengths)
     hidden = granite_speech.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
     return features, granite_speech.ctc_logits(config, params, hidden, dtype=dtype)

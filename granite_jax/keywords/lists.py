@@ -100,19 +100,19 @@ class Keywords:
       texts: each keyword as it is written in a draft.
       phrases: the ways to write a keyword, by its index, with full boosts: of the few that are heard; anywhere in a
         text, or at a place in it.
-      heard: the keywords that can be scored, shortest first: the gate's columns.
-      labels: int16 `[len(heard), gate.WIDTH]`, their CTC labels, zeros before them.
+      scored: the keywords that can be scored, shortest first: the spotter's columns.
+      labels: int16 `[len(scored), spotter.WIDTH]`, their CTC labels, zeros before them.
       always: the keywords that are used whatever is heard.
     """
 
     texts: tuple[str, ...]
     phrases: Callable[..., tuple[Phrase, ...]]
-    heard: tuple[int, ...]
+    scored: tuple[int, ...]
     labels: np.ndarray
     always: tuple[int, ...]
 
     @functools.cached_property
-    def trie(self) -> KeywordAutomaton:
+    def always_automaton(self) -> KeywordAutomaton:
         """Of the keywords that are used whatever is heard."""
         return build_automaton(phrase for keyword in self.always for phrase in self.phrases(keyword))
 
@@ -131,23 +131,23 @@ def prepare(
         text, boost = entries[keyword]
         return tuple(phrases_of(text, place, options.boost if boost is None else boost, options.lower_case, tokenizer))
 
-    labels = [sounds(text, num_labels) if options.threshold is not None else [] for text, _ in entries]
-    heard = sorted((i for i in range(len(entries)) if labels[i]), key=lambda i: len(labels[i][: spotter.WIDTH]))
-    matrix = np.zeros((len(heard), spotter.WIDTH), np.int16)
-    for row, i in enumerate(heard):
+    labels = [ctc_labels(text, num_labels) if options.threshold is not None else [] for text, _ in entries]
+    scored = sorted((i for i in range(len(entries)) if labels[i]), key=lambda i: len(labels[i][: spotter.WIDTH]))
+    matrix = np.zeros((len(scored), spotter.WIDTH), np.int16)
+    for row, i in enumerate(scored):
         matrix[row, -len(labels[i][: spotter.WIDTH]) :] = labels[i][: spotter.WIDTH]
     always = tuple(i for i in range(len(entries)) if not labels[i])
     # No way to write a keyword has more tokens than bytes.
-    texts = (entries[i][0] for i in heard)
+    texts = (entries[i][0] for i in scored)
     longest = sorted((2 * len({text, text.lower()}) * (1 + len(text.encode())) for text in texts), reverse=True)
     used = sum(longest[: spotter.KEPT]) + sum(len(phrase.tokens) for i in always for phrase in phrases(i))
     if used + 4 > STATES:
         raise PromptError(f"{len(entries)} keywords may take {used} tokens, at most {STATES - 4} are accepted")
     written = tuple(text.lower() if options.lower_case else text for text, _ in entries)
-    return Keywords(written, phrases, tuple(heard), matrix, always)
+    return Keywords(written, phrases, tuple(scored), matrix, always)
 
 
-def sounds(text: str, num_labels: int) -> list[int]:
+def ctc_labels(text: str, num_labels: int) -> list[int]:
     """The CTC labels by which a keyword is scored: letters that have one, in lower case, and spaces between words.
 
     Accents and widths of letters without a label are dropped, hiragana become katakana, hyphens separate words. What is

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from granite_jax.keywords.lists import Keywords
-from granite_jax.keywords.spotter import Support
+from granite_jax.keywords.spotter import SpottingScores
 from granite_jax.model import ctc
 
 _SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
@@ -15,7 +15,7 @@ _RIVAL = 0.2  # nats a character by which a keyword must sound better than anoth
 
 
 @dataclasses.dataclass(frozen=True)
-class Heard:
+class KeywordMatch:
     """A keyword that an utterance can hold: its index, its score in nats a character, its span in frames."""
 
     keyword: int
@@ -24,26 +24,28 @@ class Heard:
     end: int
 
 
-def select(keywords: Keywords, support: Support, row: int, labels: np.ndarray, threshold: float) -> list[Heard]:
+def filter_matches(
+    keywords: Keywords, scores: SpottingScores, row: int, labels: np.ndarray, threshold: float
+) -> list[KeywordMatch]:
     """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best.
 
     Args:
       labels: best label of every frame, `[t]`, of the utterance: a keyword that is only part of a word scores less.
     """
     found = []
-    for column, score, start, end in zip(*(x[row] for x in vars(support).values()), strict=True):
+    for column, score, start, end in zip(*(x[row] for x in vars(scores).values()), strict=True):
         if score < threshold:
             break
-        spelt = keywords.labels[column]
-        spaced = ctc.label_character(int(spelt[-1])) < "\u3000"
-        cut = int(_goes_on(labels[end:], spelt[-1])) + int(_goes_on(labels[:start][::-1], spelt[spelt > 0][0]))
-        score -= spaced * cut * _CUT / np.count_nonzero(spelt)
-        found.append(Heard(keywords.heard[int(column)], float(score), int(start), int(end)))
-    passed: list[Heard] = []
-    for one in sorted(found, key=lambda one: -one.score):
-        rivals = (other for other in passed if other.score - one.score > _RIVAL and _overlap(one, other))
-        if one.score >= threshold and next(rivals, None) is None:
-            passed.append(one)
+        spelled = keywords.labels[column]
+        spaced = ctc.label_character(int(spelled[-1])) < "\u3000"
+        cut = int(_goes_on(labels[end:], spelled[-1])) + int(_goes_on(labels[:start][::-1], spelled[spelled > 0][0]))
+        score -= spaced * cut * _CUT / np.count_nonzero(spelled)
+        found.append(KeywordMatch(keywords.scored[int(column)], float(score), int(start), int(end)))
+    passed: list[KeywordMatch] = []
+    for match in sorted(found, key=lambda match: -match.score):
+        rivals = (other for other in passed if other.score - match.score > _RIVAL and _overlap(match, other))
+        if match.score >= threshold and next(rivals, None) is None:
+            passed.append(match)
     return passed
 
 
@@ -54,33 +56,33 @@ def _goes_on(labels: np.ndarray, edge: int) -> bool:
     return len(sounding) > 0 and sounding[0] != ord(" ")
 
 
-def _overlap(one: Heard, other: Heard) -> bool:
+def _overlap(match: KeywordMatch, other: KeywordMatch) -> bool:
     """Whether two spans share more than half of the shorter."""
-    shared = min(one.end, other.end) - max(one.start, other.start)
-    return 2 * shared > min(one.end - one.start, other.end - other.start)
+    shared = min(match.end, other.end) - max(match.start, other.start)
+    return 2 * shared > min(match.end - match.start, other.end - other.start)
 
 
-def repair(labels: np.ndarray, heard: Sequence[Heard], texts: Sequence[str]) -> str:
+def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], texts: Sequence[str]) -> str:
     """The greedy CTC text with the words that fill a keyword's span replaced by the keyword.
 
     Args:
       labels: best label of every frame, `[t]`, of one utterance.
-      heard: best first; of several in one place, the first is taken.
+      matches: best first; of several in one place, the first is taken.
       texts: as of `Keywords`.
     """
     words = _words(labels)
-    for one in heard:
+    for match in matches:
         inside = [
             i
             for i, (_, start, end, _) in enumerate(words)
-            if min(end, one.end) - max(start, one.start) > (end - start) / 2
+            if min(end, match.end) - max(start, match.start) > (end - start) / 2
         ]
         if not inside:
             continue
         first, last = inside[0], inside[-1]
-        fits = abs(words[first][1] - one.start) <= _SLACK and abs(words[last][2] - one.end) <= _SLACK
+        fits = abs(words[first][1] - match.start) <= _SLACK and abs(words[last][2] - match.end) <= _SLACK
         if fits and not any(words[i][3] for i in inside):
-            words[first : last + 1] = [(texts[one.keyword], words[first][1], words[last][2], True)]
+            words[first : last + 1] = [(texts[match.keyword], words[first][1], words[last][2], True)]
     return " ".join(text for text, *_ in words)
 
 

@@ -22,12 +22,12 @@ class Place(NamedTuple):
 
 def places(draft: str, keyword: str) -> list[Place]:
     """The places of a keyword in a draft, each by the word before it and by the two words before it."""
-    words, spelt = draft.split(), keyword.split()
+    words, spelled = draft.split(), keyword.split()
     found = [
         Place(tuple(words[max(i - count, 0) : i]), i <= count)
         for i in range(len(words))
         for count in range(1, len(IN_PLACE) + 1)
-        if words[i : i + len(spelt)] == spelt
+        if words[i : i + len(spelled)] == spelled
     ]
     return list(dict.fromkeys(found))
 

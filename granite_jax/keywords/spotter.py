@@ -30,7 +30,7 @@ _CHUNK = 256  # keywords scored together
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class KeywordBatch:
     """The keywords to score of each row.
 
     Fields:
@@ -44,7 +44,7 @@ class Candidates:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Support:
+class SpottingScores:
     """The keywords of each row with the best scores, best first.
 
     Fields:
@@ -59,7 +59,7 @@ class Support:
     ends: Int[Array, "b k"]
 
 
-def candidates(rows: Sequence[np.ndarray | None]) -> Candidates:
+def make_keyword_batch(rows: Sequence[np.ndarray | None]) -> KeywordBatch:
     """The rows' label matrices `[keywords, WIDTH]` as one numpy array of a size that depends on `len(rows)` alone."""
     labels = np.zeros((len(rows), MAX_KEYWORDS, WIDTH), np.int16)
     counts = np.zeros(len(rows), np.int32)
@@ -67,10 +67,10 @@ def candidates(rows: Sequence[np.ndarray | None]) -> Candidates:
         if matrix is not None:
             counts[row] = len(matrix)
             labels[row, : len(matrix)] = matrix
-    return Candidates(labels, counts)  # pyright: ignore
+    return KeywordBatch(labels, counts)  # pyright: ignore
 
 
-def support(logits: CTCLogits, lengths: Lengths, keywords: Candidates) -> Support:
+def score_keywords(logits: CTCLogits, lengths: Lengths, keywords: KeywordBatch) -> SpottingScores:
     """Scores every keyword against its row's `lengths` valid frames."""
     frames = jnp.arange(logits.shape[1])[None, :, None] < lengths[:, None, None]
     relative = jnp.where(frames, logits - logits.max(axis=-1, keepdims=True), -jnp.inf)
@@ -93,7 +93,7 @@ def support(logits: CTCLogits, lengths: Lengths, keywords: Candidates) -> Suppor
     scores, columns = jax.lax.top_k(scores, KEPT)
     best = jnp.take_along_axis(labels, columns[..., None], axis=1)
     _, starts, ends = _align(relative, jnp.where(total > 0, last, 0), best)
-    return Support(columns.astype(jnp.int32), scores, starts, ends)
+    return SpottingScores(columns.astype(jnp.int32), scores, starts, ends)
 
 
 def _align(

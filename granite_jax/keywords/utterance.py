@@ -8,32 +8,32 @@ import numpy as np
 
 from granite_jax.keywords.automaton import STATES, KeywordAutomaton, Phrase, build_automaton
 from granite_jax.keywords.lists import Keywords
-from granite_jax.keywords.matches import Heard, repair
+from granite_jax.keywords.matches import KeywordMatch, repair
 from granite_jax.keywords.phrases import places
 
 
 def utterance_automaton(
-    keywords: Keywords, heard: Sequence[Heard], labels: np.ndarray, threshold: float
+    keywords: Keywords, matches: Sequence[KeywordMatch], labels: np.ndarray, threshold: float
 ) -> KeywordAutomaton | None:
-    """The automaton of the keywords heard and of those that cannot be scored. None if there are none.
+    """The automaton of the keywords that were spotted and of those that cannot be scored. None if there are none.
 
     Args:
       labels: best label of every frame, `[t]`, of the utterance.
     """
-    if not heard:
-        return keywords.trie if keywords.always else None
+    if not matches:
+        return keywords.always_automaton if keywords.always else None
     phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases(keyword)]
     placed: list[Phrase] = []
-    draft = repair(labels, heard, keywords.texts)
-    for one in heard:
-        scaled = functools.partial(_scaled, share=1 - 0.5 * one.score / threshold)
-        phrases += map(scaled, keywords.phrases(one.keyword))
-        text = keywords.texts[one.keyword]
+    draft = repair(labels, matches, keywords.texts)
+    for match in matches:
+        scaled = functools.partial(_scaled, share=1 - 0.5 * match.score / threshold)
+        phrases += map(scaled, keywords.phrases(match.keyword))
+        text = keywords.texts[match.keyword]
         # Where the draft does not have it: what was heard before it.
         for place in places(draft, text) or places(
-            f"{repair(labels[: one.start], heard, keywords.texts)} {text}", text
+            f"{repair(labels[: match.start], matches, keywords.texts)} {text}", text
         ):
-            placed += map(scaled, keywords.phrases(one.keyword, place))
+            placed += map(scaled, keywords.phrases(match.keyword, place))
     # Of a text with very many, the first: `prepare` has made sure that there is room for the others.
     lengths = itertools.accumulate((len(phrase.tokens) for phrase in (*phrases, *placed)), initial=4)
     room = sum(length <= STATES for length in lengths) - 1

@@ -78,7 +78,7 @@ class BlockAttention(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation by running statistics, or by those of the valid frames at hand."""
+    """Batch normalization by running statistics, or by those of the valid frames at hand."""
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
@@ -207,7 +207,7 @@ class Encoder(nnx.Module):
     ) -> EncoderOutput:
         """Encodes features whose rows hold `lengths` valid frames.
 
-        `train` normalises by the batch's own statistics; `capture_layers` keeps every block's output.
+        `train` normalizes by the batch's own statistics; `capture_layers` keeps every block's output.
         """
         valid = jnp.arange(features.shape[1])[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)

@@ -1,6 +1,6 @@
 """Log-mel features on the device: waveform -> pairs of stacked log-mel frames.
 
-The same numbers as the reference's feature extractor (torchaudio's MelSpectrogram and the normalisation of
+The same numbers as the reference's feature extractor (torchaudio's MelSpectrogram and the normalization of
 `GraniteSpeechFeatureExtractor`), computed for every row as if it were alone: reflection and the
 utterance's maximum are taken at the row's true end.
 """
@@ -13,7 +13,7 @@ from granite_jax.array_types import Features, Lengths, Samples
 
 SAMPLING_RATE = 16_000  # Hz
 HOP = 160  # samples: 10 ms
-WINDOW = 400  # samples: 25 ms, centred in the FFT
+WINDOW = 400  # samples: 25 ms, centerd in the FFT
 FFT = 512
 NUM_MELS = 80
 MIN_SAMPLES = FFT // 2 + 1  # fewer cannot be reflected at the FFT's margin
@@ -27,7 +27,7 @@ def num_frames(num_samples):
 
 
 def _mel_filters() -> np.ndarray:
-    """Triangular HTK mel filters from 0 to 8 kHz, not area-normalised: float32 [FFT // 2 + 1, NUM_MELS].
+    """Triangular HTK mel filters from 0 to 8 kHz, not area-normalized: float32 [FFT // 2 + 1, NUM_MELS].
 
     Rounded at every step where torchaudio rounds: the edges of the narrow filters move the features by up to 1e-5.
     """
@@ -43,16 +43,16 @@ def _mel_filters() -> np.ndarray:
 
 
 def _fourier_basis() -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines under half of a periodic Hann window, from its centre on: twice [_MARGIN, FFT // 2 + 1]."""
+    """Cosines and sines under half of a periodic Hann window, from its center on: twice [_MARGIN, FFT // 2 + 1]."""
     time = np.arange(_MARGIN)[:, None]
     hann = 0.5 + 0.5 * np.cos(2.0 * np.pi * time / WINDOW)
-    hann[0] /= 2.0  # the centre is its own mirror image
+    hann[0] /= 2.0  # the center is its own mirror image
     angle = 2.0 * np.pi * time * np.arange(FFT // 2 + 1) / FFT
     return hann * np.cos(angle), hann * np.sin(angle)
 
 
 def log_mel(samples: Samples, lengths: Lengths) -> Features:
-    """Stacked, normalised log-mel features.
+    """Stacked, normalized log-mel features.
 
     Args:
       samples: float32 waveforms in [-1, 1] at 16 kHz, padded on the right with anything finite.
@@ -78,7 +78,7 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     """Squared magnitudes of the windowed frames' Fourier transform: `[b, t, WINDOW]` -> `[b, t, FFT // 2 + 1]`.
 
     Matrix products take only the 400 samples under the window, and run on a TPU's matrix unit. Cosines are even and
-    sines odd about the window's centre, so sums and differences of mirrored samples halve the work.
+    sines odd about the window's center, so sums and differences of mirrored samples halve the work.
 
     In a quiet bin beside loud ones little is left of large terms, and float32's rounding shows: in the features up to
     1e-4 by a plain product, 5e-5 by an FFT (the reference's too). So samples and basis are split into a coarse part of

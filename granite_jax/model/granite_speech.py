@@ -98,7 +98,7 @@ def encode(
       features: float32 log-mel features of `log_mel`, `[b, t, 160]`.
       lengths: valid frames of each row, `features.num_frames(samples)`.
       capture_layers: also return every block's output.
-      train: normalise by the batch's own statistics.
+      train: normalize by the batch's own statistics.
     """
     encoder: Encoder = _part(config, params, "encoder")
     return encoder(features.astype(dtype), lengths, capture_layers=capture_layers, train=train)

@@ -24,9 +24,9 @@ from granite_jax.decoding import Draft
 from granite_jax.errors import GraniteError
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
-from granite_jax.inference.sharding import DATA, WHOLE, DeviceList, Devices
+from granite_jax.inference.sharding import BATCH, REPLICATED, DeviceList, DeviceMesh
 from granite_jax.keywords.automaton import no_keywords
-from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, Candidates
+from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 
@@ -93,8 +93,8 @@ def plan(
     """
     chips = _chips(topology)
     limit = _limit(chips[0])
-    devices = Devices.make(chips, model_parallel=model_parallel)
-    rows = NamedSharding(devices.mesh, DATA)
+    devices = DeviceMesh.make(chips, model_parallel=model_parallel)
+    rows = NamedSharding(devices.mesh, BATCH)
     programs = Programs(config, dtype, devices=devices)
     params = _placed(granite_speech.abstract_params(config, dtype), devices.param_shardings(config), dtype)
     batch = bucket.batch * devices.replicas
@@ -102,14 +102,14 @@ def plan(
     def of_rows(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
 
-    sounds = Candidates(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
+    sounds = KeywordBatch(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
     samples = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), sounds)
     yield _read("encode", _compile(programs.encode.lower(*samples)), 0, config, limit)
 
     audio = jax.tree.map(lambda x: of_rows(x.dtype, *x.shape[1:]), jax.eval_shape(programs.encode, *samples).audio)
     draft = Draft(of_rows(jnp.int32, bucket.draft), of_rows(jnp.int32))
     tables = no_keywords(batch)
-    automata = _placed(tables, jax.tree.map(lambda _: NamedSharding(devices.mesh, WHOLE), tables))
+    automata = _placed(tables, jax.tree.map(lambda _: NamedSharding(devices.mesh, REPLICATED), tables))
     automata = dataclasses.replace(automata, starts=of_rows(jnp.int32))
     prompts = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft, automata)
     prefill = _compile(programs.prefill.lower(*prompts, capacity=bucket.capacity))
@@ -144,7 +144,7 @@ def _chips(topology: str) -> DeviceList:
 
 def _limit(chip: Any) -> int:
     """Bytes of a chip's memory that programs can have: what the compiler says when asked for too much."""
-    sharding = NamedSharding(Mesh(np.array([chip]), ("x",)), WHOLE)
+    sharding = NamedSharding(Mesh(np.array([chip]), ("x",)), REPLICATED)
     huge = jax.ShapeDtypeStruct((1 << 50,), jnp.int8, sharding=sharding)
     try:
         jax.jit(jnp.negative).lower(huge).compile()

@@ -8,7 +8,7 @@ In short:
     from granite_jax import plotting
 
     (transcript,) = asr.transcribe("a.wav")
-    plotting.overview(asr.acoustics("a.wav"), transcript, asr.tokenizer).savefig("a.png")
+    plotting.overview(asr.ctc_emissions("a.wav"), transcript, asr.tokenizer).savefig("a.png")
 """
 
 from granite_jax.plotting.figures import (

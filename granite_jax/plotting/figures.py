@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
-from granite_jax.inference.results import Acoustics, Transcript
+from granite_jax.inference.results import Emissions, Transcript
 from granite_jax.model import ctc
 from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
 from granite_jax.text.tokenizer import Tokenizer
@@ -58,11 +58,11 @@ _LEGEND = {
 _ASIAN_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "IPAexGothic", "Hiragino Sans", "Yu Gothic", "Microsoft YaHei")
 
 
-def overview(acoustics: Acoustics, transcript: Transcript, tokenizer: Tokenizer, text: str | None = None) -> Figure:
+def overview(emissions: Emissions, transcript: Transcript, tokenizer: Tokenizer, text: str | None = None) -> Figure:
     """One utterance: log-mel, CTC posteriors and words over time, then draft and text.
 
     Args:
-      acoustics: of the same audio, as of `Transcriber.acoustics`.
+      emissions: of the same audio, as of `Transcriber.emissions`.
       text: what is aligned to the audio, if not the transcript's: of a translation, the `ctc_text`.
 
     Raises:
@@ -70,20 +70,20 @@ def overview(acoustics: Acoustics, transcript: Transcript, tokenizer: Tokenizer,
     """
     if transcript.error is not None:
         raise GraniteError(transcript.error)
-    duration = len(acoustics.features) * ctc.FRAME_SECONDS
+    duration = len(emissions.features) * ctc.FRAME_SECONDS
     rows = max(1, math.ceil(duration / _SECONDS_PER_ROW - 0.05))
     lines = _lines(compare(transcript, tokenizer), _columns(_OVERVIEW_WIDTH))
-    labels = len(_heard(_probabilities(acoustics.ctc_logits)))
+    labels = len(_heard(_probabilities(emissions.ctc_logits)))
     heights = [*[1.6, 0.6 + 0.12 * labels, 0.6] * rows, 0.5 + _LINE_INCHES * len(lines)]
     figure = _figure(_OVERVIEW_WIDTH, 0.7 + sum(heights) + 0.25 * len(heights))
     figure.suptitle(f"{printable(transcript.audio)}: {duration:.1f} s", fontfamily=_fonts(), parse_math=False)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[60, 1])
-    spoken = _words(acoustics.ctc_logits, transcript.text if text is None else text, transcript.ctc_text)
+    spoken = _words(emissions.ctc_logits, transcript.text if text is None else text, transcript.ctc_text)
     for row in range(rows):
         panels = [figure.add_subplot(grid[3 * row + place, 0]) for place in range(3)]
         bars = [figure.add_subplot(grid[3 * row + place, 1]) for place in range(2)]
-        log_mel(acoustics.features, ax=panels[0], cax=bars[0])
-        ctc_posteriors(acoustics.ctc_logits, ax=panels[1], cax=bars[1])
+        log_mel(emissions.features, ax=panels[0], cax=bars[0])
+        ctc_posteriors(emissions.ctc_logits, ax=panels[1], cax=bars[1])
         alignment(spoken, ax=panels[2])
         start = row * _SECONDS_PER_ROW
         end = duration if rows == 1 else start + _SECONDS_PER_ROW
@@ -100,7 +100,7 @@ def log_mel(features: Float[np.ndarray, "t 160"], *, ax: Axes | None = None, cax
     """Log-mel features of one utterance, as of `granite_jax.log_mel`, in decibels below the loudest.
 
     Args:
-      ax, cax: axes for the picture and for its colour bar.
+      ax, cax: axes for the picture and for its color bar.
     """
     # The features are log10(power) / 4 + 1.
     level = 40.0 * (np.asarray(features) - np.max(features))
@@ -119,9 +119,9 @@ def mel_map(
     """Anything that has the shape of the features, such as gradients with respect to them.
 
     Args:
-      label: of the colour bar: what the values are, with their unit.
-      limits: values of the first and the last colour.
-      colors: a colour map of matplotlib.
+      label: of the color bar: what the values are, with their unit.
+      limits: values of the first and the last color.
+      colors: a color map of matplotlib.
     """
     ax = _axes(ax, 10.0, 3.0)
     picture = np.asarray(values, np.float32).reshape(-1, NUM_MELS).T
@@ -369,7 +369,7 @@ def _words(logits: np.ndarray, *texts: str) -> list[ctc.Word]:
 
 
 def _mel_place(hertz: float) -> float:
-    """Where a frequency is among the mel bands, whose centres divide the mel scale from 0 to 8 kHz evenly."""
+    """Where a frequency is among the mel bands, whose centers divide the mel scale from 0 to 8 kHz evenly."""
     mel = [math.log1p(f / 700.0) for f in (hertz, SAMPLING_RATE / 2)]
     return mel[0] / mel[1] * (NUM_MELS + 1) - 0.5
 

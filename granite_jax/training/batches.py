@@ -1,4 +1,4 @@
-"""Shuffled, length-bucketed training batches of a synthesised corpus."""
+"""Shuffled, length-bucketed training batches of a synthesized corpus."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

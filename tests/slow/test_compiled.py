@@ -68,7 +68,7 @@ def test_every_program_fits_a_chip(reports: dict[str, dict]) -> None:
 
 
 def test_no_chip_waits_for_another(reports: dict[str, dict]) -> None:
-    # When the optimised programs are searched for collectives, then there are none
+    # When the optimized programs are searched for collectives, then there are none
     assert {name: report["collectives"] for name, report in reports.items()} == dict.fromkeys(reports, 0)
 
 
