@@ -54,7 +54,7 @@ notebooks: $(VENV)/.test-slow
 	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
 	$(PY) -m granite_jax.cli transcribe granite_jax/evaluation/heldout_clips/heldout-2-000250.ogg --plot colab/overview.png
 
-# Needs espeak-ng, and hours.
+# Needs espeak-ng, flite, fortunes and wamerican (Debian packages), and hours.
 demo-checkpoint: $(VENV)/.train
 	$(PY) -m granite_jax.training.recipes.demo.recipe all $(WORK)
 
