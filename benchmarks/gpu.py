@@ -278,7 +278,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
     endless = dataclasses.replace(config.decoder, eos_token_id=config.audio_token_id)
     config = dataclasses.replace(config, decoder=endless)
     bucket, programs = make_bucket(config, work.batch, work.seconds), Programs(config, jnp.bfloat16)
-    split, place = programs.devices.split, programs.devices.place
+    split, place = programs.devices.shard_rows, programs.devices.put
     bench.emit("about", text=str(bucket))
 
     @jax.jit

@@ -1,6 +1,6 @@
 """What keywords bring and cost: word error rates with lists of true names and distractors, and time and memory.
 
-    python -m granite_jax.training.recipes.demo.synthesis generate DIR --split heldout --count 2400 --seed 5
+    python -m granite_jax.training.recipes.demo.recipe data WORK      # DIR: WORK/keywords-test or WORK/keywords-tune
     python benchmarks/keywords.py rates DIR RESULTS [--parts lists ctc curve] [--limit N]
     python benchmarks/keywords.py report DIR RESULTS
     python benchmarks/keywords.py cost
@@ -38,11 +38,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.decoding.automaton import FIRST
-
 from benchmarks.timing import elapsed, measure_in_turns, median_ratios
 from granite_jax.audio.load import SAMPLE_RATE
-from granite_jax.decoding import BatchedAutomata, KeywordAutomaton, batch_automata, no_keywords
 from granite_jax.evaluation.metrics import (
     GAP,
     Counts,
@@ -59,7 +56,10 @@ from granite_jax.inference.engine import Engine
 from granite_jax.inference.programs import Encoded, pad_drafts
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
-from granite_jax.keywords.lists import BOOST, IN_PLACE, THRESHOLD, KeywordOptions, prepare
+from granite_jax.keywords.automaton import FIRST, BatchedAutomata, KeywordAutomaton, batch_automata, no_keywords
+from granite_jax.keywords.lists import prepare
+from granite_jax.keywords.options import BOOST, THRESHOLD, KeywordOptions
+from granite_jax.keywords.phrases import IN_PLACE
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames

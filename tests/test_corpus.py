@@ -1,6 +1,7 @@
 """Texts, noise, rendering and the reader of synthetic speech. None of this needs a synthesizer or Debian's texts."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import soundfile
 
 from granite_jax.training.corpus import Corpus, Utterance
-from granite_jax.training.recipes.demo import grammar, noise, sets, synthesis, texts
+from granite_jax.training.recipes.demo import clips, grammar, noise, sets, synthesis, texts
 
 TEXT = re.compile(r"[a-z']+( [a-z']+)*")
 
@@ -303,3 +304,26 @@ def test_recordings_of_people_are_read_with_what_is_said(tmp_path: Path) -> None
         ("people (commands)", None, 100),
     ]
     assert list(sets.people(tmp_path / "absent")) == []
+
+
+def test_committed_audio_is_written_with_what_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Given a synthesizer that always speaks for a second, and few clips of a kind
+    tone = np.sin(np.arange(synthesis.RATE, dtype=np.float32) / 7)
+    monkeypatch.setattr(synthesis, "speak", lambda *_: tone)
+    for kind in ("FREE", "GRAMMAR", "JOINED"):
+        monkeypatch.setattr(clips, f"{kind}_CLIPS", 2)
+    monkeypatch.setitem(sets.SETS, "test", lambda: itertools.islice(sets._test(), 302))
+    # When clips and samples are written
+    clips.heldout(tmp_path / "clips")
+    clips.samples(tmp_path / "samples")
+    # Then each file is there, in its rate, and its line says what is said
+    lines = [json.loads(line) for line in (tmp_path / "clips" / "heldout.jsonl").read_text().splitlines()]
+    assert [line["audio"] for line in lines] == [
+        f"{k}-{i:03d}.ogg" for k in ("free", "grammar", "joined") for i in (0, 1)
+    ]
+    assert all(TEXT.fullmatch(line["text"]) and set(line["names"]) <= set(line["text"].split()) for line in lines)
+    assert all(soundfile.info(tmp_path / "clips" / line["audio"]).duration >= 1 for line in lines)
+    stereo = soundfile.info(tmp_path / "samples" / "stereo-44k.wav")
+    assert (stereo.samplerate, stereo.channels) == (44_100, 2)
+    said = [json.loads(line)["text"] for line in (tmp_path / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert said == [" ".join(sample.sentences) for sample in clips.SAMPLES]
