@@ -41,13 +41,15 @@ class Listener(StandIn):
         self.buckets = BUCKETS
         self.compilations = 0
         self.heard: list[str] = []
+        self.keywords: dict[str, Any] = {}
 
     def warmup(self, buckets: Sequence[Bucket]) -> None:
         self.compilations += len(buckets)
 
-    def transcribe(self, audio: list, *_: Any, progress: Any = None, **__: Any) -> list[Transcript]:
+    def transcribe(self, audio: list, *_: Any, keywords: Any = None, progress: Any = None, **__: Any) -> list:
         results = []
-        for each in audio:
+        for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
+            self.keywords[each.name] = listed
             self.heard.append(each.name)
             results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration))
             if progress is not None:

@@ -41,6 +41,23 @@ def test_lists_are_for_the_utterances_they_name(manifest: Path, tmp_path: Path) 
         evaluate([manifest], tmp_path / "out", keyword_lists=[lists])
 
 
+def test_the_model_is_told_of_lists_if_asked_to(manifest: Path, tmp_path: Path) -> None:
+    # Given lists with distractors for utterances, and a listener who notes what it is told
+    write_lines(manifest, *({"audio": name, "id": name[0], "text": text} for name, text in SAID.items()))
+    rows = [f"{name[0]}\t{text.upper()}\t[]\t{json.dumps(['ZURICH', name])}" for name, text in SAID.items()]
+    lists = write_lines(tmp_path / "lists.tsv", *rows)
+    # When evaluated with and without bias, then it is told of the fourth column, or of nothing
+    _, told = evaluate([manifest], tmp_path / "biased", keyword_lists=[lists], bias=True)
+    assert told.keywords == {name: ["ZURICH", name] for name in SAID}
+    _, told = evaluate([manifest], tmp_path / "plain", keyword_lists=[lists])
+    assert set(map(str, told.keywords.values())) == {"None"}
+    # And these are different jobs, and a set without lists cannot bias
+    with pytest.raises(GraniteError, match="another job: keyword_lists"):
+        evaluate([manifest], tmp_path / "plain", keyword_lists=[lists], bias=True)
+    with pytest.raises(GraniteError, match="set calls: has no keyword lists to bias with"):
+        evaluate([manifest], tmp_path / "none", bias=True)
+
+
 def test_a_run_counts_what_fails_and_leaves_out_what_has_no_words(manifest: Path, tmp_path: Path) -> None:
     # Given a file that is no audio, and a reference without words
     (tmp_path / "e.wav").write_bytes(b"")

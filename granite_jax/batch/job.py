@@ -9,6 +9,7 @@ A part is there as a whole or not at all, and is what is lost when a worker dies
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.pretrained import open_checkpoint
 
 PART_SIZE = 1024
@@ -124,6 +126,7 @@ def run(
     readers: Kind = "threads",
     num_readers: int = 16,
     storage_options: dict[str, dict[str, Any]] | None = None,
+    keyword_lists: Sequence[Sequence[Keyword] | None] = (),
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **fields: Any,
@@ -151,6 +154,7 @@ def run(
       allow: protocols that audio may come by: of "file", "gs", "s3", "https".
       readers, num_readers: threads, or processes, which survive files that kill a decoder.
       storage_options: arguments of fsspec's file systems, by protocol.
+      keyword_lists: a list of keywords for each entry of the manifest (None: as its line or the options have it).
       progress: called when some utterances are done.
       stop: asked often; True ends the run without its current part.
       fields: of `ModelOptions` and `TranscribeOptions`, in place of theirs.
@@ -183,7 +187,14 @@ def run(
             "entries": scanned.entries,
             "part_size": part_size,
         }
-        worker = _Worker(scanned, store, claim_output_dir(store, description), share, asked, work, progress, stop)
+        if keyword_lists:
+            if len(keyword_lists) != scanned.entries:
+                raise GraniteError(f"{len(keyword_lists)} keyword_lists for {scanned.entries} entries")
+            text = json.dumps([None if listed is None else list(listed) for listed in keyword_lists])
+            description["keyword_lists"] = hashlib.sha256(text.encode()).hexdigest()
+        worker = _Worker(
+            scanned, store, claim_output_dir(store, description), share, asked, work, progress, stop, keyword_lists
+        )
 
         def load() -> Transcriber:
             if transcriber is not None:
@@ -232,18 +243,23 @@ def transcribe_group(
     options: TranscribeOptions,
     reads: Sequence[LoadedEntry],
     progress: Callable[[int], None] | None = None,
+    keyword_lists: Sequence[Sequence[Keyword] | None] = (),
 ) -> dict[int, Transcript]:
-    """Transcripts, by index, of entries with the same options; what fails has an error."""
+    """Transcripts, by index, of entries with the same options; what fails has an error.
+
+    Args:
+      keyword_lists: for each index, before the lists of entries and options; none at all, or one (or None) an index.
+    """
     report = progress or (lambda count: None)
     found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
     report(len(found))
     usable = {read.entry.index: read for read in reads if read.audio is not None}
-    own = (read.entry.keywords for read in usable.values())
+    own = [(keyword_lists[i] if keyword_lists else None, read.entry.keywords) for i, read in usable.items()]
     try:
         transcripts = asr.transcribe(
             [read.audio for read in usable.values()],
             options,
-            keywords=[None if keywords is None else list(keywords) for keywords in own],
+            keywords=[next((list(listed) for listed in lists if listed is not None), None) for lists in own],
             on_error="return",
             progress=progress,
         )
@@ -265,6 +281,7 @@ class _Worker:
     work: Path
     report: Callable[[Progress], None] | None
     stop: Callable[[], bool] | None
+    keyword_lists: Sequence[Sequence[Keyword] | None] = ()
     progress: Progress = dataclasses.field(default_factory=Progress)
     _started: float = dataclasses.field(default=0.0, init=False)
 
@@ -372,7 +389,7 @@ class _Worker:
             self.progress.done += count
             self._report()
 
-        found = transcribe_group(asr, chunk.options or self.options, chunk.reads, advance)
+        found = transcribe_group(asr, chunk.options or self.options, chunk.reads, advance, self.keyword_lists)
         lines = {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
         self._report()  # the audio, too
         return lines

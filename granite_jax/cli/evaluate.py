@@ -39,6 +39,10 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="TSV", help="LibriSpeech biasing lists, for B-WER and U-WER; repeatable"),
     ] = None,
+    bias: Annotated[
+        bool,
+        typer.Option("--bias", help="tell the model each utterance's list, of --keyword-lists or the set's own"),
+    ] = False,
     part_size: Annotated[int, typer.Option(min=1, help="utterances that are lost together if killed")] = 128,
     root: Annotated[
         str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
@@ -74,6 +78,7 @@ def evaluate(
                     language=language,
                     normalizer=normalizer,
                     keyword_lists=keyword_lists or (),
+                    bias=bias,
                     root=root,
                     part_size=part_size,
                     progress=display.show,

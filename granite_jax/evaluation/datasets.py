@@ -39,6 +39,7 @@ class Utterance:
       id: the set's own name of it, or its place.
       text: what is said, or its translation.
       keywords: those words of the text that B-WER is about; None if the set does not tell.
+      biasing: what the model is told if it is to be biased; None for `keywords`.
       seconds: of audio, if the set tells.
     """
 
@@ -46,6 +47,7 @@ class Utterance:
     text: str
     keywords: tuple[str, ...] | None = None
     seconds: float | None = None
+    biasing: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

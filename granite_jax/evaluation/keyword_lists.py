@@ -2,7 +2,8 @@
 
     id <tab> reference <tab> ["rare", "words"] <tab> ["rare", "words", "and", "distractors"]
 
-The words of the third column are in the reference; B-WER is about them. The fourth is for the model, and may be absent.
+The words of the third column are in the reference; B-WER is about them. The fourth is
+for the model, which is told the third where there is no fourth.
 """
 
 import json
@@ -16,10 +17,11 @@ from granite_jax.errors import GraniteError
 
 @dataclass(frozen=True)
 class KeywordList:
-    """Reference and rare words of an utterance."""
+    """An utterance's reference, its rare words, and the words that the model is told: rare ones and distractors."""
 
     reference: str
     words: tuple[str, ...]
+    biasing: tuple[str, ...] = ()
 
 
 def read_keyword_lists(paths: Iterable[str | os.PathLike[str]]) -> dict[str, KeywordList]:
@@ -45,18 +47,23 @@ def _parse(line: str) -> tuple[str, KeywordList]:
     columns = line.split("\t")
     if len(columns) not in (3, 4):
         raise GraniteError(f"has {len(columns)} columns, not id, reference, rare words and optionally biasing words")
+    words = _words("rare", columns[2])
+    return columns[0], KeywordList(columns[1], words, _words("biasing", columns[3]) if len(columns) == 4 else words)
+
+
+def _words(kind: str, column: str) -> tuple[str, ...]:
     try:
-        words = json.loads(columns[2])
+        words = json.loads(column)
     except (ValueError, RecursionError):
         words = None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise GraniteError(f"rare words must be a JSON list of strings, not {columns[2]!r:.60}")
-    return columns[0], KeywordList(columns[1], tuple(words))
+        raise GraniteError(f"{kind} words must be a JSON list of strings, not {column!r:.60}")
+    return tuple(words)
 
 
-def words_of(
+def lists_of(
     lists: dict[str, KeywordList], identities: list[str], references: list[str], normalize: Callable[[str], str]
-) -> list[tuple[str, ...]] | None:
+) -> list[KeywordList] | None:
     """The lists of a set's utterances; None if they are about none of them.
 
     Raises:
@@ -70,4 +77,4 @@ def words_of(
     for identity, reference in zip(identities, references, strict=True):
         if normalize(lists[identity].reference).split() != normalize(reference).split():
             raise GraniteError(f"the keyword list of utterance {identity!r:.60} is that of another text")
-    return [lists[identity].words for identity in identities]
+    return [lists[identity] for identity in identities]

@@ -26,7 +26,7 @@ from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
 from granite_jax.evaluation import normalize, transcribed
 from granite_jax.evaluation.datasets import EvaluationSet, Utterance, open_sets
-from granite_jax.evaluation.keyword_lists import KeywordList, read_keyword_lists, words_of
+from granite_jax.evaluation.keyword_lists import KeywordList, lists_of, read_keyword_lists
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
@@ -82,6 +82,7 @@ def evaluate(
     language: str = "en",
     normalizer: normalize.Name | None = None,
     keyword_lists: Sequence[str | os.PathLike[str]] = (),
+    bias: bool = False,
     root: str | None = None,
     part_size: int = PART_SIZE,
     progress: Callable[[batch.Progress], None] | None = None,
@@ -100,7 +101,8 @@ def evaluate(
       transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
       language: of the references, as a code or a name; that of a translation is its target.
       normalizer: as of `normalize.normalizer`; default "english" for English, "basic" for others.
-      keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER; the model is not told of them.
+      keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER.
+      bias: whether the model is told each utterance's list: that of `keyword_lists`, or else the set's own.
       root: what the manifests' local files have to be below; default each manifest's directory.
       part_size: utterances that are lost together when a run is killed.
       progress: called when some utterances are done.
@@ -138,6 +140,7 @@ def evaluate(
             num_shards=1,
             part_size=part_size,
             root=each.root,
+            keyword_lists=_biasing(each) if bias else (),
             progress=progress,
             stop=stop,
         )
@@ -231,13 +234,24 @@ def _with_lists(each: EvaluationSet, lists: dict[str, KeywordList], normalize: C
     """The set with the lists' keywords, if they are about it."""
     try:
         texts = [utterance.text for utterance in each.utterances]
-        words = words_of(lists, [utterance.id for utterance in each.utterances], texts, normalize)
+        found = lists_of(lists, [utterance.id for utterance in each.utterances], texts, normalize)
     except GraniteError as error:
         raise GraniteError(f"set {each.name}: {error}") from None
-    if words is None:
+    if found is None:
         return each
-    pairs = zip(each.utterances, words, strict=True)
-    return dataclasses.replace(each, utterances=tuple(dataclasses.replace(u, keywords=w) for u, w in pairs))
+    utterances = (
+        dataclasses.replace(utterance, keywords=listed.words, biasing=listed.biasing)
+        for utterance, listed in zip(each.utterances, found, strict=True)
+    )
+    return dataclasses.replace(each, utterances=tuple(utterances))
+
+
+def _biasing(each: EvaluationSet) -> list[tuple[str, ...]]:
+    """What the model is told of each utterance. Raises GraniteError if the set has no lists."""
+    lists = [u.keywords if u.biasing is None else u.biasing for u in each.utterances]
+    if any(listed is None for listed in lists):
+        raise GraniteError(f"set {each.name}: has no keyword lists to bias with")
+    return [listed or () for listed in lists]
 
 
 def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict[str, Any]:
