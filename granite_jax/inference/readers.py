@@ -1,6 +1,7 @@
 """Inputs read by a few threads, ahead of the device, and results in order."""
 
 import collections
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,14 @@ from granite_jax.inference.engine import Engine
 from granite_jax.inference.results import Transcript
 
 _READERS = 4
+
+
+@dataclasses.dataclass(eq=False)
+class _Input:
+    """An input that was taken: its result, and its request once it is read and submitted."""
+
+    result: "Future[Transcript]" = dataclasses.field(default_factory=Future)
+    request: "Future[Transcript] | None" = None
 
 
 def read_ahead(
@@ -28,73 +37,71 @@ def read_ahead(
       window: the most inputs that are taken and not yet yielded.
       ordered: yield in the inputs' order; otherwise as they are done.
     """
-    remaining, done = iter(inputs), queue.SimpleQueue[Future[Transcript]]()
-    taken: collections.deque[Future[Transcript]] = collections.deque()
-    state = _Reading(engine)
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="granite-jax-reader") as pool:
+    remaining, done = iter(inputs), queue.SimpleQueue[_Input]()
+    taken: collections.deque[_Input] = collections.deque()
+    reading = _Reading(engine)
 
-        def read(result: "Future[Transcript]", arguments: tuple[Any, ...]) -> None:
-            try:
-                submitted = submit(*arguments)
-            except BaseException as error:
-                result.set_exception(error)
-            else:
-                result.inner = submitted  # type: ignore[attr-defined]
-                submitted.add_done_callback(lambda inner: _pass_on(inner, result))
-            state.read_one()
-
-        def take() -> None:
-            while len(taken) < window and not state.exhausted:
-                arguments = next(remaining, None)
-                if arguments is None:
-                    state.finish()
-                    return
-                result: Future[Transcript] = Future()
-                result.add_done_callback(done.put)
-                taken.append(result)
-                state.start_one()
-                pool.submit(read, result, arguments)
-
+    def read(one: _Input, arguments: tuple[Any, ...]) -> None:
         try:
-            take()
+            one.request = submit(*arguments)
+        except BaseException as error:
+            one.result.set_exception(error)
+        else:
+            one.request.add_done_callback(lambda request: _pass_on(request, one.result))
+        reading.end()
+
+    def take(pool: ThreadPoolExecutor) -> None:
+        while len(taken) < window and not reading.exhausted:
+            arguments = next(remaining, None)
+            if arguments is None:
+                reading.exhaust()
+                return
+            one = _Input()
+            if not ordered:
+                one.result.add_done_callback(lambda _, one=one: done.put(one))
+            taken.append(one)
+            reading.begin()
+            pool.submit(read, one, arguments)
+
+    with ThreadPoolExecutor(_READERS, thread_name_prefix="granite-jax-reader") as pool:
+        try:
+            take(pool)
             while taken:
                 if ordered:
-                    first = taken[0]
-                    engine.wait(first)
+                    next_input = taken[0]
+                    engine.wait(next_input.result)
                 else:
-                    while done.empty():
-                        engine.wait(taken[0], lambda: not done.empty())
-                    first = done.get()
-                taken.remove(first)
-                yield first.result()
-                take()
+                    engine.wait(taken[0].result, lambda: not done.empty())
+                    next_input = done.get()
+                taken.remove(next_input)
+                yield next_input.result.result()
+                take(pool)
         finally:
-            for result in taken:
-                inner = getattr(result, "inner", None)
-                if inner is not None:
-                    inner.cancel()
+            for one in taken:
+                if one.request is not None:
+                    one.request.cancel()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Reading:
-    """How many inputs are being read; has the engine flush when the last one is."""
+    """How many inputs are being read; has the engine flush when the last one is submitted."""
 
     def __init__(self, engine: Engine):
         self._engine, self._lock, self._count = engine, threading.Lock(), 0
         self.exhausted = False
 
-    def start_one(self) -> None:
+    def begin(self) -> None:
         with self._lock:
             self._count += 1
 
-    def read_one(self) -> None:
+    def end(self) -> None:
         with self._lock:
             self._count -= 1
             last = self.exhausted and not self._count
         if last:
             self._engine.flush()
 
-    def finish(self) -> None:
+    def exhaust(self) -> None:
         """There are no more inputs."""
         with self._lock:
             self.exhausted = True
@@ -103,10 +110,10 @@ class _Reading:
             self._engine.flush()
 
 
-def _pass_on(inner: "Future[Transcript]", result: "Future[Transcript]") -> None:
-    if inner.cancelled():
+def _pass_on(request: "Future[Transcript]", result: "Future[Transcript]") -> None:
+    if request.cancelled():
         result.cancel()
-    elif (error := inner.exception()) is not None:
+    elif (error := request.exception()) is not None:
         result.set_exception(error)
     else:
-        result.set_result(inner.result())
+        result.set_result(request.result())
