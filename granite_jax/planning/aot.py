@@ -37,7 +37,7 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
-"""The released model's configuration."""
+"""Set before the TPU compiler is loaded, in the process that plans alone."""
 
 
 @dataclasses.dataclass(frozen=True)

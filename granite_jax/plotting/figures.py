@@ -62,7 +62,7 @@ def overview(emissions: Emissions, transcript: Transcript, tokenizer: Tokenizer,
     """One utterance: log-mel, CTC posteriors and words over time, then draft and text.
 
     Args:
-      emissions: of the same audio, as of `Transcriber.emissions`.
+      emissions: of the same audio, as of `Transcriber.ctc_emissions`.
       text: what is aligned to the audio, if not the transcript's: of a translation, the `ctc_text`.
 
     Raises:
