@@ -74,11 +74,11 @@ class TextSource:
     @classmethod
     def open(cls, split: Split) -> "TextSource":
         """Reads both packages and `wordfreq`. Raises FileNotFoundError that names a package that is missing."""
-        import wordfreq  # here, because only the recipe needs it
-
         for path, package in ((FORTUNES, "fortunes"), (WORD_LIST, "wamerican")):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: install Debian's {package!r} to make the training texts")
+        import wordfreq  # here, because only the recipe needs it
+
         known = {word.lower() for word in WORD_LIST.read_text(encoding="utf-8").split()}
         files = sorted(path for path in FORTUNES.iterdir() if path.is_file() and not path.suffix)
         every = sorted({text for path in files for text in _sentences(path.read_text(encoding="utf-8"), known)})
