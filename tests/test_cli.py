@@ -1,6 +1,7 @@
 """The command line: results on stdout, one line each; errors on stderr, one line each; an exit status that tells."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,9 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
+from granite_jax.cli import terminal
 from granite_jax.cli.options import takes_options
-from granite_jax.cli.terminal import line
+from granite_jax.cli.terminal import ProgressDisplay, line
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
@@ -383,3 +385,20 @@ def test_pictures_need_an_extra(loaded: list, recordings: list[str], monkeypatch
     result = invoke("transcribe", recordings[0], "--plot", "out.png")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "granite-jax: pictures need matplotlib: pip install 'granite-jax[plots]'\n"
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a clock that a minute passes on between two steps, and no terminal
+    clock = itertools.count(step=40)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    # When progress is shown, then there is a line when more than a minute has passed, with what is left
+    with ProgressDisplay("transcribing a\x1b[31m.wav") as display:
+        for done in range(1, 5):
+            display.show(done, 10, "2 failed")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == [
+        "granite-jax: transcribing a [31m.wav: 2 of 10, 2 failed, 0:10:40 left",
+        "granite-jax: transcribing a [31m.wav: 4 of 10, 2 failed, 0:05:20 left",
+    ]

@@ -1,22 +1,16 @@
 """`granite-jax batch`: run one worker of a job, and merge its parts."""
 
-import datetime
+import functools
 import signal
-import time
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.text import Text
 
 from granite_jax.cli.options import takes_options
-from granite_jax.cli.terminal import console, fail, line, terminated
+from granite_jax.cli.terminal import ProgressDisplay, fail, line, terminated
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
-
-_LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 
 
 class _DefaultGroup(typer.core.TyperGroup):
@@ -34,13 +28,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Transcribe any number of files with any number of workers: granite-jax batch MANIFEST --out DIR.",
 )
-
-
-class _Audio(ProgressColumn):
-    """Hours of audio done, and the rate."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['hours']:.2f} h of audio, RTFx {task.fields['rtfx']:.0f}")
 
 
 @app.command()
@@ -83,7 +70,7 @@ def run(
     from granite_jax import batch
 
     try:
-        with terminated() as stop, Display() as display:
+        with terminated() as stop, ProgressDisplay("transcribing") as display:
             summary = batch.run(
                 manifest,
                 out,
@@ -96,7 +83,7 @@ def run(
                 allow=tuple(allow or ("file", "gs", "s3")),
                 readers=readers,
                 num_readers=num_readers,
-                progress=display.show,
+                progress=functools.partial(show_job, display),
                 stop=stop,
             )
     except GraniteError as error:
@@ -129,27 +116,7 @@ def merge(
     print(line(f"{directory}: {found['transcribed']} of {found['entries']} utterances, {found['failed']} failed"))
 
 
-class Display:
-    """A bar on a terminal; elsewhere a line a minute, for logs."""
-
-    def __enter__(self) -> "Display":
-        columns = (TextColumn("transcribing"), BarColumn(), MofNCompleteColumn(), _Audio(), TimeRemainingColumn())
-        self._bar = Bar(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("", total=None, hours=0.0, rtfx=0.0)
-        self._bar.start()
-        self._logged = time.monotonic()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.stop()
-
-    def show(self, progress: Any) -> None:
-        """Shows a `batch.Progress`."""
-        done, hours = progress.resumed + progress.done, progress.audio_seconds / 3600
-        self._bar.update(self._task, total=progress.entries, completed=done, hours=hours, rtfx=progress.rtfx)
-        if not console.is_terminal and time.monotonic() - self._logged > _LOG_SECONDS:
-            self._logged = time.monotonic()
-            left = (progress.entries - done) * progress.seconds / max(1, progress.done)
-            eta = datetime.timedelta(seconds=round(left))
-            text = f"{done} of {progress.entries} utterances, {progress.failed} failed, {hours:.2f} h of audio"
-            print(f"granite-jax: {text}, RTFx {progress.rtfx:.0f}, {eta} left", file=console.file, flush=True)
+def show_job(display: ProgressDisplay, progress: Any) -> None:
+    """Shows a `batch.Progress`."""
+    note = f"{progress.audio_seconds / 3600:.2f} h of audio, RTFx {progress.rtfx:.0f}, {progress.failed} failed"
+    display.show(progress.resumed + progress.done, progress.entries, note)

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.markup import escape
 
 from granite_jax.cli import options
-from granite_jax.cli.terminal import fail, line, progress_bar
+from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 
 
@@ -30,8 +29,7 @@ def convert(
     from granite_jax import convert as converter
 
     try:
-        with progress_bar() as bar:
-            job = bar.add_task(f"converting {escape(source)}", total=None)
+        with ProgressDisplay(f"converting {source}") as display:
             report = converter.convert(
                 source,
                 destination,
@@ -39,7 +37,7 @@ def convert(
                 names=names,
                 revision=revision,
                 verify=verify,
-                progress=lambda done, total: bar.update(job, completed=done, total=total),
+                progress=display.show,
             )
     except (GraniteError, OSError) as error:
         fail(str(error))

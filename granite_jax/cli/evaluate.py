@@ -1,13 +1,14 @@
 """`granite-jax eval`: error rates on sets, and the comparison of two runs."""
 
+import functools
 import json
 from typing import Annotated, Literal
 
 import typer
 
-from granite_jax.cli.batch import Display
+from granite_jax.cli.batch import show_job
 from granite_jax.cli.options import takes_options
-from granite_jax.cli.terminal import fail, terminated
+from granite_jax.cli.terminal import ProgressDisplay, fail, terminated
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
@@ -69,7 +70,7 @@ def evaluate(
         else:
             if out is None:
                 raise GraniteError("--out is missing: the directory of the run")
-            with terminated() as stop, Display() as display:
+            with terminated() as stop, ProgressDisplay("transcribing") as display:
                 found = evaluation.evaluate(
                     sets or [],
                     out,
@@ -81,7 +82,7 @@ def evaluate(
                     bias=bias,
                     root=root,
                     part_size=part_size,
-                    progress=display.show,
+                    progress=functools.partial(show_job, display),
                     stop=stop,
                 )
             if found is None:

@@ -4,19 +4,58 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+_LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
 
 
-def progress_bar() -> Progress:
-    """A bar on a terminal; nothing in a pipe."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+class ProgressDisplay:
+    """How far a command is: a bar on a terminal; elsewhere a line a minute, for logs."""
+
+    def __init__(self, action: str):
+        """
+        Args:
+          action: what the command does, as in "transcribing".
+        """
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._bar.add_task(escape(action), total=None, note="")
+        self._action = action
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bar.start()
+        self._began = self._logged = time.monotonic()
+        self._first: int | None = None
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, total: int, note: str = "") -> None:
+        """Shows that `done` of `total` are done, and a note beside that."""
+        self._bar.update(self._task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        self._first = done if self._first is None else self._first
+        if not console.is_terminal and now - self._logged > _LOG_SECONDS:
+            self._logged = now
+            left = (total - done) * (now - self._began) / max(1, done - self._first)
+            text = ", ".join(filter(None, (f"{done} of {total}", note, f"{timedelta(seconds=round(left))} left")))
+            print(line(f"granite-jax: {self._action}: {text}"), file=console.file, flush=True)
 
 
 def fail(message: str) -> None:

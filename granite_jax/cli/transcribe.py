@@ -1,6 +1,7 @@
 """`granite-jax transcribe`."""
 
 import dataclasses
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from granite_jax.cli.options import Format, takes_options
-from granite_jax.cli.terminal import fail, line, progress_bar
+from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
@@ -43,10 +44,10 @@ def transcribe(
     try:
         plots = None if plot is None else _plots_for(plot, files)
         asr = Transcriber.from_options(model)
-        with progress_bar() as bar:
-            job = bar.add_task("transcribing", total=len(files))
+        with ProgressDisplay("transcribing") as display:
+            done = itertools.count(1)
             transcripts = asr.transcribe(
-                list(files), options, on_error="return", progress=lambda done: bar.advance(job, done)
+                list(files), options, on_error="return", progress=lambda _: display.show(next(done), len(files))
             )
     except GraniteError as error:
         fail(str(error))
