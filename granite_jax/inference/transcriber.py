@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
@@ -149,6 +149,14 @@ class Transcriber:
         for bucket in buckets or self.buckets:
             self._engine.compile(bucket, prompt)
 
+    @overload
+    def transcribe(
+        self, audio: list[Any], options: TranscribeOptions | None = None, **arguments: Any
+    ) -> list[Transcript]: ...
+
+    @overload
+    def transcribe(self, audio: Any, options: TranscribeOptions | None = None, **arguments: Any) -> Transcript: ...
+
     @accepts(TranscribeOptions)
     def transcribe(
         self,
@@ -161,7 +169,7 @@ class Transcriber:
         on_error: Literal["raise", "return"] = "raise",
         progress: Callable[[int], None] | None = None,
         **fields: Any,
-    ) -> Any:
+    ) -> list[Transcript] | Transcript:
         """Transcribes or translates one input or a list of them.
 
         Args:
