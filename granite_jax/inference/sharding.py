@@ -29,7 +29,8 @@ DeviceList = Sequence[jax.Device]  # pyright: ignore[reportInvalidTypeForm]  # a
 BATCH, REPLICATED = PartitionSpec("data"), PartitionSpec()
 
 PARTITION_RULES: Mapping[str, int] = {
-    # What makes heads or channels is split by them, what takes them in by its input: one all-reduce a sublayer.
+    # Megatron layout: column-parallel projections into heads or channels (-1), row-parallel projections out of them
+    # (-2); one all-reduce for each sublayer.
     r"encoder\.layers\.ff[12]\.up\.(kernel|bias)": -1,
     r"encoder\.layers\.ff[12]\.down\.kernel": -2,
     r"encoder\.layers\.attention\.(q|kv)\.kernel": -1,

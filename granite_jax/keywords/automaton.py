@@ -1,17 +1,17 @@
 """Keyword biasing: Aho-Corasick automata over token ids, built on the host, read by gathers inside the decode loop.
 
-A keyword of boost w, in nats, lifts the logits of the tokens that continue it: the first by a share of w, the last by
-w, those between linearly between. It may be bound to a context, tokens that are not lifted. A token that continues
-several keywords, or one keyword and the beginning of another inside it, has the largest of their boosts. A finished
-keyword lifts nothing, and nothing is taken back.
+A keyword of boost w, in nats, boosts the logits of the tokens that continue it: the first by a share of w, the last by
+w, and those between by values on the line between these. A keyword may be bound to a context: tokens before it that get
+no boost. A token that continues several keywords, or a keyword and the beginning of another one inside it, gets the
+largest of their boosts. A finished keyword boosts nothing, and boosts of an unfinished one are not taken back.
 
     keywords  " dak f iki", " da v"      states: the root, what has been written of a keyword, and `start`, the place
                                          before the first token, where keywords may begin without a space
        root --" dak"--> 1 --"f"--> 2 --"iki"--> root
        root --" da"---> 3 --"v"--> root
 
-A state without edges is never entered: its longest suffix that has edges takes its place. That is why finishing a
-keyword leads to the root, or into a keyword whose beginning is the end of the finished one.
+Leaf states are removed when the automaton is built: an edge into a leaf points to the leaf's failure state. That is why
+finishing a keyword leads to the root, or into a keyword whose beginning is the end of the finished one.
 
 The lists of all rows share flat arrays of one size, so that no list compiles anything; rows with the same list share
 its states. The boosts of a root's edges are added from one dense row of the vocabulary's width; those of other states,
@@ -115,12 +115,12 @@ def build_automaton(phrases: Iterable[Phrase]) -> KeywordAutomaton:
         for node in kept
         for token, child in children[node].items()
     ]
-    sources, tokens, targets, lifts = zip(*edges, strict=True) if edges else ((), (), (), ())
+    sources, tokens, targets, edge_boosts = zip(*edges, strict=True) if edges else ((), (), (), ())
     return KeywordAutomaton(
         np.array(sources, np.int32),
         np.array(tokens, np.int32),
         np.array(targets, np.int32),
-        np.array(lifts, np.float32),
+        np.array(edge_boosts, np.float32),
         np.array([resolved[failures[node]] for node in kept], np.int32),
         resolved[1],
     )
@@ -171,19 +171,19 @@ class BatchedAutomata:
         """The states before and after the first `count` of `tokens` `[b, p]`: int32 `[b, p + 1]`; and their boosts."""
 
         def step(i, carry):
-            states, found, lifts = carry
+            states, found, boosts = carry
             token = jax.lax.dynamic_index_in_dim(tokens, i, axis=1, keepdims=False)
-            states, lift = self.advance(states, token)
+            states, boost = self.advance(states, token)
             found = jax.lax.dynamic_update_slice_in_dim(found, states[:, None], i + 1, axis=1)
-            return states, found, jax.lax.dynamic_update_slice_in_dim(lifts, lift[:, None], i, axis=1)
+            return states, found, jax.lax.dynamic_update_slice_in_dim(boosts, boost[:, None], i, axis=1)
 
         found = jnp.zeros((1, tokens.shape[1] + 1), jnp.int32) + states[:, None]
-        lifts = found[:, 1:].astype(jnp.float32) * 0.0
+        boosts = found[:, 1:].astype(jnp.float32) * 0.0
         if tokens.shape[1] == 0:
-            return found, lifts
+            return found, boosts
         # Without keywords there is nothing to walk.
         count = jnp.where((states > 0).any(), count, 0)
-        return jax.lax.fori_loop(0, count, step, (states, found, lifts))[1:]
+        return jax.lax.fori_loop(0, count, step, (states, found, boosts))[1:]
 
     def _edge(self, states: Lengths, tokens: Lengths) -> Lengths:
         """The edge of a state that a token takes, -1 for none."""

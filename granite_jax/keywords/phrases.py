@@ -48,8 +48,8 @@ def phrases_of(
         else:
             words = [*place.words, written]
             pieces = [tokenizer.encode(" " * (i > 0 or not place.first) + word) for i, word in enumerate(words)]
-            lift = boost * IN_PLACE[-1 if place.first else len(place.words) - 1]
+            placed_boost = boost * IN_PLACE[-1 if place.first else len(place.words) - 1]
             tokens = tuple(itertools.chain(*pieces))
-            ways = [Phrase(tokens, lift, not place.first, len(tokens) - len(pieces[-1]), first=1.0)]
+            ways = [Phrase(tokens, placed_boost, not place.first, len(tokens) - len(pieces[-1]), first=1.0)]
         # An odd tokenizer may make special tokens of ordinary text: these are never written.
         yield from (way for way in ways if boost > 0 and tokenizer.special_ids.isdisjoint(way.tokens))
