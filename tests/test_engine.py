@@ -108,6 +108,22 @@ def test_what_is_cancelled_does_not_go(engine: Counting) -> None:
     assert sorted(name for batch in engine.batches for name in batch) == [str(i) for i in range(9) if i != 4]
 
 
+def test_what_is_on_the_device_cannot_be_cancelled(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a full batch, one request of which is cancelled while it is encoded, by another thread
+    futures = [engine.submit(request(f"{i}")) for i in range(8)]
+    encode = engine._encode
+    cancelled = []
+
+    def late(*batch: Any) -> Any:
+        cancelled.append(futures[3].cancel())
+        return encode(*batch)
+
+    monkeypatch.setattr(engine, "_encode", late)
+    # When waited for, then it is too late, and nobody loses a result
+    assert all(map(engine.wait, futures)) and cancelled == [False]
+    assert [future.result().audio for future in futures] == [f"{i}" for i in range(8)]
+
+
 def test_an_error_of_the_device_reaches_everyone_who_waits(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a device that fails, when one caller drives the engine, then it gets the error, and so do the others
     def fail(*_: Any) -> None:

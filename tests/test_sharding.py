@@ -96,7 +96,7 @@ def test_many_devices_write_what_one_does(job: SimpleNamespace, options: dict[st
     ],
     ids=str,
 )
-def test_acoustics_are_those_of_the_functions(job: SimpleNamespace, options: dict[str, Any]) -> None:
+def test_emissions_are_those_of_the_functions(job: SimpleNamespace, options: dict[str, Any]) -> None:
     # Given an utterance that is no whole number of seconds, and what the pure functions make of it alone
     config, params = gj.load(job.directory, dtype="float32")
     samples, length = job.audio[3], jnp.array([len(job.audio[3])])

@@ -13,12 +13,13 @@ The engine has no thread of its own: those who wait for a future drive it, one a
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 import jax
@@ -246,9 +247,11 @@ class Engine:
                 chosen = self.bucket(taken[-1].request, 1) or single
             else:
                 chosen = bucket
-            going = set(map(_number, taken))
-            self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in going]
-            return chosen, taken
+            numbers = set(map(_number, taken))
+            self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in numbers]
+            # From here on a request cannot be cancelled any more.
+            going = [t for t in taken if t.future.set_running_or_notify_cancel() or not self._unfinished.pop(t.number)]
+            return (chosen, going) if going else None
 
     def _is_late(self, ticket: _Ticket) -> bool:
         return (
@@ -259,9 +262,8 @@ class Engine:
 
     def _finish(self, results: _Results) -> None:
         for ticket, transcript in results:
-            self._unfinished.pop(ticket.number, None)
-            if not ticket.future.cancelled():
-                ticket.future.set_result(transcript)
+            del self._unfinished[ticket.number]
+            ticket.future.set_result(transcript)
 
     def _abandon(self, error: BaseException) -> None:
         """Tells everyone who waits why there will be no result."""
@@ -270,7 +272,7 @@ class Engine:
             for held in (self._pending, self._encoded, self._decoding, self._survivors):
                 held.clear()
         for ticket in tickets:
-            if not ticket.future.done():
+            with contextlib.suppress(InvalidStateError):  # it was cancelled
                 ticket.future.set_exception(error)
 
     # On the device.
