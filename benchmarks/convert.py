@@ -35,6 +35,7 @@ def write(directory: Path, scale: float) -> None:
     from granite_jax.checkpoint.tree import expected_shapes
     from granite_jax.convert import mapping, safetensors_file
     from granite_jax.model.config import Config
+    from granite_jax.variants import granite_speech
 
     raw = json.loads(CONFIG.read_text())
     for section, key in (("encoder_config", "num_layers"), ("text_config", "num_hidden_layers")):
@@ -42,7 +43,9 @@ def write(directory: Path, scale: float) -> None:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(raw))
     config = Config.from_dict(raw)
-    tensors = [(name, shape) for name, shape, *_ in mapping.hf_tensors(expected_shapes(config))]
+    tensors = [
+        (name, shape) for name, shape, *_ in mapping.hf_tensors(granite_speech.VARIANT.tensors, expected_shapes(config))
+    ]
     size = 2 * sum(math.prod(shape) for _, shape in tensors)
     rng = np.random.default_rng(0)
     with open(directory / "model.safetensors", "wb") as file:

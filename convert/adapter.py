@@ -9,21 +9,23 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files
 from granite_jax.checkpoint.lora import Adapter, factor_paths
-from granite_jax.checkpoint.tree import Shape, expected_shapes, raise_named
+from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
+from granite_jax.variants import variant_of
+from granite_jax.variants.tensors import LINEAR, Rule
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-HFTensor = tuple[str, Shape, str, Callable[[Any], np.ndarray]]  # name, shape, path of its leaf, leaf -> tensor
 _PREFIX = "base_model.model."
 _MAX_RANK, _MAX_LAYERS = 1 << 16, 1 << 12
 
@@ -155,10 +157,7 @@ def read_config(directory: Path) -> AdapterConfig | None:
 
 def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
     """The leaves of the subtree that `lora` asks for. Raises CheckpointError naming modules it cannot be applied to."""
-    shapes = expected_shapes(config)
-    found = [
-        factor for rule in mapping.RULES if rule.path in shapes for factor in _factors(rule, lora, shapes[rule.path])
-    ]
+    found = [factor for rule, shape in _rules(config) for factor in _factors(rule, lora, shape)]
     if not found:
         raise CheckpointError("target_modules matches no module of the model")
     return found
@@ -194,7 +193,7 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in wanted]
 
 
-def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[HFTensor]:
+def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[mapping.HFTensor]:
     """For every tensor: its name, shape, the path of its leaf, and how to get it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
@@ -202,14 +201,14 @@ def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> 
             yield spelled, shape, factor.path, functools.partial(factor.tensor, number)
 
 
-def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
+def _factors(rule: Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
     if not rule.hf.endswith(".weight"):
         return []
     modules = _module_names(rule, shape)
     ranks = [lora.rank_of(module) for module in modules]
     if not any(ranks):
         return []
-    if rule.transform is not mapping.LINEAR:
+    if rule.transform is not LINEAR:
         raise CheckpointError(f"LoRA on {next(m for m, r in zip(modules, ranks, strict=True) if r)} is not supported")
     *layers, width_in, width_out = shape
     rank = max(ranks)
@@ -227,15 +226,21 @@ def _factors(rule: mapping.Rule, lora: AdapterConfig, shape: Shape) -> list[Fact
 
 def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
     found = {}
-    for rule in mapping.RULES:
-        if (shape := expected_shapes(config).get(rule.path)) is not None and rule.transform is mapping.LINEAR:
+    for rule, shape in _rules(config):
+        if rule.transform is LINEAR:
             each = [lora.scale_of(module) for module in _module_names(rule, shape)]
             if any(each):
                 found[rule.path] = np.array(each if rule.stacked else each[0], np.float32)
     return found
 
 
-def _module_names(rule: mapping.Rule, shape: Shape) -> list[str]:
+def _rules(config: Config) -> list[tuple[Rule, Shape]]:
+    """The rules of the leaves that the model has, and the leaves' shapes."""
+    rules, shapes = variant_of(config.model_type).tensors.rules, expected_shapes(config)
+    return [(rule, shapes[rule.path]) for rule in rules if rule.path in shapes]
+
+
+def _module_names(rule: Rule, shape: Shape) -> list[str]:
     module = rule.hf.removesuffix(".weight")
     if rule.stacked and shape[0] > _MAX_LAYERS:  # before a name is made for each
         raise CheckpointError(f"{shape[0]} layers are too many for an adapter")

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files, orbax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
 from granite_jax.checkpoint.save import CONFIG
-from granite_jax.checkpoint.tree import Shape
 from granite_jax.convert import adapter as adapters
 from granite_jax.convert.reader import INDEX, TORCH_INDEX, TORCH_WEIGHTS, WEIGHTS, open_plans, read_leaves
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, read_json
+from granite_jax.model.config import read_json
+from granite_jax.variants import read_config
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -49,7 +50,7 @@ def open_directory(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: holds {found} {WEIGHTS}")
     raw = read_json(path)
     try:
-        config = Config.from_dict(raw)
+        config = read_config(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return (OrbaxCheckpoint if is_orbax else HuggingFaceCheckpoint)(directory, config, raw, adapters.read)

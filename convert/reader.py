@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files
-from granite_jax.checkpoint.tree import Shape, expected_shapes, raise_named
+from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import adapter, mapping, safetensors_file, torch_file
 from granite_jax.convert.safetensors_file import Tensor
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
+from granite_jax.variants import variant_of
+from granite_jax.variants.tensors import TensorTable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -47,15 +50,15 @@ def open_plans(
       CheckpointError: naming the file or tensors that are damaged, unmatched, duplicate, missing or misshapen.
     """
     with contextlib.ExitStack() as stack:
-        tensors = _open(directory, stack)
+        tensors, table = _open(directory, stack), variant_of(config.model_type).tensors
         lora = adapter.read_config(directory) if with_adapter else None
         try:
-            leaves, tied_head = mapping.match(tensors, expected_shapes(config))
+            leaves, tied_head = mapping.match(tensors, table, expected_shapes(config))
             plans = [_plan(leaf, tensors, dtype) for leaf in leaves]
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: {error}") from None
         if tied_head is not None:
-            _check_tied(tensors[tied_head], leaves, tensors)
+            _check_tied(tensors[tied_head], table, leaves, tensors)
         yield ([] if lora is None else _adapter_plans(directory, config, lora, dtype, stack)) + plans
 
 
@@ -168,9 +171,9 @@ def common_dtype(tensors: tuple[Tensor, ...], dtype: Any) -> np.dtype:
     return np.dtype(dtype or stored)
 
 
-def _check_tied(head: Tensor, leaves: list[mapping.Leaf], tensors: Mapping[str, Tensor]) -> None:
+def _check_tied(head: Tensor, table: TensorTable, leaves: list[mapping.Leaf], tensors: Mapping[str, Tensor]) -> None:
     """A head beside a tied embedding must repeat it bit for bit, or config.json is wrong about the checkpoint."""
-    name = next(leaf.names[0] for leaf in leaves if leaf.rule.hf == mapping.EMBEDDING)
+    name = next(leaf.names[0] for leaf in leaves if table.tied and leaf.rule.hf == table.tied[1])
     same = head.shape == tensors[name].shape and head.dtype == tensors[name].dtype
     if not same or not np.array_equal(head.read().view(np.uint8), tensors[name].read().view(np.uint8)):
         raise CheckpointError(f"{head.path}: {head.name} differs from {name}, but config.json ties them")

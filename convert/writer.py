@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.convert import adapter, mapping, safetensors_file
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
 from granite_jax.model.config import read_json
+from granite_jax.variants import variant_of
 
 Names = Literal["released", "new"]
 
@@ -101,7 +102,7 @@ def _write_index(hf_dir: Path, files: Mapping[str, list["_Entry"]]) -> None:
 
 def count_tensors(checkpoint: Checkpoint) -> int:
     """Tensors of the Hugging Face side that carry information, an adapter's included."""
-    return sum(1 for _ in (*mapping.hf_tensors(expected_shapes(checkpoint.config)), *_adapter_tensors(checkpoint)))
+    return sum(1 for _ in (*_tensors(checkpoint), *_adapter_tensors(checkpoint)))
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
@@ -139,17 +140,23 @@ def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
-    shapes = expected_shapes(checkpoint.config)
     # Nothing reads the counters, but transformers writes them: a checkpoint without them would look incomplete.
-    layers = range(shapes["encoder.layers.norm.scale"][0])
+    counter = variant_of(checkpoint.config.model_type).tensors.counter
+    names_of_counters = (
+        [counter.format(layer=i) for i in range(checkpoint.config.encoder.num_layers)] if counter else []
+    )
     zero = np.zeros((), np.int64)
-    counters = [_Entry(mapping.BATCH_COUNTER.format(layer=i), (), zero.dtype, None, lambda _: zero) for i in layers]
+    counters = [_Entry(name, (), zero.dtype, None, lambda _: zero) for name in names_of_counters]
     tensors = [
-        _Entry(name, shape, dtypes[path], path, tensor_of)
-        for name, shape, path, tensor_of in mapping.hf_tensors(shapes)
+        _Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in _tensors(checkpoint)
     ]
     spell = mapping.new_name if names == "new" else str
     return [dataclasses.replace(entry, name=spell(entry.name)) for entry in counters + tensors]
+
+
+def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
+    config = checkpoint.config
+    return mapping.hf_tensors(variant_of(config.model_type).tensors, expected_shapes(config))
 
 
 def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
@@ -157,7 +164,7 @@ def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], nam
     return [_Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in tensors]
 
 
-def _adapter_tensors(checkpoint: Checkpoint, *, new_names: bool = False) -> Iterable[adapter.HFTensor]:
+def _adapter_tensors(checkpoint: Checkpoint, *, new_names: bool = False) -> Iterable[mapping.HFTensor]:
     lora = adapter.read_config(checkpoint.directory) if checkpoint.adapter is not None else None
     return [] if lora is None else adapter.hf_tensors(lora, checkpoint.config, new_names)
 

@@ -20,6 +20,7 @@ from typing import Any
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Mapping[str, Any]  # nested dictionaries of arrays
+Shape = tuple[int, ...]
 
 Samples = Float[Array, "b n"]
 Features = Float[Array, "b t f"]

@@ -21,6 +21,7 @@ from granite_jax.convert.api import convert
 from granite_jax.convert.directory import open_directory
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
+from granite_jax.variants import read_config
 
 
 def open_checkpoint(source: str | PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -73,7 +74,7 @@ def save(
             shutil.copyfile(tokenizer_file, partial / TOKENIZER)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        parsed = Config.from_dict(read_json(config) if isinstance(config, Path) else config)
+        parsed = read_config(read_json(config) if isinstance(config, Path) else config)
         write_weights(partial, config, flatten(params).items(), adapters.read(partial, parsed))
 
 

@@ -17,7 +17,9 @@ from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.variants import granite_speech
 
+TABLE = granite_speech.VARIANT.tensors
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json").read_text())
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
@@ -96,7 +98,7 @@ def test_full_size_accounts_for_every_tensor_of_the_release() -> None:
     counters = [name for name in tensors if name.endswith("num_batches_tracked")]
 
     # When they are matched
-    leaves, tied_head = mapping.match(tensors, shapes)
+    leaves, tied_head = mapping.match(tensors, TABLE, shapes)
 
     # Then every tensor but the counters has a place of its shape, and the sums are those of the released files
     placed = [name for leaf in leaves for name in leaf.names]
@@ -116,8 +118,8 @@ def test_full_size_accounts_for_every_tensor_of_the_release() -> None:
 def test_the_table_covers_the_parameter_tree(tied: bool) -> None:
     # Given the parameter tree, when it is compared with the table, then each leaf has exactly one rule
     config = hf_fixture.make_config(hf_fixture.make_tokenizer(), tied, "float32")
-    paths = [rule.path for rule in mapping.RULES]
-    assert len(set(paths)) == len(paths) == len({rule.hf for rule in mapping.RULES})
+    paths = [rule.path for rule in TABLE.rules]
+    assert len(set(paths)) == len(paths) == len({rule.hf for rule in TABLE.rules})
     head = {"decoder.head.kernel"} if tied else set()
     assert set(paths) - head == set(expected_shapes(Config.from_dict(config)))
 

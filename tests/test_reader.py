@@ -14,13 +14,14 @@ from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
 
 from granite_jax.checkpoint.tree import flatten, unflatten
-from granite_jax.convert import mapping
 from granite_jax.convert.reader import read_leaves
 from granite_jax.convert.safetensors_file import StoredTensor
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.variants import granite_speech
 
+_, EMBEDDING = granite_speech.VARIANT.tensors.tied
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 
@@ -82,12 +83,12 @@ def test_what_carries_no_information_is_ignored(source: Path) -> None:
 def test_a_head_beside_a_tied_embedding_must_repeat_it(tmp_path: Path) -> None:
     # Given a tied checkpoint that still carries a head equal to the embedding
     hf_fixture.write_random_checkpoint(tmp_path, tied=True, **TINY)
-    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[mapping.EMBEDDING].copy()}))
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBEDDING].copy()}))
     assert "head" not in read(tmp_path)["decoder"]
 
     # When one bit of it differs, then the checkpoint is refused
     rewrite(tmp_path, lambda t: t["lm_head.weight"].view(np.uint32).__ixor__(1))
-    with pytest.raises(CheckpointError, match=f"lm_head.weight differs from {mapping.EMBEDDING}"):
+    with pytest.raises(CheckpointError, match=f"lm_head.weight differs from {EMBEDDING}"):
         read(tmp_path)
 
 

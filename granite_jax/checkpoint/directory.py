@@ -23,13 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files, lora, orbax
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
-from granite_jax.checkpoint.tree import Shape, expected_shapes, flatten, raise_named, unflatten
+from granite_jax.checkpoint.tree import expected_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, read_json
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.variants import variant_of
 
 # Copied along by a conversion when present. Nothing else is: a directory may hold anything.
 COMPANIONS = (
@@ -165,8 +167,8 @@ class Checkpoint(abc.ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model was trained for, from `granite_jax` in `config.json`."""
-        return Capabilities.from_config(self.raw_config)
+        """What the model was trained for: by `granite_jax` in `config.json`, or else by its variant."""
+        return Capabilities.from_config(self.raw_config, variant_of(self.config.model_type).capabilities)
 
     @property
     def _tokenizer_config(self) -> dict[str, Any]:

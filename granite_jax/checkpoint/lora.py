@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.checkpoint.tree import Shape
+from granite_jax.array_types import Shape
 
 LORA = "lora"
 

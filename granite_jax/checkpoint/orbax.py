@@ -19,8 +19,9 @@ import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files
-from granite_jax.checkpoint.tree import Shape, check_shapes, flatten, raise_named, unflatten
+from granite_jax.checkpoint.tree import check_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import read_json
 

@@ -16,7 +16,8 @@ from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.lora import Adapter
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, read_json
+from granite_jax.model.config import read_json
+from granite_jax.variants import read_config
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 
@@ -28,7 +29,7 @@ def write_weights(
 
     Returns shape, dtype and hash of every leaf by dotted path. Raises CheckpointError naming leaves that do not belong.
     """
-    parsed = Config.from_dict(read_json(config) if isinstance(config, Path) else config)
+    parsed = read_config(read_json(config) if isinstance(config, Path) else config)
     records = orbax.write(directory, leaves, {**(adapter.shapes if adapter else {}), **expected_shapes(parsed)})
     write_config(directory, config)
     return records

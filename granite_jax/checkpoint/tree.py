@@ -8,11 +8,10 @@ from typing import Any
 
 from flax import traverse_util
 
+from granite_jax.array_types import Shape
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
-from granite_jax.model.granite_speech import abstract_params
-
-Shape = tuple[int, ...]
+from granite_jax.variants import variant_of
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +27,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def expected_shapes(config: Config) -> Mapping[str, Shape]:
     """The shape of every leaf that `config` asks for, by dotted path."""
-    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten(abstract_params(config)).items()})
+    params = variant_of(config.model_type).abstract_params(config)
+    return types.MappingProxyType({path: leaf.shape for path, leaf in flatten(params).items()})
 
 
 def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:

@@ -92,10 +92,11 @@ class Config:
     projector: ProjectorConfig
     decoder: DecoderConfig
     audio_token_id: int
+    model_type: str = "granite_speech"
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Config":
-        """Reads the dictionary of a Hugging Face `config.json`.
+        """Reads the dictionary of a Hugging Face `config.json` whose `model_type` is `granite_speech`.
 
         Raises:
           CheckpointError: naming the key that is missing, ill-typed or asks for what is not implemented.

@@ -109,16 +109,18 @@ class Capabilities:
     languages: tuple[str, ...] = tuple(LANGUAGES)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Capabilities:
+    def from_config(cls, config: Mapping[str, Any], default: Capabilities | None = None) -> Capabilities:
         """Reads {"granite_jax": {"tasks": [...], "languages": [...]}} of a config.json.
 
-        What is absent is taken to be all that the released model supports. Raises CheckpointError for anything else
+        What is absent is taken from `default`, by itself all that there is. Raises CheckpointError for anything else
         than lists of known names.
         """
+        default = default or cls()
         section = config.get("granite_jax", {})
         if not isinstance(section, Mapping):
             raise CheckpointError(f"config: granite_jax must be an object, not {section!r:.60}")
-        return cls(_names(section, "tasks", TASKS), _names(section, "languages", tuple(LANGUAGES)))
+        tasks = _names(section, "tasks", TASKS, default.tasks)
+        return cls(tasks, _names(section, "languages", tuple(LANGUAGES), default.languages))
 
     def check(self, task: str, target_language: str | None = None) -> None:
         """Raises PromptError unless the checkpoint was trained for the task, and for that target if given."""
@@ -130,8 +132,10 @@ class Capabilities:
             raise PromptError(f"this checkpoint was not trained to translate to {target_language!r}, only to {known}")
 
 
-def _names(section: Mapping[str, Any], key: str, supported: tuple[str, ...]) -> tuple[str, ...]:
-    names = section.get(key, supported)
+def _names(
+    section: Mapping[str, Any], key: str, supported: tuple[str, ...], default: tuple[str, ...]
+) -> tuple[str, ...]:
+    names = section.get(key, default)
     if not isinstance(names, Sequence) or isinstance(names, str) or any(name not in supported for name in names):
         raise CheckpointError(
             f"config: granite_jax.{key} must be a list out of {_listed(supported)}, not {names!r:.60}"

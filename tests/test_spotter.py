@@ -1,4 +1,4 @@
-"""The acoustic gate against all alignments."""
+"""The keyword spotter against all alignments."""
 
 import itertools
 import math
