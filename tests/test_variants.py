@@ -49,9 +49,7 @@ def source(tmp_path: Path) -> Path:
     return directory
 
 
-def test_an_entry_is_read_converted_and_exported(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_is_read_converted_and_exported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a registry with one more entry
     monkeypatch.setattr(variants, "VARIANTS", {**variants.VARIANTS, "granite_speech_renamed": _variant()})
     # When a checkpoint of that type is converted there and back

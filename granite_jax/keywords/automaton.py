@@ -25,14 +25,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import Lengths, Tokens
 
 STATES = 1 << 16  # and as many edges: 2,000 keywords of 8 tokens, each written in up to four ways
 FIRST = 0.25  # of the boost, on a keyword's first token: measured by benchmarks/keywords.py
-_PROBES = 16
-_SEEDS, _SEED_STEP = 16, 0x07D4EB2F
 
 
 class Phrase(NamedTuple):
@@ -57,8 +55,8 @@ class KeywordAutomaton(NamedTuple):
     """The automaton of one list, on the host.
 
     Fields:
-      sources, tokens, targets: int32 `[edges]`, sorted by source. Sources and targets are states of this list, 0 its
-        root.
+      sources, tokens, targets: int32 `[edges]`, sorted by source, then by token. Sources and targets are states of this
+        list, 0 its root.
       boosts: float32 `[edges]`, nats.
       failures: int32 `[states]`, of each state the longest suffix that is a state; the root's is the root.
       start: the state before the first token.
@@ -113,7 +111,7 @@ def build_automaton(phrases: Iterable[Phrase]) -> KeywordAutomaton:
     edges = [
         (number[node], token, resolved[child], boosts[child])
         for node in kept
-        for token, child in children[node].items()
+        for token, child in sorted(children[node].items())
     ]
     sources, tokens, targets, edge_boosts = zip(*edges, strict=True) if edges else ((), (), (), ())
     return KeywordAutomaton(
@@ -135,10 +133,8 @@ class BatchedAutomata:
       starts: int32 `[b]`, the state of each row before its first token.
       failures: int32 `[states]`; a root's is itself.
       first: int32 `[states + 1]`, where the edges of each state begin.
-      tokens, targets: int32 `[edges]`.
+      tokens, targets: int32 `[edges]`; a state's edges are sorted by token.
       boosts: float32 `[edges]`, nats.
-      slots: int32 `[slots, 3]`, a hash table: state, token, edge.
-      seed: uint32, of the hash.
     """
 
     starts: Lengths
@@ -147,8 +143,6 @@ class BatchedAutomata:
     tokens: Int[Array, "edges"]
     targets: Int[Array, "edges"]
     boosts: Float[Array, "edges"]
-    slots: Int[Array, "slots 3"]
-    seed: UInt[Array, ""]
 
     def advance(self, states: Lengths, tokens: Lengths) -> tuple[Lengths, Float[Array, "b"]]:
         """The states after one more token, and the boosts that these tokens had, in nats."""
@@ -186,12 +180,17 @@ class BatchedAutomata:
         return jax.lax.fori_loop(0, count, step, (states, found, boosts))[1:]
 
     def _edge(self, states: Lengths, tokens: Lengths) -> Lengths:
-        """The edge of a state that a token takes, -1 for none."""
-        size = self.slots.shape[0] - _PROBES + 1
-        home = _home(states.astype(jnp.uint32), tokens.astype(jnp.uint32), self.seed, size).astype(jnp.int32)
-        probed = self.slots[home[:, None] + jnp.arange(_PROBES)[None, :]]
-        hit = (probed[..., 0] == states[..., None]) & (probed[..., 1] == tokens[..., None])
-        return jnp.where(hit, probed[..., 2], -1).max(axis=-1)
+        """The edge of a state that a token takes, -1 for none: a binary search, all rows at once."""
+
+        def halve(bounds):
+            low, high = bounds
+            middle = (low + high) // 2
+            below = (low < high) & (self.tokens[middle] < tokens)
+            return jnp.where(below, middle + 1, low), jnp.where(below, high, middle)
+
+        end = self.first[states + 1]
+        edges, _ = jax.lax.while_loop(lambda bounds: (bounds[0] < bounds[1]).any(), halve, (self.first[states], end))
+        return jnp.where((edges < end) & (self.tokens[edges] == tokens), edges, -1)
 
 
 def batch_automata(tries: Sequence[KeywordAutomaton], rows: Sequence[int], states: int = STATES) -> BatchedAutomata:
@@ -216,18 +215,15 @@ def batch_automata(tries: Sequence[KeywordAutomaton], rows: Sequence[int], state
         flat = np.concatenate([np.zeros(first), *arrays])
         return np.pad(flat, (0, room - len(flat))).astype(dtype)
 
-    sources, tokens = joined("sources", edges), joined("tokens", states, states_of=False)
-    slots, seed = _hash_table(sources, tokens[:edges], 4 * states)
+    sources = joined("sources", edges)
     starts = [0 if row < 0 else int(offsets[row]) + tries[row].start for row in rows]
     fields: dict[str, Any] = {  # numpy arrays, which jax takes for its own
         "starts": np.array(starts, np.int32),
         "failures": joined("failures", states, first=1),
         "first": np.searchsorted(sources, np.arange(states + 1)).astype(np.int32),
-        "tokens": tokens,
+        "tokens": joined("tokens", states, states_of=False),
         "targets": joined("targets", states),
         "boosts": joined("boosts", states, np.float32, states_of=False),
-        "slots": slots,
-        "seed": np.array(seed, np.uint32),
     }
     return BatchedAutomata(**fields)
 
@@ -235,28 +231,3 @@ def batch_automata(tries: Sequence[KeywordAutomaton], rows: Sequence[int], state
 def no_keywords(batch: int, states: int = STATES) -> BatchedAutomata:
     """The automata of a batch without keywords."""
     return batch_automata([], [-1] * batch, states)
-
-
-def _home(states, tokens, seed, slots: int):
-    """Where the search for an edge begins: the upper bits of a product (Knuth). Works on numpy and on jax's uint32."""
-    mixed = (tokens * np.uint32(0x9E3779B1)) ^ (states * np.uint32(0x85EBCA6B)) ^ seed
-    mixed = (mixed ^ (mixed >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
-    return mixed >> np.uint32(32 - (slots.bit_length() - 1))
-
-
-def _hash_table(states: np.ndarray, tokens: np.ndarray, size: int) -> tuple[np.ndarray, int]:
-    """Every edge at most `_PROBES - 1` places after its home, by the first seed for which there is room."""
-    for seed in range(0, _SEEDS * _SEED_STEP, _SEED_STEP):
-        home = _home(states.astype(np.uint32), tokens.astype(np.uint32), np.uint32(seed), size)
-        slots = np.full((size + _PROBES - 1, 3), -1, np.int32)
-        pending = np.arange(len(states))
-        for probe in range(_PROBES):
-            place = home[pending].astype(np.int64) + probe
-            free = np.flatnonzero(slots[place, 0] < 0)
-            place, winner = np.unique(place[free], return_index=True)
-            edge = pending[free[winner]]
-            slots[place] = np.stack([states[edge], tokens[edge], edge], axis=1)
-            pending = np.setdiff1d(pending, edge, assume_unique=True)
-        if not len(pending):
-            return slots, seed
-    raise FullError("keywords cannot be hashed")
