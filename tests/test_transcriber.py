@@ -202,6 +202,16 @@ def test_a_bad_input_is_named_and_loses_nothing_else(
     assert sum(seen) == 3
 
 
+def test_what_reading_noticed_is_flagged(asr: Transcriber) -> None:
+    # Given a file without its end, one with channels of opposite phase, and a whole one
+    samples = speech(2)
+    cut, opposed = wav(samples)[:30_000], wav(np.stack([samples, -samples], 1))
+    # When they are transcribed, then the flags say so, and the model's text is that of the samples that were taken
+    flags = [set(transcript.flags) - {"low-agreement"} for transcript in asr.transcribe([cut, opposed, samples])]
+    assert flags == [{"truncated-input"}, {"one-channel"}, set()]
+    assert asr.transcribe(opposed).tokens == asr.transcribe(wav(samples)).tokens
+
+
 def test_buckets_of_the_callers_own_are_a_limit_too(asr: Transcriber) -> None:
     # Given buckets for five seconds only, when audio is longer, then the error does not blame the model
     small = like(asr, batch_size=1, buckets=[Bucket(1, 5 * RATE, 120, 160)])

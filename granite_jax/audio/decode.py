@@ -1,86 +1,253 @@
-"""Decodes encoded audio (whatever libsndfile reads) in blocks, believing no header."""
+"""Decodes encoded audio (whatever libsndfile reads) in blocks, stream by stream, believing no header."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import soundfile as sf
 
-from granite_jax.audio.resample import check_channels, check_rate, mono, one_line, raise_too_long, resample
+from granite_jax.audio.resample import (
+    SAMPLE_RATE,
+    Mixer,
+    check_channels,
+    check_rate,
+    one_line,
+    raise_too_long,
+    resample,
+)
+from granite_jax.audio.streams import Stream, find_stream, is_only_tags, next_marker
 from granite_jax.errors import AudioError
 
 _BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
+_TRAILER = 4096  # bytes behind the audio that may be anything
+
+
+class Decoded(NamedTuple):
+    """Float32 samples `[n]` at 16 kHz, mono.
+
+    Fields:
+      flags: "truncated-input" if the file lacks its end; "one-channel" if the channels cancel each other out, and the
+        samples are those of the loudest.
+    """
+
+    samples: np.ndarray
+    flags: tuple[str, ...] = ()
+
+
+class _UnreadableError(AudioError):
+    """libsndfile does not recognize the format."""
+
+
+class _DecodedStream(NamedTuple):
+    samples: np.ndarray
+    flags: tuple[str, ...]
+    end: int  # byte of the file
+    seconds: float  # that were decoded or skipped
 
 
 def decode(
     file: BinaryIO, sampling_rate: float | None, limit: float, offset: float = 0.0, duration: float | None = None
-) -> np.ndarray:
-    """Float32 [n] at 16 kHz, mono, of a seekable file; `sampling_rate` must agree with the file's if given.
+) -> Decoded:
+    """Decodes all streams of a seekable file, one after another.
 
-    With `offset` or `duration`, in seconds, that part of it; `limit`, in seconds, is of the part.
+    Args:
+      sampling_rate: in Hz. If given, the file's own must agree with it.
+      limit: seconds to accept.
+      offset, duration: the part to decode, in seconds of the file; to its end without a duration.
 
-    Raises AudioError where the data is at fault, OSError where reading it failed.
+    Raises:
+      AudioError: the data is at fault. Bytes that are left over, and could be audio, are counted.
+      OSError: reading failed.
     """
-    if not file.read(1):
+    size = file.seek(0, io.SEEK_END)
+    if size == 0:
         raise AudioError("is empty")
-    file.seek(0)
-    encoded = _EncodedFile(file)
-    try:
-        with _open(encoded) as decoder:
+    position, skip, take, seconds = 0, offset, duration, 0.0
+    streams: list[_DecodedStream] = []
+    while take is None or take > 0:
+        decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
+        if decoded is None:
+            break
+        streams.append(decoded)
+        position, skip = decoded.end, skip - decoded.seconds
+        seconds += len(decoded.samples) / SAMPLE_RATE
+        if seconds > limit:
+            raise_too_long(limit)
+        take = None if duration is None else duration - seconds
+    samples = streams[0].samples if len(streams) == 1 else np.concatenate([stream.samples for stream in streams])
+    if offset and len(samples) == 0:
+        raise AudioError(f"has no audio at {offset:g} seconds")
+    return Decoded(samples, tuple(dict.fromkeys(flag for stream in streams for flag in stream.flags)))
+
+
+def _decode_next(
+    file: BinaryIO,
+    position: int,
+    size: int,
+    sampling_rate: float | None,
+    limit: float,
+    skip: float,
+    take: float | None,
+) -> _DecodedStream | None:
+    """Decodes the first stream at or after a position; None if only tags, or a few other bytes, are left."""
+    if position == 0:
+        # A format whose headers are understood; one that only libsndfile knows; a stream behind junk.
+        candidates = [lambda: find_stream(file, 0, size, behind_junk=False), lambda: Stream(0, size, is_parsed=False)]
+    elif is_only_tags(file, position, size):
+        return None
+    else:
+        candidates = []
+    unreadable = None
+    for candidate in (*candidates, lambda: find_stream(file, position, size)):
+        if (stream := candidate()) is not None:
+            try:
+                return _StreamDecoder(file, stream, sampling_rate, limit).decode(skip, take)
+            except _UnreadableError as error:
+                unreadable = unreadable or error
+    if position == 0 and unreadable is not None:
+        raise AudioError(str(unreadable)) from unreadable.__cause__
+    if size - position <= _TRAILER:
+        return None
+    raise AudioError(f"is damaged ({size - position:,} of its {size:,} bytes cannot be decoded)")
+
+
+class _StreamDecoder:
+    def __init__(self, file: BinaryIO, stream: Stream, sampling_rate: float | None, limit: float):
+        self._file, self._stream, self._sampling_rate, self._limit = file, stream, sampling_rate, limit
+
+    def decode(self, skip: float, take: float | None) -> _DecodedStream:
+        """Decodes the stream without its first `skip` seconds, at most `take` seconds of it."""
+        mixer = Mixer()
+        decoded = self._decode(mixer, skip, take)
+        if mixer.cancels:
+            decoded = self._decode(Mixer(mixer.loudest), skip, take)
+            return decoded._replace(flags=(*decoded.flags, "one-channel"))
+        return decoded
+
+    def _decode(self, mixer: Mixer, skip: float, take: float | None, *, seek: bool = True) -> _DecodedStream:
+        with self._open() as (decoder, view):
             rate = check_rate(decoder.samplerate)
-            if sampling_rate is not None and check_rate(sampling_rate) != rate:
-                raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={sampling_rate!r} was given")
-            check_channels(decoder.channels)
-            start, frames = round(offset * rate), None if duration is None else max(1, round(duration * rate))
-            if duration is not None and duration > limit:
-                raise_too_long(limit)
-            if duration is None and limit * rate + start < decoder.frames < _UNKNOWN_FRAMES:
-                raise_too_long(limit)
-            if start:
-                _skip(decoder, start)
-            return resample(_blocks(decoder, frames), rate, limit)
-    finally:
-        if encoded.error is not None:
-            raise encoded.error  # Whatever libsndfile made of it: the data is not at fault.
+            start, frames = round(skip * rate), None if take is None else max(1, round(take * rate))
+            if frames is None and self._limit * rate + start < decoder.frames < _UNKNOWN_FRAMES:
+                raise_too_long(self._limit)
+            # A second early, because lossy decoders depend on what was before.
+            target = max(0, start - int(rate)) if seek and start < decoder.frames else 0
+            if target and not _seek(decoder, target):
+                return self._decode(mixer, skip, take, seek=False)
+            blocks = _Blocks(decoder, start - target, frames)
+            samples = resample((mixer(block) for block in blocks), rate, self._limit)
+            num_frames = target + blocks.num_frames
+            if frames is not None and blocks.num_taken >= frames:
+                return _DecodedStream(samples, (), self._stream.end, num_frames / rate)
+            end, is_truncated = self._find_end(decoder, view, blocks.error, num_frames)
+            if end is None:
+                assert self._stream.fallback is not None
+                self._stream = self._stream.fallback()
+                return self.decode(skip, take)
+            return _DecodedStream(samples, ("truncated-input",) if is_truncated else (), end, num_frames / rate)
 
+    def _find_end(
+        self, decoder: _SequentialDecoder, view: _View, error: str | None, num_frames: int
+    ) -> tuple[int | None, bool]:
+        """Where in the file a stream really ended, and whether its own end is missing.
 
-def _open(encoded: _EncodedFile) -> _SequentialDecoder:
-    try:
-        return _SequentialDecoder(cast(Any, encoded))
-    except (sf.SoundFileError, TypeError, ValueError) as error:
-        raise AudioError(f"is not audio that can be read ({_libsndfile_reason(error)})") from error
+        The end is None where decoding stopped too early and the stream has a fallback.
 
+        Args:
+          error: of the decoder, if one stopped it.
+          num_frames: how many there were.
 
-def _skip(decoder: _SequentialDecoder, frames: int) -> None:
-    """Goes to a frame. Raises AudioError if the audio ends before it."""
-    try:
-        found = decoder.seek(frames)
-    except (sf.SoundFileError, ValueError, OSError):
-        found = -1
-    if found != frames or found >= decoder.frames:
-        raise AudioError(f"has no audio at {frames / decoder.samplerate:g} seconds")
+        Raises:
+          AudioError: the stream is damaged.
+        """
+        stream, left = self._stream, self._stream.end - view.position
+        is_complete = num_frames >= decoder.frames
+        if decoder.format == "FLAC" and (error is not None or not view.is_at_end):
+            following = next_marker(self._file, stream.start + 4, stream.end)
+            if following < stream.end or (is_complete and left <= _TRAILER):
+                return following, not is_complete and decoder.frames < _UNKNOWN_FRAMES
+        if error is not None and not (view.is_at_end and num_frames):
+            raise AudioError(f"is damaged ({error})")
+        if decoder.format == "MP3" and left > _TRAILER:
+            return (None, False) if stream.fallback else (view.position, False)
+        if is_complete and left > _TRAILER and (not stream.is_parsed or decoder.format == "FLAC"):
+            raise AudioError(f"is damaged ({left:,} of its {stream.end:,} bytes cannot be decoded)")
+        return stream.end, stream.is_truncated or error is not None or num_frames < decoder.frames < _UNKNOWN_FRAMES
 
-
-def _blocks(decoder: _SequentialDecoder, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Decodes to the end of the data, which is where the header says or earlier, or `limit` frames.
-
-    Yields mono float32 [<= 65536] each.
-    """
-    buffer = np.empty((_BLOCK_FRAMES, decoder.channels), np.float32)
-    while limit is None or limit > 0:
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[_SequentialDecoder, _View]]:
+        view = _View(self._file, self._stream)
         try:
-            frames = decoder.read(out=buffer if limit is None else buffer[:limit])
-        except (sf.SoundFileError, ValueError) as error:
-            raise AudioError(f"is damaged ({_libsndfile_reason(error)})") from error
-        if len(frames) == 0:
-            return
-        limit = None if limit is None else limit - len(frames)
-        yield mono(frames)
+            with _open(view) as decoder:
+                rate = check_rate(decoder.samplerate)
+                if self._sampling_rate is not None and check_rate(self._sampling_rate) != rate:
+                    raise AudioError(
+                        f"has a sampling rate of {rate:g} Hz, but sampling_rate={self._sampling_rate!r} was given"
+                    )
+                check_channels(decoder.channels)
+                yield decoder, view
+        finally:
+            if view.error is not None:
+                raise view.error  # Whatever libsndfile made of it: the data is not at fault.
+
+
+def _open(view: _View) -> _SequentialDecoder:
+    try:
+        return _SequentialDecoder(cast(Any, view))
+    except (sf.SoundFileError, TypeError, ValueError) as error:
+        raise _UnreadableError(f"is not audio that can be read ({_libsndfile_reason(error)})") from error
+
+
+def _seek(decoder: _SequentialDecoder, frames: int) -> bool:
+    """Goes to a frame. False if the format does not allow it."""
+    try:
+        return decoder.seek(frames) == frames
+    except (sf.SoundFileError, ValueError, OSError):
+        return False
+
+
+class _Blocks:
+    """Decodes to the end of the data, which is where the header says or earlier: float32 `[<= 65536, channels]` each.
+
+    Fields:
+      num_frames: frames that were decoded.
+      num_taken: those of them that were not dropped.
+      error: why decoding ended, if an error ended it.
+    """
+
+    def __init__(self, decoder: _SequentialDecoder, drop: int, take: int | None):
+        """Drops the first `drop` frames and ends after `take` more."""
+        self._decoder, self._drop, self._take = decoder, drop, take
+        self.num_frames, self.num_taken = 0, 0
+        self.error: str | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        buffer = np.empty((_BLOCK_FRAMES, self._decoder.channels), np.float32)
+        last = None if self._take is None else self._drop + self._take
+        while self.error is None and (last is None or self.num_frames < last):
+            block = buffer if last is None else buffer[: last - self.num_frames]
+            block.fill(np.nan)
+            try:
+                frames = self._decoder.read(out=block)
+            except (sf.SoundFileError, ValueError) as error:
+                self.error = _libsndfile_reason(error)
+                # What was decoded before the error: libsndfile leaves the rest, or zeros it behind the declared end.
+                declared = block[: max(0, self._decoder.frames - self.num_frames)]
+                unwritten = np.flatnonzero(np.isnan(declared[:, 0]))
+                frames = declared[: unwritten[0]] if len(unwritten) else declared
+            if len(frames) == 0:
+                return
+            kept = frames[max(0, self._drop - self.num_frames) :]
+            self.num_frames += len(frames)
+            self.num_taken += len(kept)
+            if len(kept):
+                yield kept
 
 
 def _libsndfile_reason(error: Exception) -> str:
@@ -94,27 +261,57 @@ class _SequentialDecoder(sf.SoundFile):
         return False
 
 
-class _EncodedFile:
-    """What libsndfile reads from. Its callbacks cannot raise: a failed read is kept, to be raised afterwards.
+class _View:
+    """A stream of a file, with its patches, as libsndfile reads it.
 
-    It has no name: soundfile would take `x.raw` for headerless data and ask for its format.
+    libsndfile's callbacks cannot raise: a failed read is kept, to be raised afterwards. The view has no name: soundfile
+    would take `x.raw` for headerless data and ask for its format.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, stream: Stream) -> None:
+        self._file, self._stream, self._offset = file, stream, 0
         self.error: OSError | None = None
 
+    @property
+    def position(self) -> int:
+        """The next byte, counted in the file."""
+        return self._stream.start + max(0, self._offset - len(self._stream.prefix))
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether all bytes were read."""
+        return self.position >= self._stream.end
+
     def read(self, size: int) -> bytes:
+        prefix = self._stream.prefix[self._offset :][:size]
+        if prefix:
+            self._offset += len(prefix)
+            return prefix
+        position = self.position
+        size = min(size, self._stream.end - position)
+        if size <= 0:
+            return b""
         try:
-            return self._file.read(size)
+            self._file.seek(position)
+            data = self._file.read(size)
         except Exception as error:  # a remote file raises what it likes
             self.error = error if isinstance(error, OSError) else OSError(one_line(error))
             return b""
+        for at, patch in self._stream.patches.items():
+            at += self._stream.start - position
+            low, high = max(at, 0), min(at + len(patch), len(data))
+            if low < high:
+                data = data[:low] + patch[low - at : high - at] + data[high:]
+        self._offset += len(data)
+        return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        with contextlib.suppress(OSError, ValueError):  # Damaged headers point to before the start.
-            self._file.seek(offset, whence)
-        return self.tell()
+        size = len(self._stream.prefix) + self._stream.end - self._stream.start
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: size}
+        target = origin[whence] + offset
+        if target >= 0:  # Damaged headers point to before the start.
+            self._offset = target
+        return self._offset
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._offset

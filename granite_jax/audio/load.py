@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from granite_jax.audio.decode import decode
-from granite_jax.audio.resample import SAMPLE_RATE, check_channels, check_rate, mono, one_line, resample, scale
+from granite_jax.audio.decode import Decoded, decode
+from granite_jax.audio.resample import SAMPLE_RATE, Mixer, check_channels, check_rate, one_line, resample, scale
 from granite_jax.errors import AudioError
 
 __all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio", "load_segment"]
@@ -34,10 +34,17 @@ _MAX_STREAM_BYTES = 1 << 31
 
 @dataclass(frozen=True, eq=False)
 class Audio:
-    """One utterance: `samples` float32 [n] at 16 kHz, mono, roughly in [-1, 1]; `name` is for messages and output."""
+    """One utterance.
+
+    Fields:
+      name: for messages and output.
+      samples: float32 `[n]` at 16 kHz, mono, roughly in [-1, 1].
+      flags: of a `Transcript`, "truncated-input" and "one-channel" where they apply.
+    """
 
     name: str
     samples: np.ndarray
+    flags: tuple[str, ...] = ()
 
     @property
     def duration(self) -> float:
@@ -72,17 +79,17 @@ def load_audio(
     try:
         limit = _check_limit(max_seconds)
         if isinstance(source, (str, os.PathLike)):
-            samples = _read_path(source, sampling_rate, limit)
+            decoded = _read_path(source, sampling_rate, limit)
         elif isinstance(source, (bytes, bytearray, memoryview)):
-            samples = decode(io.BytesIO(source), sampling_rate, limit)
+            decoded = decode(io.BytesIO(source), sampling_rate, limit)
         elif hasattr(source, "read"):
-            samples = decode(io.BytesIO(_read_stream(source)), sampling_rate, limit)
+            decoded = decode(io.BytesIO(_read_stream(source)), sampling_rate, limit)
         else:
-            samples = _from_array(*_split_pair(source, sampling_rate), limit)
-        _check_samples(samples)
+            decoded = _from_array(*_split_pair(source, sampling_rate), limit)
+        _check_samples(decoded.samples)
     except AudioError as error:
         raise type(error)(f"{printable(name)}: {error}") from error.__cause__
-    return Audio(name, samples)
+    return Audio(name, *decoded)
 
 
 def _default_name(source: Any) -> str:
@@ -113,7 +120,7 @@ def _check_samples(samples: np.ndarray) -> None:
 # Encoded audio.
 
 
-def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit: float) -> np.ndarray:
+def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit: float) -> Decoded:
     with open_regular(path) as file:
         return decode(file, sampling_rate, limit)
 
@@ -150,9 +157,9 @@ def load_segment(
       AudioError: as of `load_audio`, without the name.
       OSError: reading the file failed.
     """
-    samples = decode(file, None, _check_limit(max_seconds), offset, duration)
-    _check_samples(samples)
-    return Audio(name, samples)
+    decoded = decode(file, None, _check_limit(max_seconds), offset, duration)
+    _check_samples(decoded.samples)
+    return Audio(name, *decoded)
 
 
 def _read_stream(stream: Any) -> bytes:
@@ -182,7 +189,7 @@ def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
     return source[0], rate
 
 
-def _from_array(source: Any, rate: float, limit: float) -> np.ndarray:
+def _from_array(source: Any, rate: float, limit: float) -> Decoded:
     try:
         array = np.asarray(source)
     except Exception as error:  # Ragged lists, tensors on a device, objects with an __array__ of their own.
@@ -192,8 +199,13 @@ def _from_array(source: Any, rate: float, limit: float) -> np.ndarray:
         raise AudioError(f"expected an array of shape [n] or [n, channels], not {list(array.shape)}")
     frames = array[:, None] if array.ndim == 1 else array if array.shape[0] > array.shape[1] else array.T
     check_channels(frames.shape[1])
-    starts = range(0, len(frames), _BLOCK_FRAMES)
-    return resample((mono(scale(frames[i : i + _BLOCK_FRAMES])) for i in starts), rate, limit)
+    blocks = [frames[i : i + _BLOCK_FRAMES] for i in range(0, len(frames), _BLOCK_FRAMES)]
+    mixer = Mixer()
+    samples = resample((mixer(scale(block)) for block in blocks), rate, limit)
+    if not mixer.cancels:
+        return Decoded(samples)
+    mixer = Mixer(mixer.loudest)
+    return Decoded(resample((mixer(scale(block)) for block in blocks), rate, limit), ("one-channel",))
 
 
 def _check_dtype(dtype: np.dtype, source: Any) -> None:

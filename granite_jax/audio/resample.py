@@ -49,17 +49,43 @@ def scale(frames: np.ndarray) -> np.ndarray:
     return (frames.astype(np.float64) - (half if frames.dtype.kind == "u" else 0.0)) / half
 
 
-def mono(frames: np.ndarray) -> np.ndarray:
-    """[n, channels] of any float type to float32 [n], the mean over the channels."""
-    if frames.dtype.name == "bfloat16":
+class Mixer:
+    """Mixes blocks of frames down to mono, and notices channels that cancel each other out.
+
+    Channels of opposite phase, which wrong wiring and some "vocal" effects make, have a mean near zero.
+    """
+
+    def __init__(self, channel: int | None = None):
+        """Takes the mean over the channels, or `channel` alone."""
+        self._channel = channel
+        self._energies, self._energy = np.zeros(1), 0.0  # of each channel; of the mix
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        """`[n, channels]` of any float type -> float32 `[n]`."""
+        if frames.dtype.name == "bfloat16":
+            frames = frames.astype(np.float32)
+        if not np.isfinite(frames).all():
+            raise AudioError("holds NaN or infinite samples")
+        peak = float(np.abs(frames).max())
+        if peak > MAX_AMPLITUDE:
+            raise AudioError(f"float samples should be within [-1, 1], but one is {peak:.6g}: scale them first")
         frames = frames.astype(np.float32)
-    if not np.isfinite(frames).all():
-        raise AudioError("holds NaN or infinite samples")
-    peak = float(np.abs(frames).max())
-    if peak > MAX_AMPLITUDE:
-        raise AudioError(f"float samples should be within [-1, 1], but one is {peak:.6g}: scale them first")
-    frames = frames.astype(np.float32)
-    return frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
+        if frames.shape[1] == 1 or self._channel is not None:
+            return frames[:, self._channel or 0].copy()
+        mixed = frames.mean(axis=1, dtype=np.float32)
+        self._energies = self._energies + np.einsum("nc,nc->c", frames, frames, dtype=np.float64)
+        self._energy += float(np.dot(mixed, mixed))
+        return mixed
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the mix is 10 dB weaker than if the channels had nothing to do with each other."""
+        return self._energy < 0.1 * self._energies.sum() / len(self._energies) ** 2
+
+    @property
+    def loudest(self) -> int:
+        """The channel with the most energy."""
+        return int(self._energies.argmax())
 
 
 def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> np.ndarray:

@@ -437,7 +437,7 @@ class Engine:
         if row.request.keywords is not None:
             stats["keywords"] = row.spotted
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
-        flags = ("low-agreement",) if doubtful else ()
+        flags = (*audio.flags, "low-agreement") if doubtful else audio.flags
         return Transcript(
             audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, _runs(sources), flags
         )

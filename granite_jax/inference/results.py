@@ -7,7 +7,11 @@ import numpy as np
 
 LOW_AGREEMENT = 0.5
 """Share of different words beyond which a transcript is flagged; see `disagreement`."""
-FLAGS = {"low-agreement": "the encoder by itself hears another text, so that this one may not be what was said"}
+FLAGS = {
+    "truncated-input": "the audio ends before its file says: the file was cut off",
+    "one-channel": "the channels cancel each other out, so that one of them was taken instead of their mean",
+    "low-agreement": "the encoder by itself hears another text, so that this one may not be what was said",
+}
 """What can be in a transcript's `flags`, and what it means."""
 
 

@@ -1,0 +1,255 @@
+"""All that is in a file: streams one after another, junk, headers that were never filled in, ends that are missing."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from granite_jax.audio.load import SAMPLE_RATE, load_audio, load_segment
+from granite_jax.errors import AudioError
+
+FORMATS = {
+    "wav": ("WAV", "PCM_16"),
+    "rf64": ("RF64", "PCM_16"),
+    "w64": ("W64", "PCM_16"),
+    "aiff": ("AIFF", "PCM_16"),
+    "au": ("AU", "PCM_16"),
+    "caf": ("CAF", "PCM_16"),
+    "flac": ("FLAC", "PCM_16"),
+    "vorbis": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", None),
+    "mp3-vbr": ("MP3", None),
+}
+SECONDS = 1.5
+ID3V1 = b"TAG" + bytes(125)
+ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 2, 0]) + b"\xff\xfb\x90\x00" * 64  # 256 bytes that look like frames
+APE = b"APETAGEX" + struct.pack("<IIII", 2000, 40, 1, 0xA000_0000) + bytes(8) + b"\x00artist" + bytes(33)
+
+
+def sweep(low=200.0, seconds=SECONDS, rate=SAMPLE_RATE):
+    """A tone that rises by an octave."""
+    time = np.arange(int(seconds * rate)) / rate
+    return (0.4 * np.sin(2 * np.pi * low * time * (1 + time / (2 * seconds)))).astype(np.float32)
+
+
+def encode(samples, kind, rate=SAMPLE_RATE):
+    form, subtype = FORMATS[kind]
+    options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5} if kind == "mp3-vbr" else {}
+    buffer = io.BytesIO()
+    sf.write(buffer, samples, rate, format=form, subtype=subtype, **options)
+    return buffer.getvalue()
+
+
+def seconds_of(audio):
+    return pytest.approx(audio, abs=0.08)  # codecs without a record of their delay add or lose a frame
+
+
+def assert_follow(samples, *parts):
+    """`samples` are the parts one after another, as far as codecs can tell."""
+    start = 0
+    for part in parts:
+        piece = samples[start : start + len(part)]
+        spectrum, expected = (np.abs(np.fft.rfft(x, len(part))) for x in (piece, part))
+        assert spectrum @ expected > 0.9 * np.linalg.norm(spectrum) * np.linalg.norm(expected)
+        start += len(part)
+
+
+# Streams one after another.
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_concatenated_files_are_decoded_to_the_end(kind):
+    # Given three different recordings, one behind the other
+    parts = [sweep(low) for low in (200, 700, 1500)]
+    # When they are read as one file
+    audio = load_audio(b"".join(encode(part, kind) for part in parts))
+    # Then all of it is there
+    assert audio.flags == () and audio.duration == seconds_of(3 * SECONDS)
+    assert_follow(audio.samples, *parts)
+
+
+def test_concatenated_files_may_differ_in_format_rate_and_channels():
+    parts = [sweep(200), sweep(700, rate=44_100), np.stack([sweep(1500, rate=8000)] * 2, 1)]
+    data = encode(parts[0], "wav") + encode(parts[1], "flac", 44_100) + encode(parts[2], "aiff", 8000)
+    audio = load_audio(data)
+    assert audio.duration == seconds_of(3 * SECONDS)
+    assert_follow(audio.samples, sweep(200), sweep(700), sweep(1500))
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "opus", "mp3"])
+@pytest.mark.parametrize(("offset", "duration"), [(1.0, 1.2), (2.0, 0.5), (2.0, None), (0.2, 100_000)])
+def test_a_segment_may_span_streams(kind, offset, duration):
+    # Given two recordings one behind the other, when a part is read, then it is what the whole has there
+    file = io.BytesIO(encode(sweep(), kind) + encode(sweep(700), kind))
+    whole = load_audio(file.getvalue()).samples
+    segment = load_segment(file, "a", offset=offset, duration=duration)
+    start = int(offset * SAMPLE_RATE)
+    expected = whole[start:] if duration is None else whole[start : start + int(duration * SAMPLE_RATE)]
+    np.testing.assert_allclose(segment.samples, expected, atol=1e-3)
+
+
+def test_the_length_limit_is_of_all_streams_together():
+    with pytest.raises(AudioError, match="longer than 4 seconds"):
+        load_audio(encode(sweep(), "wav") * 3, max_seconds=4)
+
+
+# Junk in front, between and behind.
+
+
+@pytest.mark.parametrize("junk", [bytes(1000), b"\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", ID3V2, b"\xff" * 700])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_junk_in_front_is_passed_over(kind, junk):
+    audio = load_audio(junk + encode(sweep(), kind))
+    assert audio.flags == () and audio.duration == seconds_of(SECONDS)
+    assert_follow(audio.samples, sweep())
+
+
+@pytest.mark.parametrize("trailer", [bytes(5000), ID3V1, APE + ID3V1, b"\x00" * 100 + ID3V1, b"some words"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_tags_behind_are_not_audio(kind, trailer):
+    audio = load_audio(encode(sweep(), kind) + trailer)
+    assert audio.flags == () and audio.duration == seconds_of(SECONDS)
+
+
+@pytest.mark.parametrize("kind", ["wav", "opus", "mp3", "mp3-vbr"])
+def test_tags_between_are_not_audio(kind):
+    audio = load_audio(encode(sweep(), kind) + ID3V1 + ID3V2 + encode(sweep(700), kind))
+    assert audio.duration == seconds_of(2 * SECONDS)
+    assert_follow(audio.samples, sweep(), sweep(700))
+
+
+@pytest.mark.parametrize("kind", ["au", "caf", "vorbis", "opus", "mp3"])
+def test_bytes_that_cannot_be_decoded_are_counted(kind):
+    # Given a recording with 20,000 bytes behind it that are neither tags nor audio
+    data = encode(sweep(), kind)
+    noise = np.random.default_rng(0).integers(1, 200, 20_000, np.uint8).tobytes()
+    # When it is read, then the error says how many were not decoded
+    with pytest.raises(AudioError, match=rf"is damaged \(20,000 of its {len(data) + 20_000:,} bytes cannot be decoded"):
+        load_audio(data + noise)
+
+
+# Headers that lie.
+
+
+def patched(data, position, field):
+    return data[:position] + field + data[position + len(field) :]
+
+
+def _wav(length, riff=None):
+    data = encode(sweep(), "wav")
+    riff = struct.pack("<I", length + 36 & 0xFFFF_FFFF) if riff is None else riff
+    return patched(patched(data, 40, struct.pack("<I", length)), 4, riff)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _wav(0),
+        _wav(0, bytes(4)),
+        _wav(8000),
+        _wav(0xFFFF_FFFF),
+        _wav(0x7FFF_FFDB, b"\xff\xff\xff\xff"),
+        patched(encode(sweep(), "au"), 8, b"\xff\xff\xff\xff"),
+        patched(encode(sweep(), "flac"), 22, bytes(4)),
+    ],
+    ids=["zero", "all zero", "stale", "pipe", "sox pipe", "au pipe", "flac"],
+)
+def test_lengths_that_were_never_filled_in_are_not_believed(data):
+    audio = load_audio(data)
+    assert audio.flags == () and audio.duration == SECONDS
+    assert_follow(audio.samples, sweep())
+
+
+def test_an_empty_wav_with_chunks_behind_is_empty():
+    data = encode(sweep(), "wav")[:40] + bytes(4) + b"LIST" + struct.pack("<I", 6000) + b"x" * 6000
+    with pytest.raises(AudioError, match="holds no samples"):
+        load_audio(patched(data, 4, struct.pack("<I", len(data) - 8)))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_an_mp3_is_decoded_beyond_the_number_of_frames_in_its_header(share):
+    # Given a variable-bitrate MP3 whose header names a part of its frames
+    data = encode(sweep(seconds=10), "mp3-vbr")
+    field = max(data.find(b"Xing"), data.find(b"Info")) + 8
+    frames = struct.unpack(">I", data[field : field + 4])[0]
+    # When it is read, then all of it is there
+    audio = load_audio(patched(data, field, struct.pack(">I", int(share * frames))))
+    assert audio.duration == pytest.approx(10, abs=0.15)
+
+
+def without_first_frame(data):
+    """An MP3 without the frame that has the header, as streams are recorded."""
+    return data[data.find(data[:2], 4) :]
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("mp3", 10), ("mp3-vbr", 10), ("mp3", 300)])
+def test_an_mp3_without_its_header_is_decoded_to_the_end(kind, seconds):
+    # Given silence and then noise, of which a variable bitrate takes much less and much more than the mean
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, seconds * SAMPLE_RATE // 2).astype(np.float32)
+    data = without_first_frame(encode(np.concatenate([0 * noise, noise]), kind))
+    # When it is read, then all of it is there
+    audio = load_audio(data)
+    assert audio.flags == () and audio.duration == pytest.approx(seconds, abs=0.15)
+    assert load_audio(data[:-50]).flags == ("truncated-input",)
+
+
+def test_junk_in_the_middle_of_an_mp3_is_passed_over():
+    first, second = encode(sweep(seconds=5), "mp3"), encode(sweep(700, seconds=5), "mp3")
+    audio = load_audio(first + b"\x01" * 9000 + without_first_frame(second))
+    assert audio.duration == pytest.approx(10, abs=0.2)
+
+
+# Ends that are missing.
+
+
+@pytest.mark.parametrize("share", [0.4, 0.9])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_without_its_end_is_decoded_and_flagged(kind, share):
+    # Given the first part of a recording, in which sound has little to predict it
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * SAMPLE_RATE).astype(np.float32)
+    data = encode(noise, kind)
+    # When it is read
+    audio = load_audio(data[: int(share * len(data))])
+    # Then what is there is decoded, and the transcript is to be flagged
+    assert audio.flags == ("truncated-input",)
+    assert share - 0.25 < audio.duration / 5 < share + 0.02
+    assert load_audio(data).flags == ()
+
+
+@pytest.mark.parametrize("kind", ["flac", "opus"])
+def test_a_stream_without_its_end_may_be_followed_by_another(kind):
+    data = encode(sweep(seconds=5), kind)
+    audio = load_audio(data[: int(0.7 * len(data))] + encode(sweep(700), kind))
+    assert audio.flags == ("truncated-input",) and SECONDS + 2.5 < audio.duration < SECONDS + 4.5
+
+
+def test_a_segment_before_the_missing_end_is_not_flagged():
+    file = io.BytesIO(encode(sweep(), "wav")[:20_000])
+    assert load_segment(file, "a", duration=0.3).flags == ()
+    assert load_segment(file, "a", offset=0.3).flags == ("truncated-input",)
+
+
+# Parts of files that cannot seek.
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"), [("WAV", "GSM610"), ("WAV", "MS_ADPCM"), ("AU", "G721_32"), ("OGG", "VORBIS"), ("MP3", None)]
+)
+def test_a_part_is_the_same_whether_or_not_the_format_can_seek(form, subtype):
+    # Given a recording in a format of which libsndfile may not be able to seek in
+    buffer = io.BytesIO()
+    sf.write(buffer, sweep(seconds=3, rate=8000), 8000, format=form, subtype=subtype)
+    whole = load_audio(buffer.getvalue()).samples
+    # When a part is read
+    part = load_segment(buffer, "a", offset=1.5, duration=1.0).samples
+    # Then it is what the whole has there, but for the resampling at its edges
+    assert len(part) == SAMPLE_RATE
+    np.testing.assert_allclose(part[500:-500], whole[24_500:39_500], atol=0.02)
+
+
+def test_a_part_behind_the_end_is_an_error():
+    with pytest.raises(AudioError, match="has no audio at 2 seconds"):
+        load_segment(io.BytesIO(encode(sweep(), "wav")), "a", offset=2.0)
