@@ -1,4 +1,4 @@
-"""Decodes encoded audio (whatever libsndfile reads) in blocks, believing no header."""
+"""Decodes audio in any format that libsndfile reads, block by block; headers are not trusted."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of 
 def decode(
     file: BinaryIO, sampling_rate: float | None, limit: float, offset: float = 0.0, duration: float | None = None
 ) -> np.ndarray:
-    """Float32 [n] at 16 kHz, mono, of a seekable file; `sampling_rate` must agree with the file's if given.
+    """Decodes a seekable file to mono float32 [n] at 16 kHz; `sampling_rate`, if given, must agree with the file's.
 
-    With `offset` or `duration`, in seconds, that part of it; `limit`, in seconds, is of the part.
+    `offset` and `duration`, in seconds, select a segment; `limit` is the longest duration to accept.
 
-    Raises AudioError where the data is at fault, OSError where reading it failed.
+    Raises AudioError if the data is at fault, OSError if reading failed.
     """
     if not file.read(1):
         raise AudioError("is empty")
@@ -46,7 +46,7 @@ def decode(
             return resample(_blocks(decoder, frames), rate, limit)
     finally:
         if encoded.error is not None:
-            raise encoded.error  # Whatever libsndfile made of it: the data is not at fault.
+            raise encoded.error  # Reading failed: the data is not at fault, whatever libsndfile reported.
 
 
 def _open(encoded: _EncodedFile) -> _SequentialDecoder:
@@ -57,19 +57,19 @@ def _open(encoded: _EncodedFile) -> _SequentialDecoder:
 
 
 def _skip(decoder: _SequentialDecoder, frames: int) -> None:
-    """Goes to a frame. Raises AudioError if the audio ends before it."""
+    """Seeks to a frame. Raises AudioError if the audio ends before it."""
     try:
-        found = decoder.seek(frames)
+        position = decoder.seek(frames)
     except (sf.SoundFileError, ValueError, OSError):
-        found = -1
-    if found != frames or found >= decoder.frames:
+        position = -1
+    if position != frames or position >= decoder.frames:
         raise AudioError(f"has no audio at {frames / decoder.samplerate:g} seconds")
 
 
 def _blocks(decoder: _SequentialDecoder, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Decodes to the end of the data, which is where the header says or earlier, or `limit` frames.
+    """Decodes `limit` frames, or to the end of the data, which is at or before the end that the header states.
 
-    Yields mono float32 [<= 65536] each.
+    Yields mono float32 blocks [<= 65536].
     """
     buffer = np.empty((_BLOCK_FRAMES, decoder.channels), np.float32)
     while limit is None or limit > 0:
@@ -95,9 +95,9 @@ class _SequentialDecoder(sf.SoundFile):
 
 
 class _EncodedFile:
-    """What libsndfile reads from. Its callbacks cannot raise: a failed read is kept, to be raised afterwards.
+    """The file that libsndfile reads. Its callbacks cannot raise: an error is stored in `error`, to be raised later.
 
-    It has no name: soundfile would take `x.raw` for headerless data and ask for its format.
+    It has no `name`: soundfile would take `x.raw` for headerless data and ask for its format.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -107,7 +107,7 @@ class _EncodedFile:
     def read(self, size: int) -> bytes:
         try:
             return self._file.read(size)
-        except Exception as error:  # a remote file raises what it likes
+        except Exception as error:  # remote files can raise anything
             self.error = error if isinstance(error, OSError) else OSError(one_line(error))
             return b""
 
