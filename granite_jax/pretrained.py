@@ -1,4 +1,4 @@
-"""Whole checkpoints by name: open, load and save them.
+"""Opens, loads and saves checkpoints by name.
 
 Hub ids are downloaded through `huggingface_hub`. Hugging Face checkpoints of a hub are converted once, into this
 program's directory of the user's cache, by commit.
@@ -34,7 +34,7 @@ def open_checkpoint(source: str | PathLike[str], revision: str | None = None) ->
       CheckpointError: naming the directory and what is wrong with it.
     """
     directory = local_directory(source, revision)
-    return open_directory(_downloaded(str(source), revision) if directory is None else directory)
+    return open_directory(_converted_snapshot(str(source), revision) if directory is None else directory)
 
 
 def load(
@@ -58,8 +58,8 @@ def save(
 
     Args:
       directory: must not exist, or be empty.
-      config: the dictionary of a Hugging Face `config.json`, or the file to be copied as it is.
-      params: the parameter tree, of numpy or jax arrays; an adapter's subtree `lora` only with its
+      config: the dictionary of a Hugging Face `config.json`, or a file to copy unchanged.
+      params: the parameter tree, of numpy or jax arrays; an adapter's subtree `lora` requires its
         `adapter_config.json` among `extra_files`.
       tokenizer_file: becomes `tokenizer.json`.
       chat_template: Jinja source, becomes `chat_template.jinja`.
@@ -78,34 +78,37 @@ def save(
         write_weights(partial, config, flatten(params).items(), adapters.read(partial, parsed))
 
 
-def _downloaded(repo_id: str, revision: str | None) -> Path:
-    """The directory of a repository's checkpoint converted to Orbax, which it is on first use.
+def _converted_snapshot(repo_id: str, revision: str | None) -> Path:
+    """The directory of a repository's checkpoint, converted to Orbax on first use.
 
     A commit that was converted before needs neither the network nor the downloaded files.
-    Raises CheckpointError as `hub.snapshot`, and as the conversion does.
+    Raises CheckpointError as `hub.snapshot` and the conversion do.
     """
-    if revision is not None and hub.COMMIT.fullmatch(revision) and (done := _converted(repo_id, revision)) is not None:
-        return done
+    if revision is not None and hub.COMMIT.fullmatch(revision):
+        converted = _converted(repo_id, revision)
+        if converted is not None:
+            return converted
     directory = hub.snapshot(repo_id, revision, COMPANIONS)
     if (directory / PARAMS).is_dir():
         return directory
-    if (done := _converted(repo_id, directory.name)) is not None:
-        return done
-    destination = _cached(repo_id, directory.name)
+    converted = _converted(repo_id, directory.name)
+    if converted is not None:
+        return converted
+    destination = _cache_path(repo_id, directory.name)
     try:
         convert(directory, destination)
     except (CheckpointError, OSError) as error:
-        if _converted(repo_id, directory.name) is None:  # or else another process was faster
+        if _converted(repo_id, directory.name) is None:  # otherwise another process was faster
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
     return destination
 
 
-def _cached(repo_id: str, commit: str) -> Path:
+def _cache_path(repo_id: str, commit: str) -> Path:
     return files.cache_directory() / "checkpoints" / repo_id.replace("/", "--") / commit
 
 
 def _converted(repo_id: str, commit: str) -> Path | None:
-    directory = _cached(repo_id, commit)
+    directory = _cache_path(repo_id, commit)
     return directory if (directory / CONFIG).is_file() else None

@@ -1,1 +1,1 @@
-"""Audio in any form to float32 samples at 16 kHz."""
+"""Converts audio in any form to float32 samples at 16 kHz."""

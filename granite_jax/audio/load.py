@@ -1,6 +1,6 @@
-"""Host side: read, check, mix down and resample audio to what the model hears (16 kHz mono float32).
+"""Reads, checks, mixes down and resamples audio on the host, to the model's input: 16 kHz mono float32.
 
-Files are untrusted. A header is never believed when memory is allocated: audio is decoded, mixed down and resampled
+Files are untrusted. Headers never determine how much memory is allocated: audio is decoded, mixed down and resampled
 block by block, and decoding stops at the length limit.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio", "
 MIN_SAMPLES = 257
 """Reflect padding of the 512-point STFT needs more than 256 samples."""
 MAX_SECONDS = 4 * 3600.0
-"""Length limit unless the caller sets another."""
+"""Default length limit."""
 
 _BLOCK_FRAMES = 1 << 16
 _MAX_STREAM_BYTES = 1 << 31
@@ -61,9 +61,9 @@ def load_audio(
       source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...);
         an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
         integers, which are scaled by the range of their type; a pair (array, sampling rate); or an Audio, which is
-        returned as it is.
-      sampling_rate: in Hz, of an array; 16 kHz when absent. A file says its own, which must then agree.
-      name: what messages and outputs call the audio; by default the path, or "audio".
+        returned unchanged.
+      sampling_rate: in Hz, of an array; default 16 kHz. For a file, it must agree with the file's own.
+      name: of the audio in messages and outputs; by default the path, or "audio".
       max_seconds: the longest audio to accept, 4 hours by default.
 
     Returns:
@@ -98,7 +98,7 @@ def _default_name(source: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """The name as messages have it: on one line, whatever a file is called."""
+    """The name for messages: on one line, whatever characters it contains."""
     return name if name and name.isprintable() else ascii(name)
 
 
@@ -127,7 +127,7 @@ def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit:
 
 @contextlib.contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A regular file to read; AudioError, without the name, where opening it or reading it fails."""
+    """Opens a regular file; raises AudioError, without the name, if opening or reading it fails."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -147,14 +147,14 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def load_segment(
     file: BinaryIO, name: str, *, offset: float = 0.0, duration: float | None = None, max_seconds: float | None = None
 ) -> Audio:
-    """Reads part of a seekable encoded file, without decoding what is before it where the format allows.
+    """Reads a segment of a seekable encoded file; where the format allows, audio before it is not decoded.
 
     Args:
-      offset, duration: in seconds, on the file's own clock; to its end without a duration.
+      offset, duration: in seconds of the file; without a duration, to its end.
       max_seconds: the longest audio to accept, 4 hours by default.
 
     Raises:
-      AudioError: as of `load_audio`, without the name.
+      AudioError: as in `load_audio`, without the name.
       OSError: reading the file failed.
     """
     decoded = decode(file, None, _check_limit(max_seconds), offset, duration)
@@ -163,7 +163,7 @@ def load_segment(
 
 
 def _read_stream(stream: Any) -> bytes:
-    """All that is left of a binary file object; it need not be seekable."""
+    """Reads the remaining bytes of a binary file object, which need not be seekable."""
     try:
         data = stream.read(_MAX_STREAM_BYTES + 1)
     except Exception as error:  # The caller's own object: whatever it raises, this input cannot be read.
@@ -192,7 +192,7 @@ def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
 def _from_array(source: Any, rate: float, limit: float) -> Decoded:
     try:
         array = np.asarray(source)
-    except Exception as error:  # Ragged lists, tensors on a device, objects with an __array__ of their own.
+    except Exception as error:  # Ragged lists, tensors on a device, objects whose __array__ fails.
         raise AudioError(f"{type(source).__name__} cannot be made an array ({one_line(error)})") from error
     _check_dtype(array.dtype, source)
     if array.ndim not in (1, 2):
@@ -209,10 +209,10 @@ def _from_array(source: Any, rate: float, limit: float) -> Decoded:
 
 
 def _check_dtype(dtype: np.dtype, source: Any) -> None:
-    # int64 is what NumPy makes of a list of 16-bit samples: by its own range that would be silence.
+    # NumPy turns a list of 16-bit samples into int64; scaled by the range of int64, they would be silence.
     if dtype.kind == "f" or dtype.name == "bfloat16" or (dtype.kind in "iu" and dtype.itemsize <= 4):
         return
-    what = f"dtype {dtype}" if hasattr(source, "dtype") or isinstance(source, (list, tuple)) else type(source).__name__
+    kind = f"dtype {dtype}" if hasattr(source, "dtype") or isinstance(source, (list, tuple)) else type(source).__name__
     raise AudioError(
-        f"unsupported {what}: give a path, bytes, a binary file, or an array of floats or 8-32 bit integers"
+        f"unsupported {kind}: give a path, bytes, a binary file, or an array of floats or 8-32 bit integers"
     )

@@ -13,7 +13,7 @@ from granite_jax.errors import AudioError
 SAMPLE_RATE = 16_000
 """Hz; the only rate the model's features are defined for."""
 RATE_LIMITS = (1_000, 768_000)
-"""Hz; what a recording may come in."""
+"""Hz; accepted sampling rates of recordings."""
 MAX_CHANNELS = 64
 MAX_AMPLITUDE = 100.0
 """Float audio is nominally in [-1, 1]; far beyond that it is integer PCM that was cast without being scaled."""
@@ -42,7 +42,7 @@ def check_channels(channels: int) -> None:
 
 
 def scale(frames: np.ndarray) -> np.ndarray:
-    """Integers to [-1, 1) by the range of their type, unsigned ones around its middle; floats as they are."""
+    """Integers to [-1, 1) by the range of their type, unsigned ones around its middle; floats are unchanged."""
     if frames.dtype.kind not in "iu":
         return frames
     half = 2.0 ** (8 * frames.dtype.itemsize - 1)
@@ -103,10 +103,10 @@ def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> np.ndar
 
 
 def raise_too_long(limit: float) -> NoReturn:
-    """Ends reading at `limit` seconds."""
+    """Raises TooLongError for audio of more than `limit` seconds."""
     raise TooLongError(f"is longer than {limit:g} seconds")
 
 
 def one_line(value: object) -> str:
-    """The start of a message from elsewhere, as part of a one-line message of ours."""
+    """The start of another library's message, on one line, for use in this program's messages."""
     return " ".join(str(value).split())[:200]

@@ -4,7 +4,7 @@ In short:
 
     from granite_jax import batch
 
-    batch.run("manifest.jsonl", "out/", "demo")       # the same again resumes
+    batch.run("manifest.jsonl", "out/", "demo")       # the same call again resumes
     batch.merge("out/")
 """
 

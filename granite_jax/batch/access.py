@@ -21,30 +21,37 @@ from granite_jax.audio.resample import one_line
 from granite_jax.errors import AudioError, GraniteError
 
 PROTOCOLS = ("file", "gs", "s3")
-"""What is allowed unless more is asked for."""
+"""Protocols that are allowed by default."""
 KNOWN = (*PROTOCOLS, "https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, FileExistsError, NotADirectoryError, GraniteError)
+_PERMANENT_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    FileExistsError,
+    NotADirectoryError,
+    GraniteError,
+)
 _TIMEOUT = 60.0  # seconds that an https server may be silent
 T = TypeVar("T")
 
 
 def scheme(name: str) -> str | None:
-    """The protocol of a URL; None for a path. Data sets have `tfds`, which is none of fsspec's."""
+    """The protocol of a URL, or None for a path. That of a data set is `tfds`, which fsspec does not have."""
     match = _SCHEME.match(name)
     return match[1].lower() if match else "tfds" if name.startswith("tfds:") else None
 
 
 def without_file_scheme(name: str) -> str:
-    """A path in place of a file URL."""
+    """The path of a file URL; any other name unchanged."""
     return name[len("file://") :] if scheme(name) == "file" else name
 
 
 def retried(call: Callable[[], T]) -> T:
-    """Calls again, up to five times within seconds, what fails for reasons that may pass."""
+    """Retries transient errors: up to five attempts within seconds."""
     wait = tenacity.wait_random_exponential(multiplier=0.1, max=5)
     policy = tenacity.Retrying(
-        retry=tenacity.retry_if_not_exception_type((*_FINAL, MemoryError)),
+        retry=tenacity.retry_if_not_exception_type((*_PERMANENT_ERRORS, MemoryError)),
         stop=tenacity.stop_after_attempt(5),
         wait=wait,
         reraise=True,
@@ -54,12 +61,12 @@ def retried(call: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class AudioStorage:
-    """What may be read.
+    """Which audio may be read.
 
     Fields:
-      root: directory or URL that relative names are relative to. Local files have to be below it, links followed;
-        with a URL as root there are no local files.
-      protocols: of URLs, and "file".
+      root: base directory or URL of relative names. Local files must be below it after links are resolved; if it is
+        a URL, no local file may be read.
+      protocols: the allowed ones; "file" stands for local files.
       options: arguments of fsspec's file systems, by protocol.
     """
 
@@ -68,11 +75,11 @@ class AudioStorage:
     options: tuple[tuple[str, dict[str, Any]], ...] = ()
 
     def open(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """A seekable file.
+        """Opens a seekable file.
 
         Raises:
-          AudioError: the name is not allowed, or no regular file, without the name.
-          OSError: and whatever else a remote file system raises.
+          AudioError: the name is not allowed, or is not a regular file; the message omits the name.
+          OSError: opening failed; remote file systems can raise other errors, too.
         """
         url = self.resolve(name)
         if scheme(url) is None:
@@ -122,8 +129,8 @@ class AudioStorage:
             raise GraniteError(f"{printable(source)}: protocol {protocol!r:.40} is not allowed")
         files: Any = self.filesystem(protocol)
         is_directory = source.endswith("/")
-        found = retried(lambda: files.find(path) if is_directory else files.glob(path))
-        for name in sorted(found):
+        paths = retried(lambda: files.find(path) if is_directory else files.glob(path))
+        for name in sorted(paths):
             if not is_directory or name.lower().endswith(tuple(suffixes)):
                 yield f"{protocol}://{name.lstrip('/')}"
 
@@ -144,14 +151,14 @@ class AudioStorage:
         return protocol, url if protocol == "https" else url[len(protocol) + 3 :]
 
 
-# https: servers of the public Internet alone, wherever names and redirects lead. The client resolves names again, and
-# may be told something else then.
+# https may only reach servers on the public Internet, whatever a host name resolves to and wherever a redirect leads.
+# The client resolves names again and can get other addresses, so its resolver checks them, too.
 
 
 def check_host(url: str) -> None:
-    """Raises AudioError for a host that is a number, unless it is a public one, and for user names and passwords."""
+    """Raises AudioError unless a URL is https without credentials; an IP address must be public and in plain form."""
     try:
-        from yarl import URL  # the client's own parser: two might disagree on what the host is
+        from yarl import URL  # the client's own parser: another one could disagree about the host
     except ImportError:
         raise AudioError("protocol https needs pip install 'granite-jax[remote]'") from None
     try:
@@ -161,7 +168,7 @@ def check_host(url: str) -> None:
         raise AudioError(f"is not a URL ({one_line(error)})") from None
     if parsed.scheme != "https" or not host or parsed.user is not None:
         raise AudioError("is not a plain https URL")
-    # 2852039166, 0177.0.0.1 and 127.1 are addresses, too, to the C library: only the plain form is.
+    # To the C library, 2852039166, 0177.0.0.1 and 127.1 are addresses, too; only the plain form is allowed.
     if re.fullmatch(r"[0-9.]+|.*:.*|0x[0-9a-f.x]*", host.lower()):
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(host).is_global:
@@ -170,15 +177,15 @@ def check_host(url: str) -> None:
 
 
 def check_address(url: str) -> None:
-    """Raises AudioError for a host whose name leads to another place than the public Internet, or nowhere."""
+    """Raises AudioError unless all addresses of a URL's host are on the public Internet."""
     from yarl import URL
 
     parsed = URL(url)
     try:
-        found = socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise AudioError(f"host {parsed.host} is not found ({one_line(error.strerror)})") from None
-    if not all(ipaddress.ip_address(address[0]).is_global for *_, address in found):
+    if not all(ipaddress.ip_address(address[0]).is_global for *_, address in addresses):
         raise AudioError(f"host {parsed.host} is not on the public Internet")
 
 
@@ -187,8 +194,8 @@ async def _guarded_client(loop: Any = None, **options: Any) -> Any:
 
     class PublicResolver(aiohttp.ThreadedResolver):
         async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> Any:
-            found = await super().resolve(host, port, family)
-            public = [address for address in found if ipaddress.ip_address(address["host"]).is_global]
+            addresses = await super().resolve(host, port, family)
+            public = [address for address in addresses if ipaddress.ip_address(address["host"]).is_global]
             if not public:
                 raise PermissionError(f"host {host} is not on the public Internet")
             return public

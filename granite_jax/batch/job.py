@@ -1,10 +1,11 @@
 """One worker of a batch job: manifest -> parts -> readers -> Transcriber -> committed parts.
 
     readers   part 1, part 2 ...      a chunk ahead of the device, in order
-    device             part 1         in chunks of what the pipeline sorts by length, never across parts
-    commit                     part 1 while the device goes on
+    device             part 1         in chunks that the engine sorts by length; none spans two parts
+    commit                     part 1 while the device continues
 
-A part is there as a whole or not at all, and is what is lost when a worker dies. Its lines depend on its entries alone.
+A part is committed as a whole or not at all; a worker that dies loses its current part. The lines of a part depend only
+on its entries.
 """
 
 import contextlib
@@ -35,10 +36,10 @@ from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.pretrained import open_checkpoint
 
 PART_SIZE = 1024
-_CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device has a chunk while the next one is read
-_LATER_CHUNKS = 4  # times as many entries as the first
+_CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device works on a chunk while the next one is read
+_LATER_CHUNK_FACTOR = 4  # later chunks have this many times the entries of the first
 _LISTING = "manifest.jsonl"
-_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a transcript, in its line
+_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a Transcript, in a line
 
 
 @dataclasses.dataclass
@@ -46,12 +47,13 @@ class Progress:
     """How far a worker is.
 
     Fields:
-      entries: of its shard.
-      resumed: of these, in parts that were there when it began.
-      done: in this run, whatever became of them; `failed` of these.
-      audio_seconds: transcribed in this run.
-      read_seconds: for which the device waited for audio.
-      seconds: since the first part was begun.
+      entries: number of entries in its shard.
+      resumed: entries in parts that were committed before this run.
+      done: entries finished in this run, including failed ones.
+      failed: entries that failed in this run.
+      audio_seconds: seconds of audio transcribed in this run.
+      read_seconds: seconds that the device waited for audio.
+      seconds: wall time since the first part was started.
     """
 
     entries: int = 0
@@ -64,7 +66,7 @@ class Progress:
 
     @property
     def rtfx(self) -> float:
-        """Seconds of audio a second."""
+        """Seconds of audio transcribed a second."""
         return self.audio_seconds / self.seconds if self.seconds else 0.0
 
 
@@ -73,12 +75,13 @@ class Summary:
     """What a worker did.
 
     Fields:
-      fingerprint: of the job.
+      fingerprint: identifies the job.
       shard, num_shards: the worker's share.
-      parts: of the share; `resumed_parts` of these were there, `parts_of_others` were committed by another worker.
-      entries, transcribed, failed: of the share, when it was finished.
-      audio_seconds, wall_seconds, read_wait_seconds, rtfx: of this run.
-      stopped: it was asked to end before its share was done; the rest is for the next run.
+      parts: number of parts in the share; `resumed_parts` of these were committed before this run, `parts_of_others` by
+        another worker during it.
+      entries, transcribed, failed: numbers of entries in the share, once it is finished.
+      audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
+      stopped: whether it was asked to stop before its share was done; the next run does the rest.
     """
 
     fingerprint: str
@@ -98,16 +101,16 @@ class Summary:
 
 
 class _Stopped(Exception):
-    """The worker is to end."""
+    """The worker was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Entries of one part with the same options, with their audio."""
+    """Loaded entries of one part that have the same options."""
 
     part: int
     options: TranscribeOptions | None = None
-    reads: Sequence[LoadedEntry] = ()
+    loaded: Sequence[LoadedEntry] = ()
 
 
 @accepts(ModelOptions, TranscribeOptions)
@@ -131,39 +134,39 @@ def run(
     stop: Callable[[], bool] | None = None,
     **fields: Any,
 ) -> Summary:
-    """Transcribes a manifest, or one shard of it, into a directory; goes on where an earlier run was interrupted.
+    """Transcribes a manifest, or one shard of it, into a directory; resumes an interrupted run.
 
-    The directory gets `part-*.jsonl`, one line an utterance in the manifest's order: `index`, `id`, `audio`, and
-    `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or `error` in their place;
-    `errors.jsonl`, the failed ones alone; `summary.json`; `job.json`, which tells jobs apart. `merge` joins and checks
-    them.
+    The directory gets `part-*.jsonl` with a line for each utterance, in the manifest's order: `index`, `id`, `audio`,
+    and `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error`;
+    `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
+    the parts.
 
     Args:
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
         `target_language` or `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first
         three may be URLs.
       out: directory, or URL of gs or s3.
-      model: which one runs and where, or the name of its checkpoint. Results do not depend on devices and batch size: a
-        job may go on with others.
-      options: what is to be written where an utterance's line does not say.
-      transcriber: one that is loaded already, or what loads it when there is work, in place of a checkpoint; and a name
-        for its weights and dtype.
-      shard, num_shards: this worker's share; default that of the environment (`parts.choose_shard`), or everything.
-      part_size: utterances of a part, which are lost together when a worker dies, and share batches.
-      root: what local files have to be below; default the manifest's directory.
-      allow: protocols that audio may come by: of "file", "gs", "s3", "https".
-      readers, num_readers: threads, or processes, which survive files that kill a decoder.
+      model: which model runs and where, or the name of its checkpoint. Results do not depend on devices or batch size,
+        so a job may be resumed with others.
+      options: apply to utterances whose line does not set its own.
+      transcriber: replaces the checkpoint: a Transcriber, or a function that loads it and is called only if there is
+        work, and a name for its weights and dtype.
+      shard, num_shards: this worker's share; default from the environment (`parts.choose_shard`), or everything.
+      part_size: utterances in a part, which share batches and are lost together when a worker dies.
+      root: directory that local files must be below; default the manifest's directory.
+      allow: protocols that audio may use, out of "file", "gs", "s3", "https".
+      readers, num_readers: threads, or processes, which survive files that crash a decoder.
       storage_options: arguments of fsspec's file systems, by protocol.
-      keyword_lists: a list of keywords for each entry of the manifest (None: as its line or the options have it).
+      keyword_lists: a list of keywords for each entry of the manifest (None: use those of its line or the options).
       progress: called when some utterances are done.
-      stop: asked often; True ends the run without its current part.
-      fields: of `ModelOptions` and `TranscribeOptions`, in place of theirs.
+      stop: polled often; True ends the run and drops its current part.
+      fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
 
     Raises:
-      GraniteError: the manifest, an option or the checkpoint is not usable, or the directory is another job's.
+      GraniteError: the manifest, an option or the checkpoint is not usable, or the directory belongs to another job.
       OSError: results cannot be written.
     """
-    where, asked = resolve(model, options, fields)
+    model_options, job_options = resolve(model, options, fields)
     source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
     unknown = [protocol for protocol in allow if protocol not in KNOWN]
     if unknown:
@@ -171,18 +174,18 @@ def run(
     if num_readers < 1:
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
     storage = storage_options or {}
-    below = root_of(source) if root is None else without_file_scheme(os.fspath(root))
-    access = AudioStorage(below, tuple(allow), tuple(storage.items()))
+    audio_root = root_of(source) if root is None else without_file_scheme(os.fspath(root))
+    access = AudioStorage(audio_root, tuple(allow), tuple(storage.items()))
     store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
-    opened = open_checkpoint(where.checkpoint, where.revision) if transcriber is None else None
+    checkpoint = open_checkpoint(model_options.checkpoint, model_options.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-jax-")))
-        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, asked)
+        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, job_options)
         description = {
             "version": granite_jax.__version__,
-            "weights": weights_identity(opened) if opened else transcriber[1] if transcriber else "",
-            "dtype": parse_dtype(where.dtype).name if opened else "",
-            "options": dataclasses.asdict(asked),
+            "weights": weights_identity(checkpoint) if checkpoint else transcriber[1] if transcriber else "",
+            "dtype": parse_dtype(model_options.dtype).name if checkpoint else "",
+            "options": dataclasses.asdict(job_options),
             "manifest": {"sha256": scanned.sha256, "source": source if is_listing(source) else ""},
             "entries": scanned.entries,
             "part_size": part_size,
@@ -190,16 +193,24 @@ def run(
         if keyword_lists:
             if len(keyword_lists) != scanned.entries:
                 raise GraniteError(f"{len(keyword_lists)} keyword_lists for {scanned.entries} entries")
-            text = json.dumps([None if listed is None else list(listed) for listed in keyword_lists])
+            text = json.dumps([None if keywords is None else list(keywords) for keywords in keyword_lists])
             description["keyword_lists"] = hashlib.sha256(text.encode()).hexdigest()
         worker = _Worker(
-            scanned, store, claim_output_dir(store, description), share, asked, work, progress, stop, keyword_lists
+            scanned,
+            store,
+            claim_output_dir(store, description),
+            share,
+            job_options,
+            work,
+            progress,
+            stop,
+            keyword_lists,
         )
 
         def load() -> Transcriber:
             if transcriber is not None:
                 return transcriber[0]() if callable(transcriber[0]) else transcriber[0]
-            return Transcriber.from_options(where)
+            return Transcriber.from_options(model_options)
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
@@ -217,7 +228,7 @@ def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path)
             with retried(lambda: access.open(source)) as remote:
                 return _copy(remote, work / _LISTING)
         except (AudioError, FileNotFoundError, PermissionError) as error:
-            reason = error if isinstance(error, AudioError) else "no such file, or not to be read"
+            reason = error if isinstance(error, AudioError) else "no such file, or no permission to read it"
             raise GraniteError(f"{printable(source)}: {reason}") from None
     if _LISTING not in store.names():
         with open(work / _LISTING, "w", encoding="utf-8") as file:
@@ -241,34 +252,44 @@ def _copy(file: Any, path: Path) -> Path:
 def transcribe_group(
     asr: Transcriber,
     options: TranscribeOptions,
-    reads: Sequence[LoadedEntry],
+    entries: Sequence[LoadedEntry],
     progress: Callable[[int], None] | None = None,
     keyword_lists: Sequence[Sequence[Keyword] | None] = (),
 ) -> dict[int, Transcript]:
-    """Transcripts, by index, of entries with the same options; what fails has an error.
+    """Transcribes entries with the same options; returns transcripts by index, which have an error where one failed.
 
     Args:
-      keyword_lists: for each index, before the lists of entries and options; none at all, or one (or None) an index.
+      keyword_lists: by index, a list that overrides those of entry and options, or None; or no lists at all.
     """
     report = progress or (lambda count: None)
-    found = {read.entry.index: Transcript(read.entry.audio, error=read.error) for read in reads if read.audio is None}
-    report(len(found))
-    usable = {read.entry.index: read for read in reads if read.audio is not None}
-    own = [(keyword_lists[i] if keyword_lists else None, read.entry.keywords) for i, read in usable.items()]
+    unreadable = {
+        loaded.entry.index: Transcript(loaded.entry.audio, error=loaded.error)
+        for loaded in entries
+        if loaded.audio is None
+    }
+    report(len(unreadable))
+    usable = {loaded.entry.index: loaded for loaded in entries if loaded.audio is not None}
+    keyword_sources = [
+        (keyword_lists[index] if keyword_lists else None, loaded.entry.keywords) for index, loaded in usable.items()
+    ]
     try:
         transcripts = asr.transcribe(
-            [read.audio for read in usable.values()],
+            [loaded.audio for loaded in usable.values()],
             options,
-            keywords=[next((list(listed) for listed in lists if listed is not None), None) for lists in own],
+            keywords=[
+                next((list(keywords) for keywords in sources if keywords is not None), None)
+                for sources in keyword_sources
+            ],
             on_error="return",
             progress=progress,
         )
-    except GraniteError as error:  # of what is asked for: the audio's and the keywords' own are returned
+    except GraniteError as error:  # the options are at fault: errors of audio and keywords are returned
         report(len(usable))
         transcripts = [
-            Transcript(read.entry.audio, error=f"{printable(read.entry.audio)}: {error}") for read in usable.values()
+            Transcript(loaded.entry.audio, error=f"{printable(loaded.entry.audio)}: {error}")
+            for loaded in usable.values()
         ]
-    return found | dict(zip(usable, transcripts, strict=True))
+    return unreadable | dict(zip(usable, transcripts, strict=True))
 
 
 @dataclasses.dataclass
@@ -289,17 +310,17 @@ class _Worker:
         self, load: Callable[[], Transcriber], reader: Callable[[Transcriber], Reader], kind: Kind, num_readers: int
     ) -> Summary:
         share = self.shard.parts(self.manifest.parts)
-        there = committed(self.store, self.fingerprint)
-        pending = [part for part in share if part not in there]
+        resumed = committed(self.store, self.fingerprint)
+        pending = [part for part in share if part not in resumed]
         sizes = {part: len(self.manifest.indices(part)) for part in share}
         self.progress.entries = sum(sizes.values())
         self.progress.resumed = self.progress.entries - sum(sizes[part] for part in pending)
-        others, stopped = 0, False
+        parts_of_others, stopped = 0, False
         if pending:
             asr = load()
             try:
-                with reading(Source(self.manifest, pending), reader(asr), kind, num_readers) as reads:
-                    others = self._parts(asr, pending, reads)
+                with reading(Source(self.manifest, pending), reader(asr), kind, num_readers) as loaded:
+                    parts_of_others = self._transcribe_parts(asr, pending, loaded)
             except _Stopped:
                 stopped = True
         failed = self._write_errors(share) if not stopped else self.progress.failed
@@ -309,7 +330,7 @@ class _Worker:
             num_shards=self.shard.count,
             parts=len(share),
             resumed_parts=len(share) - len(pending),
-            parts_of_others=others,
+            parts_of_others=parts_of_others,
             entries=self.progress.entries,
             transcribed=self.progress.entries - failed,
             failed=failed,
@@ -320,67 +341,67 @@ class _Worker:
             stopped=stopped,
         )
         name = self.shard.name("summary", ".json")
-        if not stopped and (pending or not self.store.exists(name)):  # not that of the run that did the work
+        if not stopped and (pending or not self.store.exists(name)):  # keep that of the run that did the work
             path = self.work / name
             path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
             self.store.replace(name, path)
         return summary
 
-    def _parts(self, asr: Transcriber, pending: list[int], reads: Iterator[LoadedEntry]) -> int:
-        """Computes and commits parts; returns how many another worker was first to commit."""
-        # What is wrong with the job's own options ends the job, not every utterance of it.
+    def _transcribe_parts(self, asr: Transcriber, pending: list[int], loaded: Iterator[LoadedEntry]) -> int:
+        """Transcribes and commits parts; returns how many another worker committed first."""
+        # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
         self._started = time.monotonic()
-        others, lines = 0, {}
-        chunks = self._chunks(pending, reads, asr.read_ahead)
-        with ThreadPoolExecutor(1) as committer, ThreadPoolExecutor(1) as taker:
-            commit, coming = committer.submit(bool, True), taker.submit(next, chunks, None)
+        parts_of_others, lines = 0, {}
+        chunks = self._chunks(pending, loaded, asr.read_ahead)
+        with ThreadPoolExecutor(1) as committer, ThreadPoolExecutor(1) as prefetcher:
+            commit, next_chunk = committer.submit(bool, True), prefetcher.submit(next, chunks, None)
             while True:
-                began = time.monotonic()
-                chunk = coming.result()
-                self.progress.read_seconds += time.monotonic() - began
+                wait_start = time.monotonic()
+                chunk = next_chunk.result()
+                self.progress.read_seconds += time.monotonic() - wait_start
                 if chunk is None:
                     break
-                coming = taker.submit(next, chunks, None)
-                others += not chunk.reads
+                next_chunk = prefetcher.submit(next, chunks, None)
+                parts_of_others += not chunk.loaded
                 lines |= self._transcribe(asr, chunk)
                 indices = self.manifest.indices(chunk.part)
                 if len(lines) == len(indices):
                     data = b"".join(lines[index] for index in indices)
-                    others, lines = others + (not commit.result()), {}
+                    parts_of_others, lines = parts_of_others + (not commit.result()), {}
                     commit = committer.submit(self.store.create, part_name(chunk.part, self.fingerprint), data)
             if lines:
-                raise RuntimeError(f"part {pending[-1]}: {len(lines)} entries were read, not all")
-            return others + (not commit.result())
+                raise RuntimeError(f"part {pending[-1]}: only {len(lines)} entries were read")
+            return parts_of_others + (not commit.result())
 
-    def _chunks(self, pending: list[int], reads: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
-        """What the device gets at a time; nothing of a part that another worker has committed in the meantime.
+    def _chunks(self, pending: list[int], loaded_entries: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
+        """Yields the chunks of parts, and an empty one for a part that another worker has committed in the meantime.
 
-        The first chunk has `size` entries, so that the device has work soon; later ones more, since it has none for a
-        moment between them.
+        The first chunk has `size` entries, so that the device starts soon; later ones have more because the device is
+        idle for a moment between two chunks.
         """
-        room = size
+        chunk_size = size
         for part in pending:
-            entries = itertools.islice(reads, len(self.manifest.indices(part)))
+            entries = itertools.islice(loaded_entries, len(self.manifest.indices(part)))
             if self.store.exists(part_name(part, self.fingerprint)):
                 for _ in entries:
                     self._check_stop()
                 yield _Chunk(part)
-            for options, group in itertools.groupby(entries, key=lambda read: read.entry.options):
-                while chunk := self._take(group, room):
+            for options, group in itertools.groupby(entries, key=lambda loaded: loaded.entry.options):
+                while chunk := self._take(group, chunk_size):
                     yield _Chunk(part, options, chunk)
-                    room = _LATER_CHUNKS * size
+                    chunk_size = _LATER_CHUNK_FACTOR * size
 
-    def _take(self, reads: Iterator[LoadedEntry], size: int) -> list[LoadedEntry]:
-        """The next `size` of them, or fewer if they are long."""
-        taken, seconds = [], 0.0
-        for read in reads:
+    def _take(self, entries: Iterator[LoadedEntry], size: int) -> list[LoadedEntry]:
+        """The next `size` entries, or fewer if they are long."""
+        chunk, seconds = [], 0.0
+        for entry in entries:
             self._check_stop()
-            taken.append(read)
-            seconds += read.audio.duration if read.audio is not None else 0.0
-            if len(taken) == size or seconds > _CHUNK_SECONDS:
+            chunk.append(entry)
+            seconds += entry.audio.duration if entry.audio is not None else 0.0
+            if len(chunk) == size or seconds > _CHUNK_SECONDS:
                 break
-        return taken
+        return chunk
 
     def _transcribe(self, asr: Transcriber, chunk: _Chunk) -> dict[int, bytes]:
         """A chunk's lines, by index."""
@@ -389,13 +410,14 @@ class _Worker:
             self.progress.done += count
             self._report()
 
-        found = transcribe_group(asr, chunk.options or self.options, chunk.reads, advance, self.keyword_lists)
-        lines = {read.entry.index: self._line(read.entry, found[read.entry.index]) for read in chunk.reads}
-        self._report()  # the audio, too
+        transcripts = transcribe_group(asr, chunk.options or self.options, chunk.loaded, advance, self.keyword_lists)
+        entries = [loaded.entry for loaded in chunk.loaded]
+        lines = {entry.index: self._line(entry, transcripts[entry.index]) for entry in entries}
+        self._report()  # `_line` has added failures and seconds of audio
         return lines
 
     def _line(self, entry: Entry, transcript: Transcript) -> bytes:
-        """An utterance's line, which holds nothing that another run would not write."""
+        """An utterance's line; nothing in it depends on the run."""
         fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
         if entry.offset:
             fields["offset"] = entry.offset
@@ -405,7 +427,7 @@ class _Worker:
         else:
             self.progress.audio_seconds += transcript.duration
             fields |= {key: getattr(transcript, key) for key in _FIELDS}
-        # File names need not be text: what is none stays an escape.
+        # File names need not be valid Unicode: their surrogates become escapes.
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
     def _report(self) -> None:
@@ -419,7 +441,7 @@ class _Worker:
             raise _Stopped
 
     def _write_errors(self, share: range) -> int:
-        """Writes the failed entries of a share's parts; returns how many."""
+        """Writes the failed entries of a share's parts; returns their number."""
         failed, path = 0, self.work / "errors.jsonl"
         with open(path, "wb") as errors:
             for part in share:

@@ -1,7 +1,7 @@
-"""What a job is to transcribe: JSON lines, a directory, a glob or a prepared TFDS data set, in constant memory.
+"""The input of a job: JSON lines, a directory, a glob or a prepared TFDS data set, read in constant memory.
 
-Whatever it is, it becomes a file of JSON lines of which a job remembers one offset a part: a listing is written down
-once, so that all workers, and all restarts, see the same one.
+Every kind of input becomes a file of JSON lines, of which a job keeps one offset for each part. A listing is written
+once, so that all workers and restarts see the same entries.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from granite_jax.errors import GraniteError
 from granite_jax.inference.options import TranscribeOptions
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
-"""Files of a directory that are taken to be audio."""
+"""File name suffixes of the audio in a directory."""
 MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
 MAX_TEXT = 8192
@@ -33,13 +33,13 @@ class Entry:
     """One line of a manifest.
 
     Fields:
-      index: its place among the lines that are not blank, from 0: what makes it unique.
-      id: the manifest's own name for it, or its index; carried along, not checked.
-      audio: path or URL, as the manifest has it.
-      offset, duration: the part of the file to transcribe, in seconds; to its end without a duration.
-      options: the job's, with the line's own task, target language and prompt; None for a line that is no entry.
-      keywords: the line's own; None if it leaves them to the job.
-      error: why the line is no entry, or None.
+      index: its unique position among the lines that are not blank, from 0.
+      id: the manifest's name for it, or else its index; copied to the results, and need not be unique.
+      audio: path or URL, as written in the manifest.
+      offset, duration: the segment of the file to transcribe, in seconds; without a duration, to the file's end.
+      options: the job's options with the line's task, target language and prompt; None if the line is invalid.
+      keywords: the line's keywords; None to use the job's.
+      error: why the line is invalid, or None.
     """
 
     index: int
@@ -58,7 +58,7 @@ class Manifest:
 
     path: Path
     part_size: int
-    options: TranscribeOptions  # of entries that do not say
+    options: TranscribeOptions  # of entries without their own
     entries: int
     sha256: str
     offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every part's first entry
@@ -87,7 +87,7 @@ class Manifest:
 
     @property
     def parts(self) -> int:
-        """How many there are."""
+        """Number of parts."""
         return len(self.offsets)
 
     def indices(self, part: int) -> range:
@@ -95,20 +95,20 @@ class Manifest:
         return range(part * self.part_size, min(self.entries, (part + 1) * self.part_size))
 
     def read(self, part: int) -> list[Entry]:
-        """A part's entries, those with the same options side by side. Raises GraniteError if the file has changed."""
-        found = []
+        """A part's entries, grouped by options. Raises GraniteError if the file has changed."""
+        entries = []
         with open(self.path, "rb") as file:
             if _signature(file) != self.signature:
                 raise GraniteError(f"{self.path}: has changed while the job runs")
             file.seek(self.offsets[part])
             for index, (_, line) in zip(self.indices(part), _lines(file), strict=False):
-                found.append(parse_line(line, index, self.options))
-        order = {options: place for place, options in enumerate(dict.fromkeys(entry.options for entry in found))}
-        return sorted(found, key=lambda entry: order[entry.options])
+                entries.append(parse_line(line, index, self.options))
+        order = {options: rank for rank, options in enumerate(dict.fromkeys(entry.options for entry in entries))}
+        return sorted(entries, key=lambda entry: order[entry.options])
 
 
 def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> Entry:
-    """The entry of a line; one that is none has an `error`."""
+    """Parses a line; the entry of an invalid one has an `error`."""
     if line is None:
         return Entry(index, str(index), error=f"line of entry {index}: longer than {MAX_LINE} bytes")
     try:
@@ -122,7 +122,7 @@ def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> En
 
 
 def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:
-    """The entry of a line's fields; unknown ones are ignored, as NeMo's manifests have many."""
+    """Parses the fields of a line; unknown ones are ignored because NeMo's manifests have many."""
     identity = fields.get("id")
     name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_TEXT else str(index)
     try:
@@ -136,18 +136,18 @@ def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) 
         offset, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
         if duration == 0:
             raise GraniteError("duration is 0")
-        own, keywords = _own_options(fields), _keywords(fields)
+        changes, keywords = _changed_options(fields), _keywords(fields)
     except GraniteError as error:
         return Entry(index, name, error=f"entry {index}: {error}")
     try:
-        asked = dataclasses.replace(options, **own) if own else options
+        entry_options = dataclasses.replace(options, **changes) if changes else options
     except GraniteError as error:
         return Entry(index, name, audio, error=f"{printable(audio)}: {error}")
-    return Entry(index, name, audio, offset or 0.0, duration, asked, keywords)
+    return Entry(index, name, audio, offset or 0.0, duration, entry_options, keywords)
 
 
-def _own_options(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of `TranscribeOptions`. A task, target language or prompt of the line's own replaces all of the job's."""
+def _changed_options(fields: dict[str, Any]) -> dict[str, Any]:
+    """The line's task, target language and prompt: if it has any of them, they replace all three of the job's."""
     if "to" in fields and "target_language" in fields:
         raise GraniteError("has both target_language and to")
     names = ("task", "to" if "to" in fields else "target_language", "prompt")
@@ -184,14 +184,14 @@ def _seconds(fields: dict[str, Any], key: str) -> float | None:
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Offset and bytes of every line that is not blank; None for one that is too long."""
+    """Offset and bytes of every line that is not blank; None instead of bytes if it is too long."""
     offset = file.tell()
     while line := file.readline(MAX_LINE + 1):
         start, offset = offset, offset + len(line)
         if len(line) > MAX_LINE and not line.endswith(b"\n"):
-            while rest := file.readline(MAX_LINE):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
+            while continuation := file.readline(MAX_LINE):
+                offset += len(continuation)
+                if continuation.endswith(b"\n"):
                     break
             yield start, None
         elif not line.isspace():
@@ -207,14 +207,14 @@ def _signature(file: BinaryIO) -> tuple[int, ...]:
 
 
 def is_listing(source: str) -> bool:
-    """Whether a source is to be listed: it is a directory, a glob or a data set, not a file of JSON lines."""
+    """Whether a source must be listed: it is a directory, a glob or a data set, not a file of JSON lines."""
     if scheme(source) is None:
         return os.path.isdir(source) or (glob.has_magic(source) and not os.path.exists(source))
     return scheme(source) == "tfds" or (scheme(source) != "https" and (source.endswith("/") or glob.has_magic(source)))
 
 
 def root_of(source: str) -> str:
-    """What names in a source are relative to, and local ones have to be below: its directory, or a glob's start."""
+    """The directory or URL that names in a source are relative to, and that local files must be below."""
     if source.startswith("tfds:"):
         return split_tfds(source)[0]
     if scheme(source) is None and os.path.isdir(source):

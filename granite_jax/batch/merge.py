@@ -1,4 +1,4 @@
-"""Joins the parts of a finished job, and checks that every entry is there once."""
+"""Joins the parts of a finished job, and checks that they hold every entry exactly once."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from granite_jax.batch.parts import committed, fingerprint_of, part_name, read_j
 from granite_jax.batch.store import Store, open_store
 from granite_jax.errors import GraniteError
 
-_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 def merge(
@@ -20,10 +20,10 @@ def merge(
     """Writes `transcripts.jsonl` and `errors.jsonl`, in the manifest's order, and `merged.json`, a summary of the job.
 
     Returns:
-      That summary: `fingerprint`, `parts`, `entries`, `transcribed`, `failed`, `audio_seconds`.
+      The summary: `fingerprint`, `parts`, `entries`, `transcribed`, `failed`, `audio_seconds`.
 
     Raises:
-      GraniteError: it is no job's directory; parts are missing, damaged, or hold an entry twice or not at all.
+      GraniteError: the directory is not a job's; parts are missing, damaged, or hold an entry twice or not at all.
     """
     out = os.fspath(out)
     if scheme(out) is None and not os.path.isdir(out):
@@ -41,17 +41,19 @@ def _merge(store: Store) -> dict[str, int | float | str]:
     if not isinstance(entries, int) or not isinstance(size, int) or entries < 1 or size < 1:
         raise GraniteError("job.json does not say how many entries there are")
     parts = range(-(-entries // size))
-    there = committed(store, fingerprint)
-    missing = [part for part in parts if part not in there]
+    committed_parts = committed(store, fingerprint)
+    missing = [part for part in parts if part not in committed_parts]
     if missing:
-        shown = ", ".join(map(str, missing[:_SHOWN])) + (", ..." if len(missing) > _SHOWN else "")
+        shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
         raise GraniteError(f"{len(missing)} of {len(parts)} parts are missing: {shown}; run the job again")
-    if len(there) > len(parts):
-        raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {sorted(there)[-1]}")
+    if len(committed_parts) > len(parts):
+        raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {max(committed_parts)}")
     failed, seconds = 0, 0.0
     with tempfile.TemporaryDirectory(prefix="granite-jax-") as work:
-        good, bad, summary = (Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "merged.json"))
-        with open(good, "wb") as transcripts, open(bad, "wb") as errors:
+        transcripts_path, errors_path, summary_path = (
+            Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "merged.json")
+        )
+        with open(transcripts_path, "wb") as transcripts, open(errors_path, "wb") as errors:
             for part in parts:
                 name = part_name(part, fingerprint)
                 expected = iter(range(part * size, min(entries, (part + 1) * size)))
@@ -62,9 +64,9 @@ def _merge(store: Store) -> dict[str, int | float | str]:
                         (errors if is_error else transcripts).write(line)
                         failed += is_error
                         seconds += fields.get("duration", 0.0)
-                left = next(expected, None)
-                if left is not None:
-                    raise GraniteError(f"{name} ends before entry {left}: delete it and run the job again")
+                missing_entry = next(expected, None)
+                if missing_entry is not None:
+                    raise GraniteError(f"{name} ends before entry {missing_entry}: delete it and run the job again")
         result = {
             "fingerprint": fingerprint,
             "parts": len(parts),
@@ -73,8 +75,8 @@ def _merge(store: Store) -> dict[str, int | float | str]:
             "failed": failed,
             "audio_seconds": round(seconds, 3),
         }
-        summary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for path in (good, bad, summary):
+        summary_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for path in (transcripts_path, errors_path, summary_path):
             store.replace(path.name, path)
     return result
 
@@ -83,12 +85,12 @@ def _fields(line: bytes, name: str, expected: int | None) -> dict[str, Any]:
     try:
         fields = json.loads(line)
         index = fields["index"]
-        whole = line.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
+        is_valid = line.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fields, index, whole = {}, None, False
-    if not whole:
+        fields, index, is_valid = {}, None, False
+    if not is_valid:
         raise GraniteError(f"{name} is damaged where entry {expected} should be: delete it and run the job again")
     if index != expected:
-        where = "its end" if expected is None else f"entry {expected}"
-        raise GraniteError(f"{name} has entry {index} where {where} should be: delete it and run the job again")
+        position = "its end" if expected is None else f"entry {expected}"
+        raise GraniteError(f"{name} has entry {index} where {position} should be: delete it and run the job again")
     return fields

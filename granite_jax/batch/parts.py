@@ -18,7 +18,7 @@ from granite_jax.errors import GraniteError
 JOB = "job.json"
 _PART = re.compile(r"part-(\d{6,})-([0-9a-f]{12})\.jsonl")
 _MAX_JOB = 1 << 20
-# What decides a transcript besides the weights.
+# Files besides the weights that affect transcripts.
 _COMPANIONS = (
     *(CONFIG, TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE, "chat_template.json"),
     *("processor_config.json", "adapter_config.json"),
@@ -37,19 +37,19 @@ class Shard:
             raise GraniteError(f"shard {self.index} of {self.count}: the first is 0, the last {self.count - 1}")
 
     def parts(self, total: int) -> range:
-        """Numbers of its parts, of `total` there are."""
+        """Numbers of its parts, out of `total`."""
         return range(self.index, total, self.count)
 
     def name(self, stem: str, suffix: str) -> str:
-        """A file of its own: `stem.suffix` where it is the only one."""
+        """Name of the shard's own file: `stem` and `suffix` alone if there are no other shards."""
         return f"{stem}{suffix}" if self.count == 1 else f"{stem}-{self.index:05}-of-{self.count:05}{suffix}"
 
 
 def choose_shard(index: int | None, count: int | None, environment: Mapping[str, str] = os.environ) -> Shard:
     """The shard given, or else that of the environment, or else everything.
 
-    Kubernetes' Indexed Jobs say JOB_COMPLETION_INDEX, and how many there are is to be put in GRANITE_JAX_NUM_SHARDS;
-    Slurm's arrays say SLURM_ARRAY_TASK_ID, _MIN, _STEP and _COUNT.
+    Kubernetes' Indexed Jobs set JOB_COMPLETION_INDEX; the job must set GRANITE_JAX_NUM_SHARDS, too. Slurm's
+    arrays set SLURM_ARRAY_TASK_ID, _MIN, _STEP and _COUNT.
 
     Raises:
       GraniteError: one of the two is missing, not a number or out of range.
@@ -74,30 +74,30 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if value is None and default is not None:
         return default
     if value is None or not re.fullmatch(r"\d{1,9}", value, re.ASCII):
-        what = "is not set" if value is None else f"is {value!r:.40}, not a number"
-        raise GraniteError(f"the environment asks for a shard, but {name} {what}")
+        problem = "is not set" if value is None else f"is {value!r:.40}, not a number"
+        raise GraniteError(f"the environment asks for a shard, but {name} {problem}")
     return int(value)
 
 
 def part_name(part: int, fingerprint: str) -> str:
-    """The file of a part, which carries the job's fingerprint."""
+    """The file name of a part, which contains the job's fingerprint."""
     return f"part-{part:06}-{fingerprint}.jsonl"
 
 
 def committed(store: Store, fingerprint: str) -> set[int]:
-    """Numbers of the parts that are there. Raises GraniteError if there is one of another job."""
-    found = set()
+    """Numbers of the committed parts. Raises GraniteError if one of them belongs to another job."""
+    parts = set()
     for name in store.names():
         match = _PART.fullmatch(name)
         if match and match[2] != fingerprint:
             raise GraniteError(f"{name} is of another job than {JOB} beside it")
         if match:
-            found.add(int(match[1]))
-    return found
+            parts.add(int(match[1]))
+    return parts
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:
-    """A hash of what decides the transcripts: all tensors' hashes, or weight files, and the files beside them."""
+    """A hash of all that affects transcripts: the tensors' hashes or the weight files, and the files beside them."""
     digest = hashlib.sha256()
     weights = [TENSORS] if checkpoint.kind == "orbax" else sorted(p.name for p in checkpoint.directory.glob("*.*"))
     for name in (*_COMPANIONS, *(name for name in weights if name.endswith((TENSORS, ".safetensors", ".bin")))):
@@ -109,23 +109,25 @@ def weights_identity(checkpoint: Checkpoint) -> str:
 
 
 def claim_output_dir(store: Store, description: Mapping[str, Any]) -> str:
-    """Makes a directory that of the job described, unless it is already; returns the job's fingerprint.
+    """Claims a directory for the job described, unless the job has it already; returns the job's fingerprint.
 
     Raises:
-      GraniteError: it is another job's, naming what differs.
+      GraniteError: the directory belongs to another job; the message names what differs.
     """
     text = json.dumps(description, indent=1, sort_keys=True)
     if not store.create(JOB, (text + "\n").encode()):
-        existing, wanted = flatten(read_job(store)), flatten(json.loads(text))
-        different = [key for key in sorted(existing | wanted) if existing.get(key) != wanted.get(key)]
+        existing, requested = flatten(read_job(store)), flatten(json.loads(text))
+        different = [key for key in sorted(existing | requested) if existing.get(key) != requested.get(key)]
         if different:
-            changes = "; ".join(f"{key} was {existing.get(key)!r:.60}, is {wanted.get(key)!r:.60}" for key in different)
+            changes = "; ".join(
+                f"{key} was {existing.get(key)!r:.60}, is {requested.get(key)!r:.60}" for key in different
+            )
             raise GraniteError(f"the output directory holds results of another job: {changes}")
     return fingerprint_of(description)
 
 
 def fingerprint_of(description: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits."""
+    """12 hexadecimal digits that identify a job."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@
         Transcribe, fn_constructor_kwargs={"model": "demo", "root": "/data"}, batch_size=128, concurrency=8
     ).write_json("out/")
 
-Ray starts actors that died again and repeats the batches they had. Needs `pip install 'granite-jax[ray]'`; Ray itself
+Ray restarts actors that died and repeats their batches. Needs `pip install 'granite-jax[ray]'`; Ray itself
 is not imported here.
 """
 
@@ -42,18 +42,18 @@ class Transcribe:
     ):
         """
         Args:
-          model, options, root, allow, num_readers, fields: as in `batch.run`; there are reader threads alone.
+          model, options, root, allow, num_readers, fields: as in `batch.run`; readers are always threads.
 
         Raises:
           GraniteError: the checkpoint or an option is not usable.
         """
-        where, self._options = resolve(model, options, fields)
-        self._asr = Transcriber.from_options(where)
+        model_options, self._options = resolve(model, options, fields)
+        self._asr = Transcriber.from_options(model_options)
         self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
         self._threads = ThreadPoolExecutor(num_readers)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Transcribes a batch; what fails has an `error`, and no text, in its row."""
+        """Transcribes a batch; a row that failed has an `error` and no text."""
         columns = {name: np.asarray(column).tolist() for name, column in rows.items()}
         count = len(next(iter(columns.values()), []))
         fields = [{name: _plain(column[i]) for name, column in columns.items()} for i in range(count)]
@@ -61,27 +61,27 @@ class Transcribe:
             if row.get("id") is None:
                 row["id"] = row.get("audio") or row.get("audio_filepath")
         entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
-        reads = list(self._threads.map(self._reader, entries))
-        found = {}
+        loaded_entries = list(self._threads.map(self._reader, entries))
+        transcripts = {}
         for options in dict.fromkeys(entry.options for entry in entries):
-            alike = [read for read in reads if read.entry.options == options]
-            found |= transcribe_group(self._asr, options or self._options, alike)
+            group = [loaded for loaded in loaded_entries if loaded.entry.options == options]
+            transcripts |= transcribe_group(self._asr, options or self._options, group)
         return {
             "id": [entry.id for entry in entries],
             "audio": [entry.audio for entry in entries],
-            "text": [found[i].text for i in range(count)],
-            "tokens": [list(found[i].tokens) for i in range(count)],
-            "duration": [found[i].duration for i in range(count)],
-            "confidence": [found[i].confidence for i in range(count)],
-            "ctc_text": [found[i].ctc_text for i in range(count)],
-            "stats": [found[i].stats for i in range(count)],
-            "flags": [list(found[i].flags) for i in range(count)],
-            "error": [found[i].error for i in range(count)],
+            "text": [transcripts[i].text for i in range(count)],
+            "tokens": [list(transcripts[i].tokens) for i in range(count)],
+            "duration": [transcripts[i].duration for i in range(count)],
+            "confidence": [transcripts[i].confidence for i in range(count)],
+            "ctc_text": [transcripts[i].ctc_text for i in range(count)],
+            "stats": [transcripts[i].stats for i in range(count)],
+            "flags": [list(transcripts[i].flags) for i in range(count)],
+            "error": [transcripts[i].error for i in range(count)],
         }
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON has it: columns with gaps hold NaN for None."""
+    """A cell as a JSON value; NaN becomes None because columns with gaps hold NaN."""
     if isinstance(value, float) and value != value:
         return None
     return value.tolist() if isinstance(value, np.ndarray) else value

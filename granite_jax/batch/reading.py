@@ -19,7 +19,7 @@ from granite_jax.errors import AudioError, GraniteError
 
 Kind = Literal["threads", "processes"]
 _THREADS_PER_PROCESS = 2
-_PER_PROCESS = 4  # entries that a process reads ahead
+_READ_AHEAD_PER_PROCESS = 4  # entries that a process reads ahead
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Reader:
     """Reads entries.
 
     Fields:
-      access: what may be read.
+      access: which audio may be read.
       max_seconds: longest audio to accept.
       dataset: directory and split of the prepared TFDS data set that `tfds:` entries are examples of.
     """
@@ -46,14 +46,14 @@ class Reader:
     dataset: tuple[str, str] | None = None
 
     def __call__(self, entry: Entry) -> LoadedEntry:
-        """Never raises for what is wrong with the entry; tries again what may pass."""
+        """Loads an entry. Retries transient errors, and returns all others."""
         if entry.error is not None:
             return LoadedEntry(entry, error=entry.error)
         try:
             return LoadedEntry(entry, retried(lambda: self._load(entry)))
         except FileNotFoundError:
             return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file")
-        except Exception as error:  # a remote file system raises what it likes, and one entry must not end the job
+        except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
             reason = str(error) if isinstance(error, GraniteError) else f"cannot be read ({_reason(error)})"
             return LoadedEntry(entry, error=f"{printable(entry.audio)}: {reason}")
 
@@ -68,11 +68,11 @@ class Reader:
     def _example(self, entry: Entry) -> Audio:
         from granite_jax.batch.tfds import open_dataset
 
-        place = entry.audio.removeprefix("tfds:")
-        if self.dataset is None or not place.isdecimal():
+        position = entry.audio.removeprefix("tfds:")
+        if self.dataset is None or not position.isdecimal():
             raise AudioError("is no example of the job's data set")
         try:
-            samples, rate = open_dataset(*self.dataset)[int(place)]
+            samples, rate = open_dataset(*self.dataset)[int(position)]
             return load_audio(samples, sampling_rate=rate, name="", max_seconds=self.max_seconds)
         except AudioError as error:
             raise AudioError(str(error).removeprefix("'': ")) from None
@@ -84,7 +84,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """The entries of some parts of a manifest, in ascending order: only the last part is smaller than the others."""
+    """The entries of some parts of a manifest, in ascending order; only the last part can be smaller."""
 
     manifest: Manifest
     parts: Sequence[int]
@@ -94,12 +94,12 @@ class Source:
         return (len(self.parts) - 1) * self.manifest.part_size + len(self.manifest.indices(self.parts[-1]))
 
     def __getitem__(self, index: int) -> Entry:
-        number, position = divmod(int(index), self.manifest.part_size)
-        return self._cache.get(self.manifest, self.parts[number])[position]
+        part_index, position = divmod(int(index), self.manifest.part_size)
+        return self._cache.get(self.manifest, self.parts[part_index])[position]
 
 
 class _PartCache:
-    """The entries of the parts read last."""
+    """The entries of the three parts read last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -118,15 +118,15 @@ class _PartCache:
 
 @contextlib.contextmanager
 def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[LoadedEntry]]:
-    """The entries of a source, read in order, some ahead for each worker.
+    """Reads the entries of a source in order; each worker reads some entries ahead.
 
     Args:
-      kind: threads of this process; or processes, slower to start, which may die of a file: one that kills a second
-        process, which reads it alone, is given up.
-      workers: how many.
+      kind: threads of this process; or processes, which start more slowly, but which a file may kill: it is then read
+        alone in a new process, and given up if it kills that, too.
+      workers: number of threads or processes.
 
     Raises:
-      GraniteError: when reading: the manifest has changed.
+      GraniteError: while iterating: the manifest has changed.
     """
     if kind == "threads":
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
@@ -136,47 +136,48 @@ def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterato
         finally:
             iterator.close()
     else:
-        with contextlib.closing(_from_processes(source, reader, workers)) as reads:
-            yield reads
+        with contextlib.closing(_from_processes(source, reader, workers)) as iterator:
+            yield iterator
 
 
 def _from_processes(source: Source, reader: Reader, workers: int) -> Generator[LoadedEntry]:
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # Grain's processes are told of the flags
-    threads = grain.ReadOptions(num_threads=_THREADS_PER_PROCESS, prefetch_buffer_size=_PER_PROCESS)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_PER_PROCESS)
+    flags.FLAGS.mark_as_parsed()  # Grain passes the flags on to its processes
+    threads = grain.ReadOptions(num_threads=_THREADS_PER_PROCESS, prefetch_buffer_size=_READ_AHEAD_PER_PROCESS)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD_PER_PROCESS)
     done, total = 0, len(source)
     while done < total:
         dataset = grain.MapDataset.source(source)[done:].map(reader).to_iter_dataset(threads).mp_prefetch(options)
         iterator = iter(dataset)
         try:
-            for read in iterator:
+            for loaded in iterator:
                 done += 1
-                yield read
+                yield loaded
         except RuntimeError as error:
             if "exit" not in str(error):
                 raise
         finally:
             iterator.close()
-        # A process is gone, and with it what it was reading: one of the next entries killed it.
-        suspects = range(done, min(total, done + workers * 2 * (_PER_PROCESS + _THREADS_PER_PROCESS)))
-        for read in _one_by_one(reader, (source[place] for place in suspects)):
+        # A process has died, and what it had read is lost: one of the next entries killed it.
+        in_flight = workers * 2 * (_READ_AHEAD_PER_PROCESS + _THREADS_PER_PROCESS)
+        suspects = range(done, min(total, done + in_flight))
+        for loaded in _one_by_one(reader, (source[index] for index in suspects)):
             done += 1
-            yield read
+            yield loaded
 
 
 def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[LoadedEntry]:
-    """Reads each entry in a process that may die of it."""
+    """Reads one entry at a time in a process, which is replaced if the entry kills it."""
     context = multiprocessing.get_context("spawn")
-    left = True
-    while left:
-        left = False
+    process_needed = True
+    while process_needed:
+        process_needed = False
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             for entry in entries:
                 try:
                     yield pool.submit(reader, entry).result()
                 except BrokenProcessPool:
                     yield LoadedEntry(entry, error=f"{printable(entry.audio)}: killed the process that read it, twice")
-                    left = True
+                    process_needed = True
                     break

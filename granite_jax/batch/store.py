@@ -1,6 +1,6 @@
-"""The output directory of a job, local or on an object store: what is in it is whole, whenever a worker dies.
+"""The output directory of a job, local or on an object store: its files are complete even if a worker dies.
 
-A name is created once and never changes (parts), or replaced as a whole (summaries). Local files are written under a
+A file is created once and never changed (parts), or replaced as a whole (summaries). Local files are written under a
 temporary name, flushed to disk and then linked; an object store gets one conditional put.
 """
 
@@ -19,9 +19,9 @@ import fsspec
 from granite_jax.batch.access import retried, scheme
 from granite_jax.errors import GraniteError
 
-_STALE = 3600.0  # seconds after which a temporary file has no writer any more
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-# Their conditional put is atomic. "memory" is a store of this process, for tests.
+_STALE = 3600.0  # seconds after which a temporary file counts as abandoned
+_LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+# Object stores whose conditional put is atomic; "memory", in this process, is for tests.
 _STORES = ("gs", "s3", "memory")
 
 
@@ -29,31 +29,31 @@ class Store(Protocol):
     """An output directory."""
 
     def create(self, name: str, data: bytes | Path) -> bool:
-        """Writes what is not there yet, all of it or nothing; False if it is there. `data` may be a local file."""
+        """Creates a file, all of it or nothing; False if it exists. `data` is its content, or a local file to copy."""
         ...
 
     def replace(self, name: str, data: Path) -> None:
-        """Writes a local file's content, whether or not there is one of this name."""
+        """Writes a local file's content; replaces the file of this name if there is one."""
         ...
 
     def names(self) -> set[str]:
-        """Names of all files, without those that are being written."""
+        """Names of all files except those being written."""
         ...
 
     def exists(self, name: str) -> bool:
-        """Whether it is there."""
+        """Whether there is a file of this name."""
         ...
 
     def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
-        """A file to read. Raises FileNotFoundError."""
+        """Opens a file for reading. Raises FileNotFoundError."""
         ...
 
 
 def open_store(out: str | os.PathLike[str], options: dict[str, Any] | None = None) -> Store:
-    """The store of a directory, which is made if it is missing, or of a gs or s3 URL.
+    """The store of a directory, which is created if it is missing, or of a gs or s3 URL.
 
     Raises:
-      GraniteError: it cannot be made, or its protocol is not supported.
+      GraniteError: it cannot be created, or its protocol is not supported.
     """
     out = os.fspath(out)
     protocol = scheme(out)
@@ -69,7 +69,7 @@ def open_store(out: str | os.PathLike[str], options: dict[str, Any] | None = Non
 
 
 class LocalStore:
-    """A directory of this machine, or one that is mounted on it."""
+    """A local or mounted directory."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -83,16 +83,16 @@ class LocalStore:
             raise GraniteError(f"{directory}: cannot be written to ({error.strerror or error})") from None
 
     def create(self, name: str, data: bytes | Path) -> bool:
-        """As of Store."""
-        with self._written(name, data) as partial:
+        """As in `Store`."""
+        with self._temporary_file(name, data) as partial:
             try:
                 os.link(partial, self.directory / name)
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in _LINKS_UNSUPPORTED:
                     raise
-                # Without links a second worker replaces the first one's part, which is the same.
+                # Without links a second worker can replace the first one's part, whose content is the same.
                 if (self.directory / name).exists():
                     return False
                 os.rename(partial, self.directory / name)
@@ -100,26 +100,26 @@ class LocalStore:
         return True
 
     def replace(self, name: str, data: Path) -> None:
-        """As of Store."""
-        with self._written(name, data) as partial:
+        """As in `Store`."""
+        with self._temporary_file(name, data) as partial:
             os.replace(partial, self.directory / name)
         self._flush()
 
     def names(self) -> set[str]:
-        """As of Store."""
+        """As in `Store`."""
         return {entry.name for entry in os.scandir(self.directory) if not entry.name.startswith(".")}
 
     def exists(self, name: str) -> bool:
-        """As of Store."""
+        """As in `Store`."""
         return (self.directory / name).exists()
 
     def open(self, name: str) -> BinaryIO:
-        """As of Store."""
+        """As in `Store`."""
         return open(self.directory / name, "rb")
 
     @contextlib.contextmanager
-    def _written(self, name: str, data: bytes | Path) -> Iterator[Path]:
-        """A temporary file that is on disk, to be linked or renamed; it is gone afterwards."""
+    def _temporary_file(self, name: str, data: bytes | Path) -> Iterator[Path]:
+        """A temporary file, flushed to disk, to be linked or renamed; it is removed afterwards."""
         partial = self.directory / f".{name}-{uuid.uuid4().hex[:8]}.partial"
         try:
             with open(partial, "xb") as file:
@@ -135,7 +135,7 @@ class LocalStore:
             partial.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        with contextlib.suppress(OSError):  # not every file system can
+        with contextlib.suppress(OSError):  # not every file system supports it
             descriptor = os.open(self.directory, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -144,29 +144,29 @@ class LocalStore:
 
 
 class ObjectStore:
-    """A prefix of an object store. What fails for reasons that may pass is tried again."""
+    """A prefix of an object store. Transient errors are retried."""
 
     def __init__(self, files: fsspec.AbstractFileSystem, prefix: str):
         self._files = files
         self._prefix = prefix.rstrip("/")
 
     def create(self, name: str, data: bytes | Path) -> bool:
-        """As of Store."""
+        """As in `Store`."""
         try:
             if isinstance(data, Path):
                 retried(lambda: self._files.put_file(str(data), self._path(name), mode="create"))
             else:
                 retried(lambda: self._files.pipe_file(self._path(name), data, mode="create"))
-        except FileExistsError:  # of another worker, or of a put whose success was not heard of: the same
+        except FileExistsError:  # by another worker, or by a put whose answer was lost: the content is the same
             return False
         return True
 
     def replace(self, name: str, data: Path) -> None:
-        """As of Store."""
+        """As in `Store`."""
         retried(lambda: self._files.put_file(str(data), self._path(name)))
 
     def names(self) -> set[str]:
-        """As of Store."""
+        """As in `Store`."""
 
         def list_names() -> set[str]:
             self._files.invalidate_cache(self._prefix)
@@ -178,11 +178,11 @@ class ObjectStore:
         return retried(list_names)
 
     def exists(self, name: str) -> bool:
-        """As of Store."""
+        """As in `Store`."""
         return retried(lambda: self._files.exists(self._path(name)))
 
     def open(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """As of Store."""
+        """As in `Store`."""
         return retried(lambda: self._files.open(self._path(name), "rb"))
 
     def _path(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, without loading its weights: what `granite-jax inspect` prints."""
+"""Describes a checkpoint without loading its weights, for `granite-jax inspect`."""
 
 import collections
 import dataclasses
@@ -13,7 +13,7 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
     """Describes an opened checkpoint in values that JSON can hold.
 
     Args:
-      verify: read all weights and check their hashes; Hugging Face directories have none, and are read to their end.
+      verify: read all weights and check their hashes; Hugging Face directories have none, and are only read.
 
     Returns:
       `directory`, `kind`, `dtype`; `parameters` and `bytes` by part and in `total`; `tasks` and `languages` (targets of
@@ -56,7 +56,7 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
 
 
 def to_lines(description: dict[str, Any]) -> list[str]:
-    """The description for people."""
+    """Formats a description as readable lines."""
     limits, adapter = description["limits"], description["adapter"]
     lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}"]
     for part, count in description["parameters"].items():

@@ -1,8 +1,8 @@
-"""Checkpoint directories, opened: configuration, weights, tokenizer, chat template.
+"""Opened checkpoint directories: configuration, weights, tokenizer, chat template.
 
-A checkpoint of this program is a directory of
+A checkpoint of this program is a directory with
 
-    config.json          as Hugging Face has it
+    config.json          in Hugging Face's format
     params/              Orbax, the parameter tree
     tensors.json         shape, dtype and SHA-256 of every tensor
     tokenizer.json       and further files that came with the model
@@ -33,7 +33,7 @@ from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.variants import variant_of
 
-# Copied along by a conversion when present. Nothing else is: a directory may hold anything.
+# A conversion copies these files, where present, and no others: a directory can contain anything.
 COMPANIONS = (
     TOKENIZER,
     CHAT_TEMPLATE,
@@ -72,11 +72,11 @@ class Checkpoint(abc.ABC):
     def leaves(
         self, verify: bool = True, *, adapter: bool = True, paths: Iterable[str] | None = None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Reads leaf by leaf: dotted path and numpy array of the dtype it is stored in; those of an adapter come first.
+        """Reads leaf by leaf: dotted path and numpy array of the stored dtype; an adapter's leaves come first.
 
         Args:
           verify, adapter: as in `load_params`.
-          paths: read these leaves alone, in this order (Orbax only).
+          paths: read only these leaves, in this order (Orbax only).
         """
 
     @abc.abstractmethod
@@ -93,14 +93,14 @@ class Checkpoint(abc.ABC):
           sharding: a `jax.sharding.Sharding` for all leaves, or a tree of them; default the default device.
           verify: check every leaf's hash (Hugging Face directories have none). False restores an Orbax checkpoint
             without an adapter straight into `sharding`, past the host's memory where the device allows.
-          adapter: merge a LoRA adapter into the weights, in float32, as input with audio needs it. False leaves the
-            language model as it is for text alone.
+          adapter: merge a LoRA adapter into the weights, in float32, as input with audio requires. False leaves the
+            language model unmerged, for input without audio.
 
         Raises:
           CheckpointError: naming what is damaged, missing, unexpected or misshapen, or leaves for which a tree of
             shardings has none.
         """
-        chosen = parse_dtype(dtype)
+        target_dtype = parse_dtype(dtype)
         shardings = self._shardings(sharding)
         scales = self.adapter.scales if adapter and self.adapter is not None else {}
         factors, params = {}, {}
@@ -110,10 +110,10 @@ class Checkpoint(abc.ABC):
                 continue
             if path in scales:
                 a, b = (factors[name] for name in lora.factor_paths(path))
-                leaf = lora.merge(leaf, a, b, scales[path], chosen)
-            leaf = leaf.astype(chosen, copy=False)
+                leaf = lora.merge(leaf, a, b, scales[path], target_dtype)
+            leaf = leaf.astype(target_dtype, copy=False)
             array = jax.make_array_from_callback(leaf.shape, shardings[path], lambda index, leaf=leaf: leaf[index])
-            params[path] = array.block_until_ready()  # or the leaves still on their way would add up
+            params[path] = array.block_until_ready()  # or leaves in transit would add up
         return unflatten(params)
 
     def read(self, verify: bool = True) -> dict[str, Any]:
@@ -127,13 +127,13 @@ class Checkpoint(abc.ABC):
         Raises:
           CheckpointError: it is not supported, or config.json announces one that is missing.
         """
-        found = self.read_adapter(self.directory, self.config)
-        if found is None and self.raw_config.get("has_lora_adapter"):
+        adapter = self.read_adapter(self.directory, self.config)
+        if adapter is None and self.raw_config.get("has_lora_adapter"):
             raise CheckpointError(
                 f"{self.directory}: {CONFIG} announces a LoRA adapter, but adapter_config.json is missing "
                 "(adapter=False loads for text alone)"
             )
-        return found
+        return adapter
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of `tokenizer.json`.
@@ -141,7 +141,7 @@ class Checkpoint(abc.ABC):
         Raises:
           CheckpointError: the file is missing or unreadable, or its ids are not those of `config`.
         """
-        # transformers 5 cuts text by GPT-2's rule for this class, whatever the file says.
+        # For this class, transformers 5 splits text by GPT-2's rule, whatever the file says.
         gpt2 = str(self._tokenizer_config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer"
         path = files.require(self.directory, TOKENIZER)
         tokenizer = Tokenizer.from_file(path, pre_tokenizer="gpt2" if gpt2 else "file")
@@ -149,15 +149,17 @@ class Checkpoint(abc.ABC):
         if tokenizer.vocab_size > vocab_size:
             raise CheckpointError(f"{path}: has {tokenizer.vocab_size} tokens, the model {vocab_size}")
         try:
-            found = tokenizer.special_id(ChatTemplate.audio_token)
+            token_id = tokenizer.special_id(ChatTemplate.audio_token)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        if found != audio_id:
-            raise CheckpointError(f"{path}: {ChatTemplate.audio_token} is token {found}, but {audio_id} in config.json")
+        if token_id != audio_id:
+            raise CheckpointError(
+                f"{path}: {ChatTemplate.audio_token} is token {token_id}, but {audio_id} in config.json"
+            )
         return tokenizer
 
     def chat_template(self) -> ChatTemplate:
-        """The chat template, from whichever file carries it; Granite Speech 4.0's if none does."""
+        """The chat template, from the first file that contains one; Granite Speech 4.0's if none does."""
         special = {}
         for key in ("bos_token", "eos_token"):
             token = self._tokenizer_config.get(key)
@@ -167,7 +169,7 @@ class Checkpoint(abc.ABC):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model was trained for: by `granite_jax` in `config.json`, or else by its variant."""
+        """What the model was trained for, from `granite_jax` in `config.json` or else from its variant."""
         return Capabilities.from_config(self.raw_config, variant_of(self.config.model_type).capabilities)
 
     @property
@@ -185,7 +187,7 @@ class Checkpoint(abc.ABC):
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
             path = files.find(self.directory, name)
             template = read_json(path).get("chat_template") if path is not None else None
-            if isinstance(template, list):  # of named templates
+            if isinstance(template, list):  # several named templates
                 named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, Mapping)}
                 template = named.get("default")
             if isinstance(template, str):
@@ -195,10 +197,10 @@ class Checkpoint(abc.ABC):
     def _shardings(self, sharding: Any) -> dict[str, jax.sharding.Sharding]:
         paths = expected_shapes(self.config)
         if isinstance(sharding, Mapping):
-            found = flatten(sharding)
-            raise_named("no sharding for", [path for path in paths if path not in found])
-            raise_named("a sharding for what is no leaf:", [path for path in found if path not in paths])
-            return found
+            shardings = flatten(sharding)
+            raise_named("no sharding for", [path for path in paths if path not in shardings])
+            raise_named("a sharding for what is no leaf:", [path for path in shardings if path not in paths])
+            return shardings
         return dict.fromkeys(paths, jnp.zeros(()).sharding if sharding is None else sharding)
 
 

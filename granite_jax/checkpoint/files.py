@@ -1,4 +1,4 @@
-"""Files of a checkpoint directory that nobody vouches for: what is read stays inside the directory."""
+"""Finds files of an untrusted checkpoint directory: links must not lead out of it."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ def find(directory: Path, name: str) -> Path | None:
     """The regular file `name` of `directory`, or None.
 
     Raises:
-      CheckpointError: the name has a directory in it, or is a link that leads out of the directory. In the cache of
-        huggingface_hub (`snapshots/COMMIT/name` links to `blobs/HASH`) links may lead to its own blobs.
+      CheckpointError: the name contains a directory, or is a link that leads out of the directory. In the cache of
+        huggingface_hub (`snapshots/COMMIT/name` links to `blobs/HASH`) links may lead to its blobs.
     """
     if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name!a:.200} is not a file of this directory")
@@ -31,13 +31,13 @@ def require(directory: Path, name: str) -> Path:
 
 
 def check_links(directory: Path) -> int:
-    """Bytes of all files below `directory`. Raises CheckpointError naming a link that leads out of it, or no file."""
+    """Bytes of all files below `directory`. Raises CheckpointError naming a link that leads out, or a special file."""
     roots, size = _roots(directory), 0
     for parent, directories, files in os.walk(directory):
         for name in (*directories, *files):
             _check_link(Path(parent, name), roots)
         for path in (Path(parent, name) for name in files):
-            if not os.path.isfile(path):  # a reader would wait for a pipe for ever
+            if not os.path.isfile(path):  # reading a pipe would block forever
                 raise CheckpointError(f"{path}: is no file")
             size += os.path.getsize(path)
     return size
@@ -55,6 +55,6 @@ def _check_link(path: Path, roots: list[Path]) -> None:
 
 
 def _roots(directory: Path) -> list[Path]:
-    own = directory.absolute()
-    snapshots = [parent for parent in (own, *own.parents) if parent.parent.name == "snapshots"]
-    return [own.resolve(), *(snapshot.parents[1].resolve() / "blobs" for snapshot in snapshots)]
+    directory = directory.absolute()
+    snapshots = [parent for parent in (directory, *directory.parents) if parent.parent.name == "snapshots"]
+    return [directory.resolve(), *(snapshot.parents[1].resolve() / "blobs" for snapshot in snapshots)]

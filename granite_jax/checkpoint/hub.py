@@ -1,4 +1,4 @@
-"""Checkpoints from a model hub, through `huggingface_hub`: its cache, its tokens and settings.
+"""Checkpoints from a model hub, through `huggingface_hub`, with its cache, tokens and settings.
 
 Only the files that are needed are downloaded, and after an interruption only those that are missing. Hugging Face
 checkpoints are converted once, into this program's directory of the user's cache, by commit.
@@ -18,7 +18,7 @@ from granite_jax.checkpoint.save import CONFIG
 from granite_jax.errors import CheckpointError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# In order of preference; the first kind that a repository has is taken, the others are left where they are.
+# In order of preference: only the first kind that a repository has is downloaded.
 _WEIGHTS = (
     (TENSORS, f"{PARAMS}/*"),
     ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -28,52 +28,52 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 def snapshot(repo_id: str, revision: str | None, companions: Iterable[str]) -> Path:
-    """Downloads what is needed of a repository and is not in the cache: the directory of `huggingface_hub` with it.
+    """Downloads the needed files that are not in the cache of `huggingface_hub`; returns its directory of them.
 
     Args:
       revision: branch, tag or commit; default the main branch.
-      companions: names of files that are wanted besides configuration and weights, where there are any.
+      companions: names of files to download, where present, besides configuration and weights.
 
     Raises:
       CheckpointError: naming repository and revision, if it does not exist, cannot be reached, or is damaged.
     """
     import huggingface_hub
 
-    where = f"{repo_id}: no such directory, and as a hub id (revision {revision or 'main'})"
+    prefix = f"{repo_id}: no such directory, and as a hub id (revision {revision or 'main'})"
     try:
         files = _listing(repo_id, revision)
     except Exception as error:
-        # Without a network the cache may know the revision.
+        # Without a network, the cache can have the revision.
         with contextlib.suppress(Exception):
-            local = {"local_files_only": True, "allow_patterns": [CONFIG]}  # complete or not: it cannot be completed
+            local = {"local_files_only": True, "allow_patterns": [CONFIG]}  # even if incomplete: it cannot be completed
             return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, **local))
-        raise CheckpointError(f"{where} it cannot be downloaded ({_reason(error)})") from error
-    wanted = needed(files, companions)
-    if CONFIG not in wanted:
-        raise CheckpointError(f"{where} it is no checkpoint, {CONFIG} is missing")
+        raise CheckpointError(f"{prefix} it cannot be downloaded ({_reason(error)})") from error
+    names = needed(files, companions)
+    if CONFIG not in names:
+        raise CheckpointError(f"{prefix} it is no checkpoint, {CONFIG} is missing")
     try:
-        # By its name, not its commit: the client then notes which commit the name is of, for when there is no network.
+        # By name, not by commit: the client then records the name's commit, for use without a network.
         return Path(
-            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted, endpoint=_endpoint())
+            huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=names, endpoint=_endpoint())
         )
     except Exception as error:
-        raise CheckpointError(f"{where} it cannot be downloaded ({_reason(error)})") from error
+        raise CheckpointError(f"{prefix} it cannot be downloaded ({_reason(error)})") from error
 
 
 def needed(files: Iterable[str], companions: Iterable[str]) -> list[str]:
-    """Of a repository's files, those to be downloaded."""
-    # A name is used as a pattern: one with wildcards, or a way out of the directory, is none of ours.
+    """Selects the files to download from those of a repository."""
+    # Names are used as patterns: skip those with wildcards or a path that leads out of the directory.
     plain = [name for name in files if re.fullmatch(r"[\w./-]+", name) and ".." not in name]
-    wanted = {name for name in plain if name in {CONFIG, _ADAPTER, *companions}}
+    selected = {name for name in plain if name in {CONFIG, _ADAPTER, *companions}}
     for patterns in _WEIGHTS:
         weights = [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if any(name == pattern for name in weights for pattern in patterns):
-            return sorted(wanted.union(weights))
-    return sorted(wanted)
+            return sorted(selected.union(weights))
+    return sorted(selected)
 
 
 def verify(directory: Path) -> None:
-    """Checks large files against the SHA-256 that the hub announced, by which its client names them in the cache.
+    """Checks large files against the hub's SHA-256, which is their name in its client's cache.
 
     Raises CheckpointError naming the file that differs.
     """
@@ -103,6 +103,6 @@ def _reason(error: BaseException) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # the hub's answer; the error itself tells of the connection, whatever went wrong
+        error = error.__cause__  # the hub's answer; the error itself always blames the connection
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"[:300]

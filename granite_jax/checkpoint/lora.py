@@ -22,7 +22,7 @@ class Adapter:
     """What a checkpoint's adapter adds to its parameter tree.
 
     Fields:
-      rank, alpha: of the modules that have no rank or alpha of their own.
+      rank, alpha: of modules without their own.
       target_modules: names that adapted modules end in, or one regular expression for the whole name.
       shapes: dotted path of every leaf of the subtree -> its shape.
       scales: dotted path of every adapted kernel -> float32 scale of each layer `[l]`, or `[]` if it is not stacked.

@@ -2,7 +2,7 @@
 
 Orbax alone loads a flipped byte silently. SHA-256 is computed over the tensor's bytes in row-major order, and is the
 fastest of hashlib's cryptographic hashes where processors have instructions for it. Leaves are written and read one by
-one: a checkpoint never is in memory as a whole unless the caller collects it.
+one: a checkpoint is never in memory as a whole unless the caller collects it.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _MARKER = "commit_success.txt"
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float32", "bfloat16", "float16")}
 # Leaves are written and read together up to this size: every call adds files or time.
 _GROUP_BYTES = 1 << 28
-# Zeros compress a thousandfold, weights hardly: a small file must not be able to ask for all of the memory.
+# Zeros compress a thousandfold, weights hardly: a small file must not be able to claim all memory.
 _MAX_COMPRESSION, _FREE_BYTES = 16, 1 << 26
 
 Leaves = Iterable[tuple[str, Any]]  # dotted path, array
@@ -46,7 +46,7 @@ def write(directory: Path, leaves: Leaves, expected: Mapping[str, Shape]) -> dic
     records: dict[str, dict[str, Any]] = {}
     group: dict[str, np.ndarray] = {}
     context = ocp.Context()
-    context.array.saving.use_compression = False  # it saves little and doubles the time
+    context.array.saving.use_compression = False  # compression saves little and doubles the time
     with context:
         for name, leaf in leaves:
             array = np.asarray(leaf)
@@ -62,7 +62,7 @@ def write(directory: Path, leaves: Leaves, expected: Mapping[str, Shape]) -> dic
             _orbax(directory, "write", ocp.partial.save, unflatten(group))
         _orbax(directory, "write", ocp.partial.finalize)
     if (marker := directory / PARAMS / _MARKER).exists():
-        marker.write_text("complete\n", encoding="utf-8")  # Orbax writes a path, of a directory that is renamed later
+        marker.write_text("complete\n", encoding="utf-8")  # Orbax writes the path of a directory that is renamed later
     text = json.dumps(records, indent=1, sort_keys=True)
     (directory / TENSORS).write_text(text + "\n", encoding="utf-8")
     return records
@@ -89,9 +89,9 @@ def read(
       CheckpointError: naming the leaves that are not `expected` or, with `verify`, do not match their hash.
     """
     dtypes = stored_dtypes(directory, expected)
-    wanted = list(dtypes if paths is None else paths)
-    records = _read_records(directory, expected, dtypes, wanted) if verify else {}
-    for group in _groups(wanted, {path: math.prod(expected[path]) * dtypes[path].itemsize for path in dtypes}):
+    paths = list(dtypes if paths is None else paths)
+    records = _read_records(directory, expected, dtypes, paths) if verify else {}
+    for group in _groups(paths, {path: math.prod(expected[path]) * dtypes[path].itemsize for path in dtypes}):
         abstract = {path: np.broadcast_to(np.zeros((), dtypes[path]), expected[path]) for path in group}
         leaves = flatten(_load(directory, abstract))
         for path in group:
@@ -107,7 +107,9 @@ def read_into(
 ) -> Any:
     """Reads the leaves that `shardings` names by dotted path straight into devices, cast to `dtype`, unverified."""
     stored_dtypes(directory, expected)
-    abstract = {path: jax.ShapeDtypeStruct(expected[path], dtype, sharding=where) for path, where in shardings.items()}
+    abstract = {
+        path: jax.ShapeDtypeStruct(expected[path], dtype, sharding=sharding) for path, sharding in shardings.items()
+    }
     return _load(directory, abstract)
 
 
@@ -144,9 +146,9 @@ def _groups(paths: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def _read_records(
-    directory: Path, expected: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], wanted: list[str]
+    directory: Path, expected: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], names: list[str]
 ) -> dict[str, Any]:
-    """`tensors.json`, checked to be of this checkpoint before anything is loaded."""
+    """Reads `tensors.json` and checks that it describes this checkpoint's leaves."""
     path = files.find(directory, TENSORS)
     if path is None:
         raise CheckpointError(
@@ -154,9 +156,9 @@ def _read_records(
         )
     stored = read_json(path)
     try:
-        raise_named("no hash for", [name for name in wanted if not isinstance(stored.get(name), Mapping)])
-        described = {name: {"shape": list(expected[name]), "dtype": dtypes[name].name} for name in wanted}
-        differ = [name for name in wanted if {**stored[name], "sha256": 0} != {**described[name], "sha256": 0}]
+        raise_named("no hash for", [name for name in names if not isinstance(stored.get(name), Mapping)])
+        described = {name: {"shape": list(expected[name]), "dtype": dtypes[name].name} for name in names}
+        differ = [name for name in names if {**stored[name], "sha256": 0} != {**described[name], "sha256": 0}]
         raise_named(f"not what {TENSORS} describes:", differ)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
@@ -174,9 +176,9 @@ def _orbax(directory: Path, verb: str, function: Callable[..., Any], *arguments:
     path = directory.resolve() / PARAMS
     try:
         return function(str(path), *arguments)
-    except Exception as error:  # Orbax and tensorstore raise whatever they trip over in damaged files or on full disks
+    except Exception as error:  # Orbax and tensorstore raise many types for damaged files and full disks
         reason = (str(error).splitlines() or [""])[0]
-        if len(reason) > 400:  # the cause is at either end, or behind the number of an error of the system
+        if len(reason) > 400:  # the cause is at either end, or given as an error number of the system
             number = re.search(r"os_error_code='(\d{1,4})'", reason)
             reason = f"{reason[:200]} ... {os.strerror(int(number[1])) if number else reason[-200:]}"
         raise CheckpointError(f"{path}: Orbax cannot {verb} it ({type(error).__name__}: {reason})") from error

@@ -1,4 +1,4 @@
-"""The writing side of checkpoint directories: all of a directory, or nothing that looks like one."""
+"""Writes checkpoint directories: a complete one, or nothing that looks like one."""
 
 import contextlib
 import glob
@@ -65,7 +65,7 @@ def new_directory(directory: str | PathLike[str], check: Callable[[Path], None] 
                 final.rmdir()
             partial.rename(final)
         except BaseException:
-            for _ in range(5):  # Orbax's threads may be writing still
+            for _ in range(5):  # Orbax's threads may still be writing
                 shutil.rmtree(partial, ignore_errors=True)
                 time.sleep(0.05)
             raise
@@ -73,7 +73,10 @@ def new_directory(directory: str | PathLike[str], check: Callable[[Path], None] 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether this process has a directory's lock, which the system frees when its holder dies; never on Windows."""
+    """Yields whether this process got a directory's lock, which the system frees when its holder dies.
+
+    On Windows it never gets one.
+    """
     try:
         import fcntl
     except ImportError:
@@ -100,8 +103,10 @@ def copy_files(files: Iterable[str | PathLike[str]], directory: Path) -> None:
 
 
 def write_config(directory: Path, config: Mapping[str, Any] | Path) -> None:
-    """Writes `config.json` as Hugging Face formats it, or copies a file as it is. The last file: without it a directory
-    is no checkpoint."""
+    """Writes `config.json` as Hugging Face formats it, or copies a file unchanged.
+
+    It must be written last: a directory without it is no checkpoint.
+    """
     if isinstance(config, Path):
         shutil.copyfile(config, directory / CONFIG)
     else:

@@ -1,4 +1,4 @@
-"""What a checkpoint is called by: "demo", a directory, or the id of a repository on a model hub."""
+"""Names of checkpoints: "demo", a directory, or the id of a repository on a model hub."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def local_directory(source: str | PathLike[str], revision: str | None = None) -> Path | None:
-    """The directory that `source` names; None if it is a hub id. What looks like a path never is one.
+    """The directory that `source` names; None if it is a hub id. What looks like a path is never one.
 
     Raises:
       CheckpointError: naming the source, if there is no such directory, or a revision is given for one.

@@ -31,23 +31,23 @@ def expected_shapes(config: Config) -> Mapping[str, Shape]:
     return types.MappingProxyType({path: leaf.shape for path, leaf in flatten(params).items()})
 
 
-def check_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+def check_shapes(actual: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raises CheckpointError naming leaves that are unexpected, missing or misshapen."""
-    raise_named("no place in the model for", [path for path in found if path not in expected])
-    raise_named("missing:", [path for path in expected if path not in found])
-    wrong = [path for path in found if tuple(found[path]) != expected[path]]
-    raise_named("wrong shape:", [f"{path} {list(found[path])}, not {list(expected[path])}" for path in wrong])
+    raise_named("no place in the model for", [path for path in actual if path not in expected])
+    raise_named("missing:", [path for path in expected if path not in actual])
+    wrong = [path for path in actual if tuple(actual[path]) != expected[path]]
+    raise_named("wrong shape:", [f"{path} {list(actual[path])}, not {list(expected[path])}" for path in wrong])
 
 
 def raise_named(problem: str, names: Iterable[str], count: int | None = None) -> None:
     """Raises CheckpointError with the first few of `names` and the number of the others, unless there are none.
 
-    `count` is the number of names where listing them all could take for ever.
+    Pass `count`, the number of names, where listing them all could take forever.
     """
     if count is None:
         names = list(names)
         count = len(names)
     if count:
         shown = list(itertools.islice(names, 4))
-        rest = f" and {count - len(shown)} more" if count > len(shown) else ""
-        raise CheckpointError(f"{problem} {', '.join(shown)}{rest}")
+        more = f" and {count - len(shown)} more" if count > len(shown) else ""
+        raise CheckpointError(f"{problem} {', '.join(shown)}{more}")

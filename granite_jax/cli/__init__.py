@@ -1,6 +1,7 @@
 """The `granite-jax` command: a module for each of its commands.
 
-`granite-jax --help` is to answer at once: modules import what loads JAX, Grain or matplotlib in the bodies of commands.
+Whatever loads JAX, Grain or matplotlib is imported in the bodies of commands, so that `granite-jax --help` answers at
+once.
 """
 
 import io
@@ -29,7 +30,7 @@ app.command("eval")(evaluate.evaluate)
 def main() -> None:
     """Entry point of the console script."""
     for stream in (sys.stdout, sys.stderr):
-        # File names need not be text; an escape in their place is, in JSON too.
+        # File names need not be valid Unicode; escapes are, in JSON, too.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():

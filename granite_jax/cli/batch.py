@@ -43,12 +43,12 @@ def run(
     model: ModelOptions,
     options: TranscribeOptions,
     shard: Annotated[
-        int | None, typer.Option(min=0, help="this worker's number; default: of the environment", show_default=False)
+        int | None, typer.Option(min=0, help="this worker's number; default: from the environment", show_default=False)
     ] = None,
-    num_shards: Annotated[int | None, typer.Option(min=1, help="of workers in all", show_default=False)] = None,
+    num_shards: Annotated[int | None, typer.Option(min=1, help="number of workers", show_default=False)] = None,
     part_size: Annotated[int, typer.Option(min=1, help="utterances that are committed together")] = 1024,
     root: Annotated[
-        str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
+        str | None, typer.Option(help="directory that local files must be below; default: the manifest's directory")
     ] = None,
     allow: Annotated[
         list[str] | None,
@@ -62,10 +62,10 @@ def run(
     """Transcribe a manifest, or one shard of it; the same command again resumes.
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
-    target_language (or to), keywords and prompt; options are for lines that do not say. DIR gets part-*.jsonl,
-    errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, whatever single utterances
+    target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
+    errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
     failed; 1 if results could not be written, and 143 after SIGTERM, which abandons the current part: run again; 2 if
-    the job cannot be run as it is.
+    the job cannot be run.
     """
     from granite_jax import batch
 
@@ -89,7 +89,7 @@ def run(
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None
-    except OSError as error:  # a full disk, a store that cannot be reached: it may pass
+    except OSError as error:  # a full disk or an unreachable store can be temporary
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
     if summary.stopped:
@@ -100,20 +100,20 @@ def run(
 
 @app.command()
 def merge(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="--out of a job", show_default=False)],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a job's --out", show_default=False)],
 ) -> None:
     """Join a job's parts into transcripts.jsonl and errors.jsonl, after checking that nothing is missing or double.
 
-    The exit status is 1 if something is.
+    The exit status is 1 if the check fails.
     """
     from granite_jax import batch
 
     try:
-        found = batch.merge(directory)
+        summary = batch.merge(directory)
     except (GraniteError, OSError) as error:
         fail(str(error))
         raise typer.Exit(1) from None
-    print(line(f"{directory}: {found['transcribed']} of {found['entries']} utterances, {found['failed']} failed"))
+    print(line(f"{directory}: {summary['transcribed']} of {summary['entries']} utterances, {summary['failed']} failed"))
 
 
 def show_job(display: ProgressDisplay, progress: Any) -> None:

@@ -31,7 +31,7 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
     ] = None,
-    language: Annotated[str, typer.Option(help="of the references; decides on the normalizer")] = "en",
+    language: Annotated[str, typer.Option(help="language of the references; selects the normalizer")] = "en",
     normalizer: Annotated[
         Literal["english", "basic", "lowercase"] | None,
         typer.Option(help="default: english for English, basic for others", show_default=False),
@@ -42,19 +42,19 @@ def evaluate(
     ] = None,
     bias: Annotated[
         bool,
-        typer.Option("--bias", help="tell the model each utterance's list, of --keyword-lists or the set's own"),
+        typer.Option("--bias", help="bias with each utterance's list, from --keyword-lists or the set"),
     ] = False,
-    part_size: Annotated[int, typer.Option(min=1, help="utterances that are lost together if killed")] = 128,
+    part_size: Annotated[int, typer.Option(min=1, help="utterances that are committed together")] = 128,
     root: Annotated[
-        str | None, typer.Option(help="what local files have to be below; default: the manifest's directory")
+        str | None, typer.Option(help="directory that local files must be below; default: the manifest's directory")
     ] = None,
     format: Annotated[Literal["md", "json"], typer.Option(help="Markdown tables, or one JSON object")] = "md",
 ) -> None:
     """Transcribe sets and compare with their references; the same command again resumes.
 
     Prints the tables, and writes them with all numbers to DIR: results.md, results.json, SET/utterances.jsonl. The exit
-    status is 0 if all sets are done, whatever single utterances failed: they count as if nothing had been heard. It is
-    1 if results could not be written, and 143 after SIGTERM: run again; 2 if something asked for is not possible.
+    status is 0 if all sets are done, even if single utterances failed: they count as if nothing had been heard. It is 1
+    if results could not be written, and 143 after SIGTERM: run again; 2 if the evaluation cannot be run.
     """
     try:
         from granite_jax import evaluation
@@ -65,13 +65,13 @@ def evaluate(
         if compare is not None:
             if sets:
                 raise GraniteError("--compare takes two finished runs and no SET arguments")
-            found = evaluation.compare(*compare)
-            text = evaluation.comparison_to_markdown(found)
+            results = evaluation.compare(*compare)
+            text = evaluation.comparison_to_markdown(results)
         else:
             if out is None:
                 raise GraniteError("--out is missing: the directory of the run")
             with terminated() as stop, ProgressDisplay("transcribing") as display:
-                found = evaluation.evaluate(
+                results = evaluation.evaluate(
                     sets or [],
                     out,
                     model,
@@ -85,17 +85,17 @@ def evaluate(
                     progress=functools.partial(show_job, display),
                     stop=stop,
                 )
-            if found is None:
+            if results is None:
                 fail(f"stopped by SIGTERM; run again to resume {out}")
                 raise typer.Exit(143)
-            text = evaluation.to_markdown(found)
-            failed = sum(each["failed"] for each in found["sets"])
+            text = evaluation.to_markdown(results)
+            failed = sum(set_results["failed"] for set_results in results["sets"])
             if failed:
                 fail(f"{failed} utterances failed, and count as if nothing had been heard: see {out}/*/errors.jsonl")
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None
-    except OSError as error:  # a full disk: it may pass
+    except OSError as error:  # a full disk can be temporary
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
-    print(json.dumps(found, ensure_ascii=False) if format == "json" else text, end="\n" if format == "json" else "")
+    print(json.dumps(results, ensure_ascii=False) if format == "json" else text, end="\n" if format == "json" else "")

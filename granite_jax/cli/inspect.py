@@ -14,11 +14,11 @@ def inspect(
     checkpoint: Annotated[
         str, typer.Argument(metavar="CHECKPOINT", help='"demo", checkpoint directory or hub id', show_default=False)
     ],
-    format: Annotated[options.Format, typer.Option(help="lines for people, or one JSON object")] = "txt",
+    format: Annotated[options.Format, typer.Option(help="readable lines, or one JSON object")] = "txt",
     revision: options.Revision = None,
     verify: Annotated[bool, typer.Option("--verify", help="read all weights and check their hashes")] = False,
 ) -> None:
-    """Print what a checkpoint is: parts, parameters, tasks, languages, limits, configuration."""
+    """Describe a checkpoint: parts, parameters, tasks, languages, limits, configuration."""
     from granite_jax.checkpoint.describe import describe, to_lines
     from granite_jax.pretrained import open_checkpoint
 

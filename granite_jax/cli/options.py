@@ -1,6 +1,6 @@
 """The options of `ModelOptions` and `TranscribeOptions` on the command line, the same for every command.
 
-A command whose parameters include such an object gets the options of all its fields in that place:
+A command whose parameters include such an object gets an option for each of its fields instead:
 
     @takes_options
     def transcribe(files: list[Path], model: ModelOptions, options: TranscribeOptions) -> None: ...
@@ -23,7 +23,7 @@ Format = Literal["txt", "json"]
 DtypeName = Literal["float32", "bfloat16"]
 
 Checkpoint = Annotated[
-    str, typer.Option(help='"demo", a directory of "granite-jax convert" or Hugging Face, or a hub id')
+    str, typer.Option(help="\"demo\", a directory in this program's or Hugging Face's format, or a hub id")
 ]
 ModelParallel = Annotated[
     int, typer.Option(min=1, help="devices that share a copy of the weights, for models too big for one")
@@ -31,7 +31,7 @@ ModelParallel = Annotated[
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a hub id", show_default=False)]
 
 
-def _gate(value: str | float) -> float | Literal[False]:
+def _parse_gate(value: str | float) -> float | Literal[False]:
     if value == "off" or value is False:
         return False
     try:
@@ -40,7 +40,7 @@ def _gate(value: str | float) -> float | Literal[False]:
         raise typer.BadParameter(f"{value!r:.60} is not a number of nats below 0, or off") from None
 
 
-# By field, in the order of the help text; what is not here is for Python alone.
+# By field; other fields can be set in Python only.
 _OPTIONS: dict[str, Any] = {
     "checkpoint": Checkpoint,
     "revision": Revision,
@@ -61,22 +61,20 @@ _OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option("--target-language", "--to", help="of a translation, as in fr or French", show_default=False),
     ],
-    "prompt": Annotated[
-        str | None, typer.Option(help="a prompt of your own, instead of the task's", show_default=False)
-    ],
+    "prompt": Annotated[str | None, typer.Option(help="your own prompt, instead of the task's", show_default=False)],
     "max_new_tokens": Annotated[
-        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio", show_default=False)
+        int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio if that is more", show_default=False)
     ],
     "speculative": Annotated[
         Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"],
-        typer.Option(help="the encoder's drafts: same text sooner, or accepted when plausible"),
+        typer.Option(help="use of the encoder's drafts: for the same text sooner, or accepted when plausible"),
     ],
     "ctc_threshold": Annotated[
         float | None,
         typer.Option(min=0, help="relaxed: largest frame entropy, in nats, of a final draft", show_default=False),
     ],
     "verify_threshold": Annotated[
-        float | None, typer.Option(min=0, help="relaxed: least likelihood of a draft token", show_default=False)
+        float | None, typer.Option(min=0, help="relaxed: smallest likelihood of a draft token", show_default=False)
     ],
     "keywords": (
         Annotated[
@@ -91,14 +89,14 @@ _OPTIONS: dict[str, Any] = {
         ],
     ),
     "keyword_boost": Annotated[
-        float | None, typer.Option(min=0, help="nats that keywords are boosted by", show_default=False)
+        float | None, typer.Option(min=0, help="boost of keywords, in nats", show_default=False)
     ],
     "keyword_gate": Annotated[
         Any,
         typer.Option(
-            parser=_gate,
+            parser=_parse_gate,
             metavar="NATS|off",
-            help="nats a character, below 0: keywords that are heard worse are left out; off: none is",
+            help="nats a character, below 0: keywords that score lower are left out; off: none are",
             show_default=False,
         ),
     ],
@@ -110,7 +108,7 @@ _KEYWORDS_FILE = "keywords_file"
 
 
 def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces parameters of `ModelOptions` and `TranscribeOptions` by options, one a field; what is wrong exits 2."""
+    """Replaces `ModelOptions` and `TranscribeOptions` parameters by an option a field; invalid values exit with 2."""
     objects: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
@@ -123,11 +121,11 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**values: Any) -> None:
         try:
-            made = {name: _make(cls, values) for name, cls in objects.items()}
+            option_objects = {name: _make(cls, values) for name, cls in objects.items()}
         except GraniteError as error:
             fail(str(error))
             raise typer.Exit(2) from None
-        command(**values, **made)
+        command(**values, **option_objects)
 
     setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -135,23 +133,23 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
-    found = []
+    parameters = []
     for field in dataclasses.fields(cls):
         if field.name == "keywords":
-            listed = zip(("keywords", _KEYWORDS_FILE), _OPTIONS["keywords"], (None, None), strict=True)
+            options = zip(("keywords", _KEYWORDS_FILE), _OPTIONS["keywords"], (None, None), strict=True)
         elif field.name in _OPTIONS:
-            listed = [(field.name, _OPTIONS[field.name], field.default)]
+            options = [(field.name, _OPTIONS[field.name], field.default)]
         else:
             continue
-        found += [
+        parameters += [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-            for name, annotation, default in listed
+            for name, annotation, default in options
         ]
-    return found
+    return parameters
 
 
 def _make(cls: type, values: dict[str, Any]) -> Any:
-    """Takes the fields of `cls` out of `values`."""
+    """Makes a `cls` from its fields, which it removes from `values`."""
     fields = {field.name: values.pop(field.name) for field in dataclasses.fields(cls) if field.name in values}
     if "keywords" in fields:
         from granite_jax.keywords.lists import read_keywords

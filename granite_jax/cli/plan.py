@@ -12,20 +12,22 @@ from granite_jax.errors import GraniteError
 
 
 def plan(
-    topology: Annotated[str, typer.Option(help="of chips, as in v5e:2x4, v6e:2x2 or v5p:2x2x1", show_default=False)],
+    topology: Annotated[
+        str, typer.Option(help="chips to compile for, as in v5e:2x4, v6e:2x2 or v5p:2x2x1", show_default=False)
+    ],
     checkpoint: Annotated[
-        str | None, typer.Option(help="as of transcribe; default: the released model", show_default=False)
+        str | None, typer.Option(help="as in transcribe; default: the released model", show_default=False)
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="rows of a full batch on each copy of the weights")] = 64,
-    seconds: Annotated[float, typer.Option(min=1, help="of the longest audio in a full batch")] = 20.0,
-    dtype: Annotated[options.DtypeName, typer.Option(help="of the weights")] = "bfloat16",
+    seconds: Annotated[float, typer.Option(min=1, help="length of the longest audio in a full batch")] = 20.0,
+    dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights")] = "bfloat16",
     model_parallel: options.ModelParallel = 1,
-    format: Annotated[options.Format, typer.Option(help="lines for people, or one JSON object a program")] = "txt",
+    format: Annotated[options.Format, typer.Option(help="readable lines, or one JSON object a program")] = "txt",
 ) -> None:
-    """Compile a model's programs for TPU chips that need not be there, and print what they take.
+    """Compile a model's programs for TPU chips that need not be present, and print what they need.
 
-    Prints peak memory of a chip, whether it is there, collectives and copies of the KV cache. Nothing is run. The exit
-    status is 1 if a program does not fit, 2 if nothing could be tried. Needs pip install 'granite-jax[plan]'.
+    Prints peak memory of a chip, whether it fits, collectives and copies of the KV cache. Nothing is run. The exit
+    status is 1 if a program does not fit, 2 if nothing could be compiled. Needs pip install 'granite-jax[plan]'.
     """
     import jax
 
@@ -39,9 +41,9 @@ def plan(
     try:
         config = open_checkpoint(checkpoint).config if checkpoint else Config.granite_4_0_1b()
         bucket = make_bucket(config, batch, seconds)
-        for found in aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel):
-            fits &= found.fits
-            print(json.dumps(dataclasses.asdict(found)) if format == "json" else line(str(found)), flush=True)
+        for program in aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel):
+            fits &= program.fits
+            print(json.dumps(dataclasses.asdict(program)) if format == "json" else line(str(program)), flush=True)
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
-_LOG_SECONDS = 60.0  # between lines about the progress, where there is no terminal
+_LOG_SECONDS = 60.0  # between two lines of progress without a terminal
 
 
 class ProgressDisplay:
-    """How far a command is: a bar on a terminal; elsewhere a line a minute, for logs."""
+    """Shows a command's progress: a bar on a terminal; elsewhere a line a minute, for logs."""
 
     def __init__(self, action: str):
         """
@@ -53,8 +53,8 @@ class ProgressDisplay:
         self._first = done if self._first is None else self._first
         if not console.is_terminal and now - self._logged > _LOG_SECONDS:
             self._logged = now
-            left = (total - done) * (now - self._began) / max(1, done - self._first)
-            text = ", ".join(filter(None, (f"{done} of {total}", note, f"{timedelta(seconds=round(left))} left")))
+            remaining = (total - done) * (now - self._began) / max(1, done - self._first)
+            text = ", ".join(filter(None, (f"{done} of {total}", note, f"{timedelta(seconds=round(remaining))} left")))
             print(line(f"granite-jax: {self._action}: {text}"), file=console.file, flush=True)
 
 
@@ -64,13 +64,13 @@ def fail(message: str) -> None:
 
 
 def line(text: str) -> str:
-    """One line that a terminal does not act on, whatever file names and transcripts hold."""
+    """The text as one line without control characters, whatever file names and transcripts contain."""
     return "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
 
 
 @contextlib.contextmanager
 def terminated() -> Iterator[Callable[[], bool]]:
-    """Whether there has been a SIGTERM, which would otherwise end the process at once."""
+    """Catches SIGTERM, which would end the process at once; yields a function that returns whether it came."""
     received = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
     try:

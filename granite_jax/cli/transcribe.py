@@ -35,7 +35,7 @@ def transcribe(
 
     Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
     tokens, duration, confidence, ctc_text, stats, draft, accepted_spans and flags. Files that fail, and those whose
-    text is in doubt, are reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2
+    text is doubtful, are reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2
     if nothing could be tried.
     """
     from granite_jax.inference.results import FLAGS
@@ -45,9 +45,9 @@ def transcribe(
         plots = None if plot is None else _plots_for(plot, files)
         asr = Transcriber.from_options(model)
         with ProgressDisplay("transcribing") as display:
-            done = itertools.count(1)
+            counter = itertools.count(1)
             transcripts = asr.transcribe(
-                list(files), options, on_error="return", progress=lambda _: display.show(next(done), len(files))
+                list(files), options, on_error="return", progress=lambda _: display.show(next(counter), len(files))
             )
     except GraniteError as error:
         fail(str(error))
@@ -65,12 +65,12 @@ def transcribe(
     if any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
     if plots is not None and plot is not None:
-        # A translation or a text by a prompt of one's own was not spoken.
-        spoken = (
+        # A translation, or the answer to a custom prompt, is not what was spoken.
+        spoken_text = (
             transcripts[0].text if options.task != "translate" and options.prompt is None else transcripts[0].ctc_text
         )
         try:
-            figure = plots.overview(asr.ctc_emissions(files[0]), transcripts[0], asr.tokenizer, spoken)
+            figure = plots.overview(asr.ctc_emissions(files[0]), transcripts[0], asr.tokenizer, spoken_text)
             with warnings.catch_warnings(record=True, action="always") as caught:
                 figure.savefig(plot)
         except (GraniteError, OSError) as error:
@@ -81,7 +81,7 @@ def transcribe(
 
 
 def _plots_for(plot: Path, files: list[Path]) -> ModuleType:
-    """The module that draws, if it can draw this: asked before anything is transcribed."""
+    """The plotting module. Raises GraniteError, before anything is transcribed, if it cannot plot this."""
     if len(files) > 1:
         raise GraniteError(f"--plot draws one file, not {len(files)}")
     try:
