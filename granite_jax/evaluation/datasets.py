@@ -1,4 +1,4 @@
-"""What can be evaluated on: manifests with `text`, prepared TFDS data sets, and TFDS's own sets by name."""
+"""Evaluation sets: manifests with `text`, prepared TFDS data sets, and TFDS's own data sets by name."""
 
 import contextlib
 import io
@@ -25,22 +25,22 @@ KNOWN = {
     "librispeech-other": ("LS Other", "tfds:librispeech#test_other"),
     "tedlium": ("Tedlium", "tfds:tedlium/release3#test"),
 }
-"""The Open ASR leaderboard's sets that TFDS has, by their columns there. The others (AMI, Earnings22, GigaSpeech,
-SPGISpeech, VoxPopuli) TFDS does not have; their manifests do."""
+"""The Open ASR leaderboard's sets that TFDS has: title of the column there, and source. TFDS lacks the others (AMI,
+Earnings22, GigaSpeech, SPGISpeech, VoxPopuli); evaluate them from manifests."""
 TEXT = ("text", "sentence", "transcription", "transcript")
-"""Names of a data set's feature that is the reference: the first that it has."""
+"""Features that can hold the reference; the first that a data set has is taken."""
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A reference.
+    """A reference and the length of its audio.
 
     Fields:
-      id: the set's own name of it, or its place.
+      id: the set's own id, or the utterance's index.
       text: what is said, or its translation.
-      keywords: those words of the text that B-WER is about; None if the set does not tell.
-      biasing: what the model is told if it is to be biased; None for `keywords`.
-      seconds: of audio, if the set tells.
+      keywords: words of the text that B-WER counts; None if the set does not tell.
+      biasing: keywords that the model is told when it is biased; None for `keywords`.
+      seconds: length of the audio; None if the set does not tell.
     """
 
     id: str
@@ -55,9 +55,9 @@ class EvaluationSet:
     """References, and where a batch job finds their audio.
 
     Fields:
-      name: the column of the table.
-      source: a manifest as `batch.run` takes it, with as many entries, in this order.
-      root: what its local files have to be below.
+      name: title of the set's column in the table.
+      source: a manifest for `batch.run`, whose entries are the utterances in this order.
+      root: directory that the set's local files must be below.
     """
 
     name: str
@@ -67,53 +67,55 @@ class EvaluationSet:
 
     @property
     def directory(self) -> str:
-        """A name for its results."""
+        """Name of the directory of the set's results."""
         return re.sub(r"[^A-Za-z0-9_-]+", "-", self.name).strip("-").lower() or "set"
 
 
 def open_sets(specs: Sequence[str], root: str | None = None) -> list[EvaluationSet]:
-    """Opens sets, and prepares those of TFDS that are not prepared yet.
+    """Opens sets, and prepares TFDS sets that are not prepared yet.
 
     Args:
-      specs: each a manifest's path, `tfds:DIRECTORY#SPLIT` of a prepared data set, `tfds:NAME[/CONFIG]#SPLIT` of one of
-        TFDS's own, "demo", or a name of `KNOWN`; with a name for its column in front, if wanted, as in `calls=m.jsonl`.
-      root: of manifests; default each one's directory.
+      specs: each is a manifest's path, `tfds:DIRECTORY#SPLIT` for a prepared data set, `tfds:NAME[/CONFIG]#SPLIT` for
+        one of TFDS's own, "demo", or a key of `KNOWN`; a title for the column can precede it, as in `calls=m.jsonl`.
+      root: directory that the manifests' local files must be below; default each manifest's directory.
 
     Raises:
-      GraniteError: naming the set, and the entry of it, that cannot be used, or two sets of one name.
+      GraniteError: a set or one of its entries cannot be used, or two sets have one name; the message names them.
     """
     if not specs:
         raise GraniteError("there is no set to evaluate on")
     sets = [_open(spec, root) for spec in specs]
-    for place, each in enumerate(sets):
-        if each.directory in [other.directory for other in sets[:place]]:
-            raise GraniteError(f"two sets are called {each.name!r:.60}: name one of them, as in NAME={specs[place]}")
+    for position, evaluation_set in enumerate(sets):
+        if evaluation_set.directory in [earlier.directory for earlier in sets[:position]]:
+            raise GraniteError(
+                f"two sets are called {evaluation_set.name!r:.60}: name one of them, as in NAME={specs[position]}"
+            )
     return sets
 
 
 def _open(spec: str, root: str | None) -> EvaluationSet:
-    label, separator, rest = spec.partition("=")
+    label, separator, target = spec.partition("=")
     if not separator or os.path.exists(spec):
-        label, rest = "", spec
-    name, source = KNOWN.get(rest, ("", rest))
+        label, target = "", spec
+    name, source = KNOWN.get(target, ("", target))
     if source == "demo":
         from granite_jax.evaluation.heldout import SPLIT, prepare
 
         return _open_tfds(label or "demo", str(prepare()), SPLIT)
     if source.startswith("tfds:"):
-        place, split = split_tfds(source)
-        directory = place if os.path.isdir(place) else _prepare(place, split)
-        return _open_tfds(label or name or f"{_builder_name(place)} {split}", directory, split)
-    access = AudioStorage(root or root_of(rest))
-    return EvaluationSet(label or Path(rest).stem, rest, access.root, tuple(_read_manifest(rest, access)))
+        location, split = split_tfds(source)
+        directory = location if os.path.isdir(location) else _prepare(location, split)
+        return _open_tfds(label or name or f"{_builder_name(location)} {split}", directory, split)
+    access = AudioStorage(root or root_of(target))
+    return EvaluationSet(label or Path(target).stem, target, access.root, tuple(_read_manifest(target, access)))
 
 
 # Manifests.
 
 
 def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
-    """References of a manifest, all of whose lines have to be good: numbers without some of them are no numbers."""
-    seen: dict[Any, int] = {}  # ids and segments of audio
+    """References of a manifest; a single bad line is an error, because a score must cover the whole set."""
+    first_indices: dict[Any, int] = {}  # by id, and by segment of audio
     index = 0
     try:
         with open(path, "rb") as file:
@@ -121,7 +123,7 @@ def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
                 if line.isspace():
                     continue
                 try:
-                    yield _utterance(line, index, seen, access)
+                    yield _utterance(line, index, first_indices, access)
                 except GraniteError as error:
                     raise GraniteError(f"{printable(path)}: {error}") from None
                 index += 1
@@ -131,26 +133,26 @@ def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
         raise GraniteError(f"{printable(path)}: has no entries")
 
 
-def _utterance(line: bytes, index: int, seen: dict[Any, int], access: AudioStorage) -> Utterance:
-    whole = len(line) <= MAX_LINE or line.endswith(b"\n")
-    entry = parse_line(line if whole else None, index, TranscribeOptions())
+def _utterance(line: bytes, index: int, first_indices: dict[Any, int], access: AudioStorage) -> Utterance:
+    complete = len(line) <= MAX_LINE or line.endswith(b"\n")
+    entry = parse_line(line if complete else None, index, TranscribeOptions())
     if entry.error is not None:
         raise GraniteError(entry.error)
     text = json.loads(line.decode("utf-8-sig")).get("text")
     if not isinstance(text, str):
         raise GraniteError(f"entry {index}: text must be a string, not {text!r:.40}")
-    for key, what in (
+    for key, kind in (
         (entry.id, f"id {entry.id!r:.60}"),
         ((entry.audio, entry.offset, entry.duration), "audio"),
     ):
-        first = seen.setdefault(key, index)
+        first = first_indices.setdefault(key, index)
         if first != index:
-            raise GraniteError(f"entry {index}: has the {what} of entry {first}, and would count twice")
+            raise GraniteError(f"entry {index}: has the {kind} of entry {first}, and would count twice")
     return Utterance(entry.id, text, entry.keywords, _seconds(entry, access))
 
 
 def _seconds(entry: Entry, access: AudioStorage) -> float | None:
-    """Length of an entry's audio, as far as its file's header is to be trusted; None if the file is remote."""
+    """Length of an entry's audio, if need be by its file's header; None if the file is remote."""
     if entry.duration is not None:
         return entry.duration
     try:
@@ -158,7 +160,7 @@ def _seconds(entry: Entry, access: AudioStorage) -> float | None:
             return None
         with access.open(entry.audio) as file:
             return max(0.0, soundfile.info(file).duration - entry.offset)
-    except (GraniteError, OSError, soundfile.LibsndfileError):  # the job will say so
+    except (GraniteError, OSError, soundfile.LibsndfileError):  # the job reports it
         return 0.0
 
 
@@ -166,7 +168,7 @@ def _seconds(entry: Entry, access: AudioStorage) -> float | None:
 
 
 def _prepare(name: str, split: str) -> str:
-    """The directory of one of TFDS's own data sets, which is downloaded and prepared when it is not there yet."""
+    """The directory of one of TFDS's own data sets; downloads and prepares the set if it is not there yet."""
     with _quietly(f"tfds:{name}"):
         import tensorflow_datasets as tfds
 
@@ -177,22 +179,22 @@ def _prepare(name: str, split: str) -> str:
 
 
 @contextlib.contextmanager
-def _quietly(what: str) -> Iterator[None]:
-    """TFDS's many ways to fail become a GraniteError."""
+def _quietly(source: str) -> Iterator[None]:
+    """Hides what TFDS prints, and raises its errors as GraniteError."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     except ImportError as error:
         needed = "needs pip install 'granite-jax[tfds-audio]', which brings TensorFlow"
-        raise GraniteError(f"{what}: {needed} ({one_line(error)})") from None
+        raise GraniteError(f"{source}: {needed} ({one_line(error)})") from None
     except Exception as error:
-        raise GraniteError(f"{what}: cannot be opened ({type(error).__name__}: {one_line(error)})") from None
+        raise GraniteError(f"{source}: cannot be opened ({type(error).__name__}: {one_line(error)})") from None
 
 
-def _builder_name(place: str) -> str:
+def _builder_name(path: str) -> str:
     """`librispeech` of librispeech/default/2.1.0, or of a path to it."""
-    parts = [part for part in Path(place).parts if not re.fullmatch(r"\d+\.\d+\.\d+|default", part)]
-    return parts[-1] if parts else place
+    parts = [part for part in Path(path).parts if not re.fullmatch(r"\d+\.\d+\.\d+|default", part)]
+    return parts[-1] if parts else path
 
 
 def _open_tfds(name: str, directory: str, split: str) -> EvaluationSet:
@@ -201,10 +203,10 @@ def _open_tfds(name: str, directory: str, split: str) -> EvaluationSet:
     if text is None:
         raise GraniteError(f"{directory}: has no feature named {', '.join(TEXT)}")
     utterances = []
-    for place in range(len(examples)):
-        example = examples.source[place]
+    for index in range(len(examples)):
+        example = examples.source[index]
         keywords = tuple(map(_text, example["keywords"])) if "keywords" in examples.features else None
-        identity = _text(example.get("id", place))
+        identity = _text(example.get("id", index))
         utterances.append(Utterance(identity, _text(example[text]), keywords, examples.seconds(example)))
     return EvaluationSet(name, f"tfds:{directory}#{split}", directory, tuple(utterances))
 

@@ -20,7 +20,7 @@ SPLIT = "test"
 
 
 class DemoHeldout(tfds.core.GeneratorBasedBuilder):
-    """Samples, what is said, and the invented names in it."""
+    """Samples, their text, and the invented names in it."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -56,16 +56,16 @@ class DemoHeldout(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
-    """The directory of the prepared data set; prepares it when it is not there yet.
+    """The directory of the prepared data set; prepares it if it is not there yet.
 
     Args:
-      directory: default the user's cache, a directory for each state of the clips.
+      directory: default one in the user's cache for each version of the clips.
       clips: default `CLIPS`.
     """
     clips = clips or CLIPS
     digest = hashlib.sha256((clips / "heldout.jsonl").read_bytes()).hexdigest()[:12]
     directory = directory or cache_directory() / "tfds" / digest
     builder = DemoHeldout(clips, data_dir=str(directory), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # hides its progress
         builder.download_and_prepare()
     return Path(builder.data_dir)

@@ -2,8 +2,8 @@
 
     id <tab> reference <tab> ["rare", "words"] <tab> ["rare", "words", "and", "distractors"]
 
-The words of the third column are in the reference; B-WER is about them. The fourth is
-for the model, which is told the third where there is no fourth.
+The reference contains the words of the third column, which B-WER counts. The model is told the words of the fourth
+column, or of the third if there is no fourth.
 """
 
 import json
@@ -25,7 +25,7 @@ class KeywordList:
 
 
 def read_keyword_lists(paths: Iterable[str | os.PathLike[str]]) -> dict[str, KeywordList]:
-    """Lists by utterance id. Raises GraniteError naming the line that is none, or an id that comes twice."""
+    """Reads lists by utterance id. Raises GraniteError with the number of a line that is invalid or repeats an id."""
     lists: dict[str, KeywordList] = {}
     for path in paths:
         try:
@@ -64,10 +64,10 @@ def _words(kind: str, column: str) -> tuple[str, ...]:
 def lists_of(
     lists: dict[str, KeywordList], identities: list[str], references: list[str], normalize: Callable[[str], str]
 ) -> list[KeywordList] | None:
-    """The lists of a set's utterances; None if they are about none of them.
+    """The lists of a set's utterances; None if no utterance has one.
 
     Raises:
-      GraniteError: naming an utterance that has no list while others have one, or whose list is another text's.
+      GraniteError: an utterance has no list while others have one, or a list is for another text.
     """
     missing = [identity for identity in identities if identity not in lists]
     if len(missing) == len(identities):

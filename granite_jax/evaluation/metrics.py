@@ -22,12 +22,12 @@ from granite_jax.evaluation.normalize import normalizer
 RESAMPLES = 2_000
 _CHUNK = 1 << 22  # utterances that are drawn at a time
 _TOKENIZERS = {"ja": "ja-mecab", "zh": "zh"}
-GAP = ""  # stands where a word has no counterpart: no word is empty
+GAP = ""  # the counterpart of a word that has none: no word is empty
 
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """A percentage and its 95 % interval: errors of a hundred reference words or characters, or BLEU or chrF."""
+    """A percentage and its 95 % interval: errors per hundred reference words or characters, or BLEU or chrF."""
 
     rate: float
     low: float
@@ -49,9 +49,9 @@ class Scores:
     """Error rates.
 
     Fields:
-      wer, cer: of words, of characters.
-      b_wer, u_wer: of the words that are in the utterance's keyword list, and of all others; None without lists. An
-        inserted word counts where it belongs.
+      wer, cer: word and character error rate.
+      b_wer, u_wer: error rates of the words in the utterance's keyword list, and of all others; None without such
+        words or lists. An inserted word counts toward the group that it belongs to.
     """
 
     wer: Rate
@@ -69,12 +69,12 @@ def score(
     """Compares hypotheses with references, neither of which is normalized yet.
 
     Args:
-      references: with words left in them when normalized.
-      keywords: of each utterance: those of its words, or else names of several words, that B-WER is about.
+      references: texts that have words when normalized.
+      keywords: for each utterance, the words or multi-word names that B-WER counts.
       normalize: default Whisper's English normalizer.
     """
-    counts = count(references, hypotheses, keywords, normalize)
-    return Scores(**{name: rate([each]) for name, each in counts.items()})
+    by_metric = count(references, hypotheses, keywords, normalize)
+    return Scores(**{metric: rate([counts]) for metric, counts in by_metric.items()})
 
 
 def count(
@@ -83,14 +83,19 @@ def count(
     keywords: Sequence[Iterable[str]] | None = None,
     normalize: Callable[[str], str] | None = None,
 ) -> dict[str, Counts]:
-    """What `score` is made of: `wer`, `cer`, and with keywords `b_wer`, `u_wer`, where there is a word of the kind."""
+    """Counts of `wer`, `cer` and, with keywords, `b_wer` and `u_wer`; a metric without reference words is left out."""
     normalize = normalize or normalizer("english")
-    said, heard = ([" ".join(normalize(text).split()) for text in texts] for texts in (references, hypotheses))
-    counts = {"wer": _count(jiwer.process_words(said, heard)), "cer": _count(jiwer.process_characters(said, heard))}
+    references, hypotheses = (
+        [" ".join(normalize(text).split()) for text in texts] for texts in (references, hypotheses)
+    )
+    by_metric = {
+        "wer": _count(jiwer.process_words(references, hypotheses)),
+        "cer": _count(jiwer.process_characters(references, hypotheses)),
+    }
     if keywords is not None:
         words = [{word for keyword in listed for word in normalize(keyword).split()} for listed in keywords]
-        counts["b_wer"], counts["u_wer"] = keyword_counts(said, heard, words)
-    return {name: each for name, each in counts.items() if each.total.any()}
+        by_metric["b_wer"], by_metric["u_wer"] = keyword_counts(references, hypotheses, words)
+    return {metric: counts for metric, counts in by_metric.items() if counts.total.any()}
 
 
 def _count(output: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
@@ -108,45 +113,47 @@ def _count(output: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
 def keyword_counts(
     references: Sequence[str], hypotheses: Sequence[str], keywords: Sequence[set[str]]
 ) -> tuple[Counts, Counts]:
-    """Counts of the words that are in the utterance's set, and of the others, of texts that are normalized.
+    """Counts of the words that are in the utterance's set, and of all others, in normalized texts.
 
-    A wrong or missing word counts by the reference's word, an inserted one by itself.
+    A wrong or missing word is grouped by the reference's word, an inserted one by itself.
     """
     columns = np.zeros((len(references), 2, 2), np.int64)  # utterance; keyword or not; errors, words
     for row, reference, hypothesis, listed in zip(columns, references, hypotheses, keywords, strict=True):
-        for said, heard in align_words(reference, hypothesis):
-            group = row[0 if (said or heard) in listed else 1]
-            group += said != heard, said != GAP
+        for reference_word, hypothesis_word in align_words(reference, hypothesis):
+            group = row[0 if (reference_word or hypothesis_word) in listed else 1]
+            group += reference_word != hypothesis_word, reference_word != GAP
     return Counts(columns[:, 0, 0], columns[:, 0, 1]), Counts(columns[:, 1, 0], columns[:, 1, 1])
 
 
 def align_words(reference: str, hypothesis: str) -> list[tuple[str, str]]:
-    """Pairs of a reference's word and the hypothesis's word in its place, in order, of texts that are normalized.
+    """Aligns normalized texts: pairs of a reference word and a hypothesis word, in order.
 
-    A missing word is paired with `GAP`, and so is an inserted one.
+    Missing and inserted words are paired with `GAP`.
     """
-    # Backwards, so that alignments of equal cost are, but for few, chosen as by the lists' script.
-    said_words, heard_words = reference.split()[::-1], hypothesis.split()[::-1]
-    return kaldialign.align(said_words, heard_words, GAP, sclite_mode=True)[::-1]
+    # Aligned backwards: of alignments with equal cost, this chooses the one of the lists' script, with few exceptions.
+    reference_words, hypothesis_words = reference.split()[::-1], hypothesis.split()[::-1]
+    return kaldialign.align(reference_words, hypothesis_words, GAP, sclite_mode=True)[::-1]
 
 
 def rate(sets: Sequence[Counts]) -> Rate:
-    """The rate of a set, or the mean of several sets' rates, each of which weighs the same."""
+    """The rate of a set, or the unweighted mean of several sets' rates."""
     return _mean([(counts.errors, counts.total) for counts in sets])
 
 
 def difference(a: Sequence[Counts], b: Sequence[Counts]) -> Rate:
-    """How much higher b's rate is than a's, of the same utterances: both are resampled together."""
-    return _mean([(theirs.errors - ours.errors, ours.total) for ours, theirs in zip(a, b, strict=True)])
+    """b's rate minus a's on the same utterances, which are resampled together."""
+    return _mean([(counts_b.errors - counts_a.errors, counts_a.total) for counts_a, counts_b in zip(a, b, strict=True)])
 
 
 def relative_difference(a: Sequence[Counts], b: Sequence[Counts]) -> Rate:
-    """How much higher b's rate is than a's, in percent of a's, of the same utterances: both are resampled together."""
-    return _mean([(theirs.errors - ours.errors, ours.errors) for ours, theirs in zip(a, b, strict=True)])
+    """b's rate minus a's in percent of a's, on the same utterances, which are resampled together."""
+    return _mean(
+        [(counts_b.errors - counts_a.errors, counts_a.errors) for counts_a, counts_b in zip(a, b, strict=True)]
+    )
 
 
 def _mean(sets: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rate:
-    """Of the sets' ratios, in percent; the sets are resampled independently."""
+    """The mean of the sets' ratios, in percent; the sets are resampled independently."""
     ratios = [100.0 * top.sum() / bottom.sum() for top, bottom in sets]
     resampled = [_resampled(top, bottom, seed) for seed, (top, bottom) in enumerate(sets)]
     low, high = np.nanpercentile(np.mean(resampled, axis=0), [2.5, 97.5])
@@ -154,7 +161,7 @@ def _mean(sets: Sequence[tuple[np.ndarray, np.ndarray]]) -> Rate:
 
 
 def _resampled(top: np.ndarray, bottom: np.ndarray, seed: int) -> np.ndarray:
-    """Ratios of resampled utterances, in percent: `[RESAMPLES]`; not a number where none of them has a word."""
+    """Ratios of resampled utterances, in percent: `[RESAMPLES]`; NaN where none of them has a word."""
     rng, size, ratios = np.random.default_rng(seed), len(top), np.full(RESAMPLES, np.nan)
     rows = max(1, _CHUNK // size)
     for start in range(0, RESAMPLES, rows):
@@ -169,9 +176,9 @@ class TranslationScore:
     """BLEU or chrF.
 
     Fields:
-      score: of the corpus, and sacrebleu's bootstrap interval.
-      p_value: of the paired bootstrap test against the first system; None for that one.
-      signature: sacrebleu's, which says how it was computed.
+      score: the corpus score with sacrebleu's bootstrap interval.
+      p_value: result of the paired bootstrap test against the first system; None for the first system.
+      signature: sacrebleu's description of how the score was computed.
     """
 
     score: Rate
@@ -185,8 +192,8 @@ def score_translations(
     """`bleu` and `chrf` of the translations of one system, or of several in comparison with the first (sacrebleu).
 
     Args:
-      references, systems: as they are, neither normalized nor tokenized.
-      language: that of the references, as a code, which decides on BLEU's tokenizer.
+      references, systems: raw texts, neither normalized nor tokenized.
+      language: code of the references' language, which selects BLEU's tokenizer.
 
     Raises:
       GraniteError: the language's tokenizer is not installed.
@@ -197,14 +204,18 @@ def score_translations(
         raise GraniteError(
             f"BLEU for {language} needs pip install 'sacrebleu[{language}]' ({one_line(error)})"
         ) from None
-    named: list[tuple[str, Sequence[str]]] = [(str(place), texts) for place, texts in enumerate(systems)]
+    named: list[tuple[str, Sequence[str]]] = [(str(position), texts) for position, texts in enumerate(systems)]
     signatures, results = PairedTest(named, metrics, [references], test_type="bs")()
-    found: dict[str, list[TranslationScore]] = {}
+    scores: dict[str, list[TranslationScore]] = {}
     for key, name in (("bleu", "BLEU"), ("chrf", "chrF2")):
-        scores: list[Any] = results[name]
-        found[key] = [TranslationScore(_interval(each), each.p_value, str(signatures[name])) for each in scores]
-    return found
+        system_results: list[Any] = results[name]
+        scores[key] = [
+            TranslationScore(_interval(result), result.p_value, str(signatures[name])) for result in system_results
+        ]
+    return scores
 
 
-def _interval(found: Any) -> Rate:
-    return Rate(float(found.score), max(0.0, float(found.mean - found.ci)), min(100.0, float(found.mean + found.ci)))
+def _interval(result: Any) -> Rate:
+    return Rate(
+        float(result.score), max(0.0, float(result.mean - result.ci)), min(100.0, float(result.mean + result.ci))
+    )

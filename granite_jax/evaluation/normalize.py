@@ -1,4 +1,4 @@
-"""What is done to references and hypotheses before words are compared: Whisper's normalizers, a package's."""
+"""Normalizers of references and hypotheses: Whisper's, from the package `whisper-normalizer`, and lower case."""
 
 import functools
 from collections.abc import Callable
@@ -13,14 +13,14 @@ _WITHOUT_SPACES = ("ja", "zh")
 
 @functools.cache
 def normalizer(name: Name, language: str = "en") -> Callable[[str], str]:
-    """A normalizer of this name.
+    """Returns the normalizer of this name.
 
     Args:
-      name: "english": Whisper's English one (arXiv 2212.04356, appendix C), from which the Open ASR leaderboard's is
-        made: contractions, numbers and spelling are unified, punctuation and hesitations go. "basic": Whisper's for
-        other languages: lower case, no punctuation or brackets. "lowercase": nothing else, as for the LibriSpeech
+      name: "english": Whisper's for English (arXiv 2212.04356, appendix C), on which the Open ASR leaderboard's is
+        based: unifies contractions, numbers and spelling, and removes punctuation and hesitations. "basic": Whisper's
+        for other languages: lower case, no punctuation or brackets. "lowercase": lower case only, for the LibriSpeech
         biasing lists, whose own script changes nothing.
-      language: of the text, as a code. Japanese and Chinese are split into characters by "basic".
+      language: code of the text's language. "basic" splits Japanese and Chinese into characters.
     """
     if name == "english":
         return EnglishTextNormalizer()

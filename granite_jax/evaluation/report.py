@@ -1,4 +1,4 @@
-"""Results as Markdown: the Open ASR leaderboard's table, a row a set, and where the time went."""
+"""Results as Markdown: the Open ASR leaderboard's table, a table with a row for each set, and where the time went."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,28 +14,28 @@ def to_markdown(results: dict[str, Any]) -> str:
     main = "wer" if "wer" in sets[0] else "bleu"
     average = [f"Average {_TITLES[main]}"] if main in results["average"] else []
     leaderboard = _table(
-        ["model", *average, "RTFx", *(each["name"] for each in sets)],
+        ["model", *average, "RTFx", *(entry["name"] for entry in sets)],
         [
             [
                 results["model"],
                 *(_interval(results["average"][main], main) for _ in average),
                 _number(results["rtfx"]),
-                *(_interval(each[main], main) for each in sets),
+                *(_interval(entry[main], main) for entry in sets),
             ]
         ],
     )
-    metrics = [name for name in _TITLES if any(name in each for each in sets)]
+    metrics = [name for name in _TITLES if any(name in entry for entry in sets)]
     details = _table(
         ["set", "utterances", "scored", "failed", "hours", *(_TITLES[name] for name in metrics), "RTFx"],
         [
             [
-                each["name"],
-                *(str(each[key]) for key in ("utterances", "scored", "failed")),
-                f"{each['hours']:.2f}",
-                *(_interval(each.get(name), name) for name in metrics),
-                _number(each["rtfx"]),
+                entry["name"],
+                *(str(entry[key]) for key in ("utterances", "scored", "failed")),
+                f"{entry['hours']:.2f}",
+                *(_interval(entry.get(name), name) for name in metrics),
+                _number(entry["rtfx"]),
             ]
-            for each in sets
+            for entry in sets
         ],
     )
     return "\n".join([*leaderboard, "", *details, "", *_notes(results)]) + "\n"
@@ -44,14 +44,14 @@ def to_markdown(results: dict[str, Any]) -> str:
 def _notes(results: dict[str, Any]) -> list[str]:
     seconds, scoring, packages = results["seconds"], results["scoring"], results["packages"]
     if scoring["translation"]:
-        how = "; ".join(f"{_TITLES[name]} {text}" for name, text in results["sets"][0]["signatures"].items())
+        method = "; ".join(f"{_TITLES[name]} {text}" for name, text in results["sets"][0]["signatures"].items())
     else:
-        how = f'normalizer "{scoring["normalizer"]}" (whisper-normalizer {packages["whisper-normalizer"]})'
-        how += f", jiwer {packages['jiwer']}, {RESAMPLES:,} bootstrap resamples of utterances"
+        method = f'normalizer "{scoring["normalizer"]}" (whisper-normalizer {packages["whisper-normalizer"]})'
+        method += f", jiwer {packages['jiwer']}, {RESAMPLES:,} bootstrap resamples of utterances"
     late = seconds["late_compilations"]
     devices = results["devices"]
     return [
-        f"95 % intervals; {how}.",
+        f"95 % intervals; {method}.",
         "",
         f"RTFx is {seconds['audio']:.0f} s of audio in {seconds['steady']:.1f} s, {seconds['wait']:.1f} s of it waiting"
         f" for audio, on {len(devices)} {devices[0]}; {late or 'no'} programs were compiled meanwhile. Before that,"
@@ -61,24 +61,24 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 def comparison_to_markdown(comparison: dict[str, Any]) -> str:
     """A table of what `compare` returns."""
-    translation = any("bleu" in each for each in comparison["sets"])
+    translation = any("bleu" in entry for entry in comparison["sets"])
     rows = []
-    for each in [*comparison["sets"], {"name": "average", **comparison["average"]}]:
+    for entry in [*comparison["sets"], {"name": "average", **comparison["average"]}]:
         for name, title in _TITLES.items():
-            if name in each:
-                found = each[name]
-                last = f"{found['p_value']:.3f}" if translation else _interval(found["difference"], name, sign="+")
-                rows.append([each["name"], title, _interval(found["a"], name), _interval(found["b"], name), last])
-    last = "p, sacrebleu's paired bootstrap" if translation else "B - A, paired"
-    table = _table(["set", "metric", f"A: {comparison['a']}", f"B: {comparison['b']}", last], rows)
+            if name in entry:
+                scores = entry[name]
+                outcome = f"{scores['p_value']:.3f}" if translation else _interval(scores["difference"], name, sign="+")
+                rows.append([entry["name"], title, _interval(scores["a"], name), _interval(scores["b"], name), outcome])
+    last_column = "p, sacrebleu's paired bootstrap" if translation else "B - A, paired"
+    table = _table(["set", "metric", f"A: {comparison['a']}", f"B: {comparison['b']}", last_column], rows)
     return "\n".join([*table, "", "95 % bootstrap intervals over utterances."]) + "\n"
 
 
-def _interval(found: dict[str, float] | None, name: str, sign: str = "") -> str:
-    if found is None:
+def _interval(score: dict[str, float] | None, name: str, sign: str = "") -> str:
+    if score is None:
         return "-"
     unit = "" if name in ("bleu", "chrf") else " %"
-    return f"{found['rate']:{sign}.2f}{unit} ({found['low']:{sign}.2f} to {found['high']:{sign}.2f})"
+    return f"{score['rate']:{sign}.2f}{unit} ({score['low']:{sign}.2f} to {score['high']:{sign}.2f})"
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""An evaluation: a batch job a set, which resumes, and what its texts are worth.
+"""An evaluation: a resumable batch job for each set, and the scores of its texts.
 
 OUT/SET/           the job's parts, its times, and utterances.jsonl: references and hypotheses
 OUT/results.json   all numbers
@@ -45,13 +45,14 @@ _TIMES = "times-"
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """What one run spent on a set, in seconds; a run that is killed leaves none.
+    """Seconds that one run spent on a set; a run that is killed records none.
 
     Fields:
-      load: for the weights.
-      compile: for the programs that the set's lengths need, run once on silence.
-      steady: from the first utterance to the last, reading included; `wait` of it, for which the device had no audio.
-      audio: transcribed in `steady`.
+      load: loading the weights.
+      compile: compiling the programs that the set's lengths need, and running each once on silence.
+      steady: from the first utterance to the last, reading included.
+      wait: the part of `steady` in which the device had no audio.
+      audio: length of the audio transcribed in `steady`.
       late_compilations: programs that were compiled within `steady`.
     """
 
@@ -89,75 +90,75 @@ def evaluate(
     stop: Callable[[], bool] | None = None,
     **fields: Any,
 ) -> dict[str, Any] | None:
-    """Transcribes sets and compares with their references; goes on where an earlier run was interrupted.
+    """Transcribes sets and compares them with their references; continues an earlier run that was interrupted.
 
-    An utterance that fails counts as if nothing had been heard; one whose reference has no words is not counted. With
-    another normalizer or other keyword lists a directory is scored again, and not transcribed again.
+    An utterance that fails counts as an empty hypothesis; one whose reference has no words is not counted. With
+    another normalizer or other keyword lists, a directory is scored again but not transcribed again.
 
     Args:
-      sets: as of `datasets.open_sets`.
-      out: a local directory, for one checkpoint and one choice of options.
+      sets: as in `datasets.open_sets`.
+      out: a local directory, for one checkpoint and one set of options.
       model, options: as in `batch.run`.
-      transcriber: one that is loaded already, in place of a checkpoint, and a name for its weights and dtype.
-      language: of the references, as a code or a name; that of a translation is its target.
-      normalizer: as of `normalize.normalizer`; default "english" for English, "basic" for others.
+      transcriber: a loaded Transcriber in place of a checkpoint, and a name for its weights and dtype.
+      language: language of the references, as a code or a name; for a translation, its target is taken instead.
+      normalizer: as in `normalize.normalizer`; default "english" for English, "basic" for others.
       keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER.
       bias: whether the model is told each utterance's list: that of `keyword_lists`, or else the set's own.
-      root: what the manifests' local files have to be below; default each manifest's directory.
+      root: directory that the manifests' local files must be below; default each manifest's directory.
       part_size: utterances that are lost together when a run is killed.
       progress: called when some utterances are done.
-      stop: asked often; True ends the run, which a later one continues.
-      fields: of `ModelOptions` and `TranscribeOptions`, in place of theirs.
+      stop: polled often; True ends the run, which a later one can continue.
+      fields: `ModelOptions` and `TranscribeOptions` fields that override `model` and `options`.
 
     Returns:
-      What `results.json` has; None if the run was stopped.
+      The contents of `results.json`; None if the run was stopped.
 
     Raises:
-      GraniteError: a set, an option, a list or the checkpoint is not usable, or the directory is another run's.
+      GraniteError: a set, an option, a list or the checkpoint is not usable, or the directory belongs to another run.
       OSError: results cannot be written.
     """
-    where, asked = resolve(model, options, fields)
-    scoring = _Scoring.choose(asked, language, normalizer)
+    model_options, transcribe_options = resolve(model, options, fields)
+    scoring = _Scoring.choose(transcribe_options, language, normalizer)
     lists = read_keyword_lists(keyword_lists)
-    opened = [_with_lists(each, lists, scoring.normalize) for each in open_sets(sets, root)]
+    opened = [_with_lists(evaluation_set, lists, scoring.normalize) for evaluation_set in open_sets(sets, root)]
     if scheme(os.fspath(out)) is not None:
         raise GraniteError(f"{out}: an evaluation is written to a local directory")
     store = LocalStore(Path(out))
     if transcriber is None:
-        weights = weights_identity(open_checkpoint(where.checkpoint, where.revision))
-        identity = f"{weights} {parse_dtype(where.dtype).name}"
-        loader = _Loader(lambda: Transcriber.from_options(where))
+        weights = weights_identity(open_checkpoint(model_options.checkpoint, model_options.revision))
+        identity = f"{weights} {parse_dtype(model_options.dtype).name}"
+        loader = _Loader(lambda: Transcriber.from_options(model_options))
     else:
-        given, identity = transcriber
-        loader = _Loader(lambda: given)
-    for each in opened:
+        loaded, identity = transcriber
+        loader = _Loader(lambda: loaded)
+    for evaluation_set in opened:
         summary = batch.run(
-            each.source,
-            store.directory / each.directory,
-            options=asked,
-            transcriber=(lambda each=each: loader.ready(each.utterances), identity),
+            evaluation_set.source,
+            store.directory / evaluation_set.directory,
+            options=transcribe_options,
+            transcriber=(lambda evaluation_set=evaluation_set: loader.ready(evaluation_set.utterances), identity),
             shard=0,
             num_shards=1,
             part_size=part_size,
-            root=each.root,
-            keyword_lists=_biasing(each) if bias else (),
+            root=evaluation_set.root,
+            keyword_lists=_biasing(evaluation_set) if bias else (),
             progress=progress,
             stop=stop,
         )
         times = loader.times(summary)
         if times.audio:
-            LocalStore(store.directory / each.directory).create(
+            LocalStore(store.directory / evaluation_set.directory).create(
                 f"{_TIMES}{uuid.uuid4().hex}.json", json.dumps(dataclasses.asdict(times)).encode()
             )
         if summary.stopped:
             return None
     results = {
-        "model": os.fspath(where.checkpoint) if transcriber is None else identity,
+        "model": os.fspath(model_options.checkpoint) if transcriber is None else identity,
         "weights": identity,
         "version": granite_jax.__version__,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "devices": [device.device_kind for device in jax.local_devices()],
-        "options": dataclasses.asdict(asked),
+        "options": dataclasses.asdict(transcribe_options),
         "scoring": dataclasses.asdict(scoring),
         **_scores(opened, store.directory, scoring),
     }
@@ -169,18 +170,18 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Scoring:
-    """How texts are compared: what two runs must have in common to be compared with one another."""
+    """How texts are scored; only runs that have this in common can be compared."""
 
     translation: bool
     language: str
     normalizer: normalize.Name
 
     @classmethod
-    def choose(cls, asked: TranscribeOptions, language: str, name: normalize.Name | None) -> "_Scoring":
-        translation = asked.task == "translate" or asked.target_language is not None
-        code = language_code(asked.target_language if translation and asked.target_language else language)
+    def choose(cls, options: TranscribeOptions, language: str, name: normalize.Name | None) -> "_Scoring":
+        translation = options.task == "translate" or options.target_language is not None
+        code = language_code(options.target_language if translation and options.target_language else language)
         if translation:
-            score_translations(["a"], ["a"], language=code)  # before hours of work, for its tokenizer may be missing
+            score_translations(["a"], ["a"], language=code)  # fails before hours of work if its tokenizer is missing
         return cls(translation, code, name or normalize.default_name(code))
 
     def normalize(self, text: str) -> str:
@@ -188,7 +189,7 @@ class _Scoring:
 
 
 class _Loader:
-    """Loads and compiles when something is to be transcribed, and knows how long that took."""
+    """Loads and compiles when there is something to transcribe, and measures how long that takes."""
 
     def __init__(self, load: Callable[[], Transcriber]):
         self._load = load
@@ -198,7 +199,7 @@ class _Loader:
         self._compilations = 0
 
     def ready(self, utterances: Sequence[Utterance]) -> Transcriber:
-        """The Transcriber, with the programs compiled that these utterances need."""
+        """The Transcriber, after compiling the programs that these utterances need."""
         began = time.monotonic()
         if self._asr is None:
             self._asr = self._load()
@@ -211,7 +212,7 @@ class _Loader:
         return self._asr
 
     def times(self, summary: batch.Summary) -> Times:
-        """Of the set just done."""
+        """Times of the set just finished."""
         late = self._asr.compilations - self._compilations if self._asr is not None else 0
         spent, self._spent = self._spent, Times()
         steady, wait, audio = summary.wall_seconds, summary.read_wait_seconds, summary.audio_seconds
@@ -219,7 +220,7 @@ class _Loader:
 
 
 def needed_buckets(buckets: Sequence[Bucket], utterances: Sequence[Utterance]) -> list[Bucket]:
-    """Those that utterances of these lengths go to; all, if the set does not tell a length."""
+    """The buckets that utterances of these lengths go to; all buckets if a length is unknown."""
     lengths = {utterance.seconds for utterance in utterances}
     needed = set(buckets) if None in lengths else set()
     for rows in {bucket.batch for bucket in buckets}:
@@ -230,45 +231,50 @@ def needed_buckets(buckets: Sequence[Bucket], utterances: Sequence[Utterance]) -
     return [bucket for bucket in buckets if bucket in needed]
 
 
-def _with_lists(each: EvaluationSet, lists: dict[str, KeywordList], normalize: Callable[[str], str]) -> EvaluationSet:
-    """The set with the lists' keywords, if they are about it."""
+def _with_lists(
+    evaluation_set: EvaluationSet, lists: dict[str, KeywordList], normalize: Callable[[str], str]
+) -> EvaluationSet:
+    """The set with the keywords of the lists, if they cover it."""
     try:
-        texts = [utterance.text for utterance in each.utterances]
-        found = lists_of(lists, [utterance.id for utterance in each.utterances], texts, normalize)
+        texts = [utterance.text for utterance in evaluation_set.utterances]
+        keyword_lists = lists_of(lists, [utterance.id for utterance in evaluation_set.utterances], texts, normalize)
     except GraniteError as error:
-        raise GraniteError(f"set {each.name}: {error}") from None
-    if found is None:
-        return each
+        raise GraniteError(f"set {evaluation_set.name}: {error}") from None
+    if keyword_lists is None:
+        return evaluation_set
     utterances = (
         dataclasses.replace(utterance, keywords=listed.words, biasing=listed.biasing)
-        for utterance, listed in zip(each.utterances, found, strict=True)
+        for utterance, listed in zip(evaluation_set.utterances, keyword_lists, strict=True)
     )
-    return dataclasses.replace(each, utterances=tuple(utterances))
+    return dataclasses.replace(evaluation_set, utterances=tuple(utterances))
 
 
-def _biasing(each: EvaluationSet) -> list[tuple[str, ...]]:
-    """What the model is told of each utterance. Raises GraniteError if the set has no lists."""
-    lists = [u.keywords if u.biasing is None else u.biasing for u in each.utterances]
+def _biasing(evaluation_set: EvaluationSet) -> list[tuple[str, ...]]:
+    """Keywords that the model is told for each utterance. Raises GraniteError if the set has no lists."""
+    lists = [
+        utterance.keywords if utterance.biasing is None else utterance.biasing
+        for utterance in evaluation_set.utterances
+    ]
     if any(listed is None for listed in lists):
-        raise GraniteError(f"set {each.name}: has no keyword lists to bias with")
+        raise GraniteError(f"set {evaluation_set.name}: has no keyword lists to bias with")
     return [listed or () for listed in lists]
 
 
 def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict[str, Any]:
-    """The part of the results that is about texts and times."""
-    found, counted, total = [], [], Times()
-    for each in sets:
-        directory = out / each.directory
-        lines = transcribed.collect(each, directory)
+    """The results for texts and times."""
+    descriptions, counted, total = [], [], Times()
+    for evaluation_set in sets:
+        directory = out / evaluation_set.directory
+        lines = transcribed.collect(evaluation_set, directory)
         scored = [line for line in lines if line.is_scored(scoring.normalize)]
         if not scored:
-            raise GraniteError(f"set {each.name}: no reference has a word in it")
+            raise GraniteError(f"set {evaluation_set.name}: no reference has a word in it")
         times = _times(directory)
         total += times
         description = {
-            "name": each.name,
-            "directory": each.directory,
-            "source": each.source,
+            "name": evaluation_set.name,
+            "directory": evaluation_set.directory,
+            "source": evaluation_set.source,
             "utterances": len(lines),
             "scored": len(scored),
             "failed": sum(line.error is not None for line in lines),
@@ -282,10 +288,10 @@ def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict
             counts = transcribed.error_counts(scored, scoring.normalize)
             counted.append(counts)
             description["words"] = int(counts["wer"].total.sum())
-            description |= {name: dataclasses.asdict(rate([each])) for name, each in counts.items()}
-        found.append(description)
+            description |= {name: dataclasses.asdict(rate([metric_counts])) for name, metric_counts in counts.items()}
+        descriptions.append(description)
     return {
-        "sets": found,
+        "sets": descriptions,
         "average": _average(counted),
         "seconds": dataclasses.asdict(total),
         "rtfx": total.rtfx,
@@ -300,12 +306,12 @@ def _average(sets: Sequence[dict[str, Counts]]) -> dict[str, Any]:
 
 def _translation_scores(lines: Sequence[Transcribed], language: str) -> dict[str, Any]:
     references, hypotheses = [line.reference for line in lines], [line.hypothesis for line in lines]
-    found = score_translations(references, hypotheses, language=language)
-    scores = {name: dataclasses.asdict(ours.score) for name, (ours,) in found.items()}
-    return scores | {"signatures": {name: ours.signature for name, (ours,) in found.items()}}
+    results = score_translations(references, hypotheses, language=language)
+    scores = {name: dataclasses.asdict(score.score) for name, (score,) in results.items()}
+    return scores | {"signatures": {name: score.signature for name, (score,) in results.items()}}
 
 
 def _times(directory: Path) -> Times:
-    """Of all runs that worked on a set."""
-    found = [Times(**json.loads(path.read_text())) for path in sorted(directory.glob(f"{_TIMES}*.json"))]
-    return sum(found, Times())
+    """Total times of all runs that worked on a set."""
+    runs = [Times(**json.loads(path.read_text())) for path in sorted(directory.glob(f"{_TIMES}*.json"))]
+    return sum(runs, Times())

@@ -1,4 +1,4 @@
-"""The utterances of a finished job, with their references: what scores and comparisons are made of."""
+"""The utterances of a finished job with their references, from which scores and comparisons are computed."""
 
 import dataclasses
 import json
@@ -21,10 +21,10 @@ class Transcribed:
     """One line of `utterances.jsonl`.
 
     Fields:
-      id, reference, keywords: of the set.
-      hypothesis: what was heard; nothing if there was an error.
-      seconds: of audio; 0 if there was an error.
-      error: of the job, or None.
+      id, reference, keywords: as in the set.
+      hypothesis: the transcript; empty if there was an error.
+      seconds: length of the audio; 0 if there was an error.
+      error: the job's error, or None.
     """
 
     id: str
@@ -35,31 +35,32 @@ class Transcribed:
     error: str | None
 
     def is_scored(self, normalize: Callable[[str], str]) -> bool:
-        """Whether words are left of the reference: others are left out, as on the Open ASR leaderboard."""
+        """Whether the normalized reference has words to score; others are left out, as on the Open ASR leaderboard."""
         words = " ".join(normalize(self.reference).split())
         return words not in ("", _UNSCORED)
 
 
-def collect(each: EvaluationSet, directory: Path) -> list[Transcribed]:
+def collect(evaluation_set: EvaluationSet, directory: Path) -> list[Transcribed]:
     """Joins the set with the results of its finished job, and writes `utterances.jsonl` beside them.
 
     Raises:
-      GraniteError: parts are missing or damaged, or are not of this set.
+      GraniteError: parts are missing or damaged, or belong to another set.
     """
     batch.merge(directory)
-    found = {line["index"]: line for name in ("transcripts", "errors") for line in _read(directory / f"{name}.jsonl")}
-    if len(found) != len(each.utterances):
-        raise GraniteError(f"set {each.name}: has {len(each.utterances)} utterances, but {len(found)} were transcribed")
+    results = {line["index"]: line for name in ("transcripts", "errors") for line in _read(directory / f"{name}.jsonl")}
+    expected = len(evaluation_set.utterances)
+    if len(results) != expected:
+        raise GraniteError(f"set {evaluation_set.name}: has {expected} utterances, but {len(results)} were transcribed")
     utterances = [
         Transcribed(
             utterance.id,
             utterance.text,
-            found[index].get("text", ""),
-            found[index].get("duration", 0.0),
+            results[index].get("text", ""),
+            results[index].get("duration", 0.0),
             utterance.keywords,
-            found[index].get("error"),
+            results[index].get("error"),
         )
-        for index, utterance in enumerate(each.utterances)
+        for index, utterance in enumerate(evaluation_set.utterances)
     ]
     lines = [json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n" for line in utterances]
     write(directory / UTTERANCES, "".join(lines))
@@ -83,7 +84,7 @@ def read(directory: Path) -> list[Transcribed]:
 
 
 def error_counts(lines: Sequence[Transcribed], normalize: Callable[[str], str]) -> dict[str, Counts]:
-    """Counts of utterances that are all scored; those of keywords if all have a list."""
+    """Counts for utterances that are all scored; keyword counts only if all have a list."""
     keywords = [line.keywords for line in lines if line.keywords is not None]
     return count(
         [line.reference for line in lines],

@@ -1,1 +1,1 @@
-"""What the TPU compiler says of the programs, without a TPU."""
+"""What the TPU compiler reports about the programs, without a TPU."""

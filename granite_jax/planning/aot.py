@@ -1,7 +1,7 @@
-"""What the TPU compiler makes of a model on a topology: memory, aliasing, copies and collectives, without a TPU.
+"""What the TPU compiler reports about a model on a topology: memory, aliasing, copies and collectives, without a TPU.
 
-Programs are compiled ahead of time, for chips that need not be there. This shows that they compile and fit, and which
-layouts and collectives the compiler chose; it runs nothing.
+Programs are compiled ahead of time, for chips that need not be present. This shows that they compile and fit, and which
+layouts and collectives the compiler chose; nothing is run.
 """
 
 import dataclasses
@@ -31,29 +31,30 @@ from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that none has to be shared out
-    # Any will do: otherwise libtpu complains.
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to query
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so processes cannot compete for one
+    # Any values will do; libtpu complains without them.
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
 }
-"""Set before the TPU compiler is loaded, in the process that plans alone."""
+"""Set before the TPU compiler is loaded, in the planning process only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is read from one compiled program; bytes are a chip's.
+    """Figures of one compiled program; bytes are per chip.
 
     Fields:
       program: "encode", "prefill" or "decode".
-      fits: whether it compiles within the chip's memory; if not, what it takes is not known, and 0.
-      limit_bytes: what programs can have of the chip's memory.
-      peak_bytes: at most in use at a time, weights included.
-      argument_bytes, temporary_bytes: weights and inputs, and what is freed at the program's end.
-      alias_bytes: of arguments whose memory the results take.
-      cache_bytes: of the KV cache; `cache_copies` is how many copies of its size there are.
-      vocabulary_positions: rows times positions for which float32 numbers of the whole vocabulary are held at once.
-      collectives: operations in which chips wait for each other.
+      fits: whether it fits in the chip's memory; if it does not even compile, what it takes is unknown, and 0.
+      limit_bytes: the chip's memory available to programs.
+      peak_bytes: peak memory in use, weights included.
+      argument_bytes, temporary_bytes: weights and inputs, and memory that is freed when the program ends.
+      alias_bytes: arguments whose memory is reused for results.
+      cache_bytes: size of the KV cache.
+      cache_copies: number of copies of the cache's keys or values.
+      vocabulary_positions: rows times positions in the largest float32 array over the whole vocabulary.
+      collectives: number of operations in which chips wait for each other.
     """
 
     program: str
@@ -84,11 +85,11 @@ def plan(
 
     Args:
       topology: as libtpu names it: "v5e:2x4", "v5p:2x2x1", "v6e:2x2", ...
-      bucket: shapes, with the rows of each copy of the weights.
+      bucket: shapes; its rows are those of each copy of the weights.
       model_parallel: chips that share a copy of the weights.
 
     Raises:
-      GraniteError: the TPU compiler is not installed or of another time than JAX, there is no such topology, or
+      GraniteError: the TPU compiler is not installed or does not match this JAX, there is no such topology, or
         model_parallel does not divide it.
     """
     chips = _chips(topology)
@@ -102,32 +103,34 @@ def plan(
     def of_rows(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
 
-    sounds = KeywordBatch(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
-    samples = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), sounds)
-    yield _read("encode", _compile(programs.encode.lower(*samples)), 0, config, limit)
+    keywords = KeywordBatch(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
+    encode_inputs = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), keywords)
+    yield _read("encode", _compile(programs.encode.lower(*encode_inputs)), 0, config, limit)
 
-    audio = jax.tree.map(lambda x: of_rows(x.dtype, *x.shape[1:]), jax.eval_shape(programs.encode, *samples).audio)
+    audio = jax.tree.map(
+        lambda x: of_rows(x.dtype, *x.shape[1:]), jax.eval_shape(programs.encode, *encode_inputs).audio
+    )
     draft = Draft(of_rows(jnp.int32, bucket.draft), of_rows(jnp.int32))
     tables = no_keywords(batch)
     automata = _placed(tables, jax.tree.map(lambda _: NamedSharding(devices.mesh, REPLICATED), tables))
     automata = dataclasses.replace(automata, starts=of_rows(jnp.int32))
-    prompts = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft, automata)
-    prefill = _compile(programs.prefill.lower(*prompts, capacity=bucket.capacity))
-    verified, cache = jax.eval_shape(functools.partial(programs.prefill, capacity=bucket.capacity), *prompts)
+    prefill_inputs = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft, automata)
+    prefill = _compile(programs.prefill.lower(*prefill_inputs, capacity=bucket.capacity))
+    verified, cache = jax.eval_shape(functools.partial(programs.prefill, capacity=bucket.capacity), *prefill_inputs)
     cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
     yield _read("prefill", prefill, cache_bytes, config, limit)
 
     if prefill is not None:
-        # Laid out as the prefill leaves them: over `model` by the compiler's choice.
+        # Sharded like the prefill's results, for which the compiler chose a layout over `model`.
         placed = _placed((verified, cache), prefill.output_shardings)
-        drafts = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32), automata)
-        decode = _compile(programs.decode.lower(*drafts, max_out_length=bucket.max_out_length))
+        decode_inputs = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32), automata)
+        decode = _compile(programs.decode.lower(*decode_inputs, max_out_length=bucket.max_out_length))
         yield _read("decode", decode, cache_bytes, config, limit)
 
 
 def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where), tree, shardings
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree, shardings
     )
 
 
@@ -143,20 +146,20 @@ def _chips(topology: str) -> DeviceList:
 
 
 def _limit(chip: Any) -> int:
-    """Bytes of a chip's memory that programs can have: what the compiler says when asked for too much."""
+    """Bytes of a chip's memory available to programs, from the compiler's error when asked for too much."""
     sharding = NamedSharding(Mesh(np.array([chip]), ("x",)), REPLICATED)
     huge = jax.ShapeDtypeStruct((1 << 50,), jnp.int8, sharding=sharding)
     try:
         jax.jit(jnp.negative).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"available HBM \((\d+\.?\d*)G\)|of (\d+\.?\d*)G hbm", str(error))
-        if found:
-            return int(float(found[1] or found[2]) * 2**30)
+        match = re.search(r"available HBM \((\d+\.?\d*)G\)|of (\d+\.?\d*)G hbm", str(error))
+        if match:
+            return int(float(match[1] or match[2]) * 2**30)
     return 0
 
 
 def _compile(lowered: Any) -> Any:
-    """The compiled program, or None if it takes more than a chip has."""
+    """The compiled program, or None if it takes more memory than a chip has."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -172,8 +175,8 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        versions = f"JAX {jax.__version__} cannot read what this TPU compiler wrote"
-        raise GraniteError(f"{name}: {versions}, use releases of the same time ({one_line(error)})") from None
+        versions = f"JAX {jax.__version__} cannot read this TPU compiler's output"
+        raise GraniteError(f"{name}: {versions}; install releases of the same time ({one_line(error)})") from None
     copies = _sizes(r"= bf16\[([\d,]+)\][^=]* copy\(", text)
     collectives = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     return Plan(
@@ -185,7 +188,7 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
         temporary_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         cache_bytes=cache_bytes,
-        # Of keys or of values alone: half of the cache.
+        # Keys alone, or values alone, are half of the cache.
         cache_copies=sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
         vocabulary_positions=max(_sizes(rf"= f32\[([\d,]*{vocabulary}[\d,]*)\]", text), default=0) // vocabulary,
         collectives=len(re.findall(collectives, text)),

@@ -1,7 +1,7 @@
-"""Pictures of what the model hears and writes, by matplotlib (`pip install 'granite-jax[plots]'`).
+"""Pictures of what the model hears and writes, drawn with matplotlib (`pip install 'granite-jax[plots]'`).
 
-Functions take arrays and results, and return a Figure; with `ax=` they draw into axes of the caller's. Colors are
-those of Okabe and Ito, which color-blind readers can tell apart, and never the only sign.
+Functions take arrays and results, and return a Figure; with `ax=` they draw into the caller's axes. Colors are from
+Okabe and Ito's palette, which color-blind readers can tell apart, and never the only distinction.
 
 In short:
 

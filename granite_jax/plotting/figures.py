@@ -62,8 +62,8 @@ def overview(emissions: Emissions, transcript: Transcript, tokenizer: Tokenizer,
     """One utterance: log-mel, CTC posteriors and words over time, then draft and text.
 
     Args:
-      emissions: of the same audio, as of `Transcriber.ctc_emissions`.
-      text: what is aligned to the audio, if not the transcript's: of a translation, the `ctc_text`.
+      emissions: those of the same audio, from `Transcriber.ctc_emissions`.
+      text: text to align to the audio, default the transcript's; for a translation, pass the `ctc_text`.
 
     Raises:
       GraniteError: the transcript is an error.
@@ -73,18 +73,18 @@ def overview(emissions: Emissions, transcript: Transcript, tokenizer: Tokenizer,
     duration = len(emissions.features) * ctc.FRAME_SECONDS
     rows = max(1, math.ceil(duration / _SECONDS_PER_ROW - 0.05))
     lines = _lines(compare(transcript, tokenizer), _columns(_OVERVIEW_WIDTH))
-    labels = len(_heard(_probabilities(emissions.ctc_logits)))
-    heights = [*[1.6, 0.6 + 0.12 * labels, 0.6] * rows, 0.5 + _LINE_INCHES * len(lines)]
+    num_labels = len(_probable_labels(_probabilities(emissions.ctc_logits)))
+    heights = [*[1.6, 0.6 + 0.12 * num_labels, 0.6] * rows, 0.5 + _LINE_INCHES * len(lines)]
     figure = _figure(_OVERVIEW_WIDTH, 0.7 + sum(heights) + 0.25 * len(heights))
     figure.suptitle(f"{printable(transcript.audio)}: {duration:.1f} s", fontfamily=_fonts(), parse_math=False)
     grid = figure.add_gridspec(len(heights), 2, height_ratios=heights, width_ratios=[60, 1])
-    spoken = _words(emissions.ctc_logits, transcript.text if text is None else text, transcript.ctc_text)
+    aligned_words = _words(emissions.ctc_logits, transcript.text if text is None else text, transcript.ctc_text)
     for row in range(rows):
-        panels = [figure.add_subplot(grid[3 * row + place, 0]) for place in range(3)]
-        bars = [figure.add_subplot(grid[3 * row + place, 1]) for place in range(2)]
+        panels = [figure.add_subplot(grid[3 * row + panel, 0]) for panel in range(3)]
+        bars = [figure.add_subplot(grid[3 * row + panel, 1]) for panel in range(2)]
         log_mel(emissions.features, ax=panels[0], cax=bars[0])
         ctc_posteriors(emissions.ctc_logits, ax=panels[1], cax=bars[1])
-        alignment(spoken, ax=panels[2])
+        alignment(aligned_words, ax=panels[2])
         start = row * _SECONDS_PER_ROW
         end = duration if rows == 1 else start + _SECONDS_PER_ROW
         for ax in panels:
@@ -97,7 +97,7 @@ def overview(emissions: Emissions, transcript: Transcript, tokenizer: Tokenizer,
 
 
 def log_mel(features: Float[np.ndarray, "t 160"], *, ax: Axes | None = None, cax: Axes | None = None) -> Figure:
-    """Log-mel features of one utterance, as of `granite_jax.log_mel`, in decibels below the loudest.
+    """Log-mel features of one utterance, from `granite_jax.log_mel`, in decibels below the loudest.
 
     Args:
       ax, cax: axes for the picture and for its color bar.
@@ -136,7 +136,7 @@ def mel_map(
         vmax=high,
         cmap=colors,
     )
-    ax.set_yticks([_mel_place(hertz) for hertz in _HERTZ], [f"{hertz:,}" for hertz in _HERTZ], fontsize=8)
+    ax.set_yticks([_mel_position(hertz) for hertz in _HERTZ], [f"{hertz:,}" for hertz in _HERTZ], fontsize=8)
     ax.set_ylabel(f"{NUM_MELS} mel bands,\nfrequency (Hz)")
     ax.set_xlabel("time (s)")
     return _with_bar(ax, cax, image, label)
@@ -145,40 +145,40 @@ def mel_map(
 def ctc_posteriors(
     logits: Float[np.ndarray, "t c"], *, floor: float = _FLOOR, ax: Axes | None = None, cax: Axes | None = None
 ) -> Figure:
-    """What the CTC head hears in every 20 ms frame of one utterance: probabilities of the blank and of characters.
+    """CTC posteriors of one utterance: probabilities of the blank and of characters in every 20 ms frame.
 
     Args:
-      logits: as of `granite_jax.ctc_logits`.
-      floor: characters that are nowhere more probable than this are left out.
+      logits: those of `granite_jax.ctc_logits`.
+      floor: characters that are less probable than this in every frame are left out.
     """
     ax = _axes(ax, 10.0, 3.6)
-    odds = _probabilities(logits)
-    heard = _heard(odds, floor)
-    names = ["blank", *("space" if label == ord(" ") else ctc.label_character(label) for label in heard)]
+    probabilities = _probabilities(logits)
+    labels = _probable_labels(probabilities, floor)
+    names = ["blank", *("space" if label == ord(" ") else ctc.label_character(label) for label in labels)]
     image = ax.imshow(
-        odds[:, [ctc.BLANK, *heard]].T,
+        probabilities[:, [ctc.BLANK, *labels]].T,
         origin="lower",
         aspect="auto",
         interpolation="nearest",
-        extent=(0.0, len(odds) * ctc.FRAME_SECONDS, -0.5, len(names) - 0.5),
+        extent=(0.0, len(probabilities) * ctc.FRAME_SECONDS, -0.5, len(names) - 0.5),
         vmin=0.0,
         vmax=1.0,
         cmap="Blues",
     )
     ax.set_yticks(range(len(names)), names, fontsize=7, fontfamily=_fonts())
-    ax.hlines(np.arange(len(names)) + 0.5, 0.0, len(odds) * ctc.FRAME_SECONDS, color="#e0e0e0", linewidth=0.4)
+    ax.hlines(np.arange(len(names)) + 0.5, 0.0, len(probabilities) * ctc.FRAME_SECONDS, color="#e0e0e0", linewidth=0.4)
     ax.set_ylabel("CTC label")
     ax.set_xlabel("time (s)")
     return _with_bar(ax, cax, image, "probability")
 
 
 def alignment(words: Sequence[ctc.Word], *, ax: Axes | None = None) -> Figure:
-    """When each word was spoken, as of `ctc.words`."""
+    """When each word was spoken, according to `ctc.words`."""
     ax = _axes(ax, 10.0, 1.0)
-    for place, word in enumerate(words):
-        ax.axvspan(word.start, word.end, facecolor=("#d0d0d0", "#e8e8e8")[place % 2], edgecolor=GREY, linewidth=0.5)
+    for position, word in enumerate(words):
+        ax.axvspan(word.start, word.end, facecolor=("#d0d0d0", "#e8e8e8")[position % 2], edgecolor=GREY, linewidth=0.5)
         ax.text(
-            (word.start + word.end) / 2, (0.72, 0.28)[place % 2], word.text, ha="center", va="center", fontsize=9,
+            (word.start + word.end) / 2, (0.72, 0.28)[position % 2], word.text, ha="center", va="center", fontsize=9,
             fontfamily=_fonts(), parse_math=False, clip_on=True,
         )  # fmt: skip
     ax.set_ylim(0.0, 1.0)
@@ -187,20 +187,20 @@ def alignment(words: Sequence[ctc.Word], *, ax: Axes | None = None) -> Figure:
     ax.set_xlabel("time (s)")
     if words:
         ax.set_xlim(0.0, words[-1].end + 0.1)
-    return _whole(ax)
+    return _figure_of(ax)
 
 
 Kind = Literal["accepted", "same", "corrected", "written"]
 
 
 class Passage(NamedTuple):
-    """A part of draft and text.
+    """A passage of the draft and the text in its place.
 
     Fields:
-      kind: "accepted", tokens of the draft that the language model let stand; "same", its own, which the draft has,
-        too; "corrected", its own in place of the draft's, either of which may be empty; "written", all of a text
-        that had no draft.
-      draft, text: what it says in each.
+      kind: "accepted": draft tokens that were accepted; "same": tokens that the language model wrote and the draft has,
+        too; "corrected": tokens that it wrote in place of the draft's, either of which can be empty; "written": a whole
+        text without a draft.
+      draft, text: the passage in each.
     """
 
     kind: Kind
@@ -210,9 +210,9 @@ class Passage(NamedTuple):
 
 def compare(transcript: Transcript, tokenizer: Tokenizer) -> list[Passage]:
     """What became of the draft, from the record of the decode loop (`Transcript.draft`, `.accepted_spans`)."""
-    drafted, written = transcript.draft, transcript.tokens
-    draft_pieces, pieces = tokenizer.pieces(drafted), tokenizer.pieces(written)
-    if not drafted:
+    draft_tokens, tokens = transcript.draft, transcript.tokens
+    draft_pieces, pieces = tokenizer.pieces(draft_tokens), tokenizer.pieces(tokens)
+    if not draft_tokens:
         return [Passage("written", "", "".join(pieces))] if pieces else []
     passages: list[Passage] = []
 
@@ -222,23 +222,23 @@ def compare(transcript: Transcript, tokenizer: Tokenizer) -> list[Passage]:
             passages.append(Passage(kind, "".join(draft_pieces[i:j]), "".join(pieces[a:b])))
 
     def add_own(i: int, j: int, a: int, b: int) -> None:
-        """What the language model wrote by itself."""
-        matcher = difflib.SequenceMatcher(None, drafted[i:j], written[a:b], autojunk=False)
+        """What the language model wrote itself, beside the draft tokens that were not accepted."""
+        matcher = difflib.SequenceMatcher(None, draft_tokens[i:j], tokens[a:b], autojunk=False)
         for tag, i1, i2, a1, a2 in matcher.get_opcodes():
             add("same" if tag == "equal" else "corrected", i + i1, i + i2, a + a1, a + a2)
 
     i = a = 0
-    for place, source, size in transcript.accepted_spans:
-        add_own(i, max(i, source), a, place)  # it may have gone back in the draft
-        add("accepted", source, source + size, place, place + size)
-        i, a = source + size, place + size
-    # What follows the last token was rejected only if the text ended by itself.
-    add_own(i, len(drafted) if transcript.stats.get("finish") == "end" else i, a, len(written))
+    for position, source, size in transcript.accepted_spans:
+        add_own(i, max(i, source), a, position)  # decoding can go back in the draft
+        add("accepted", source, source + size, position, position + size)
+        i, a = source + size, position + size
+    # The rest of the draft was rejected only if the language model ended the text.
+    add_own(i, len(draft_tokens) if transcript.stats.get("finish") == "end" else i, a, len(tokens))
     return passages
 
 
 def draft(transcript: Transcript, tokenizer: Tokenizer, *, ax: Axes | None = None) -> Figure:
-    """Draft above text, wherever they differ and whoever wrote it, as of `compare`."""
+    """Draft above text, with the passages of `compare` marked by kind."""
     passages, stats = compare(transcript, tokenizer), transcript.stats
     width = _WIDTH if ax is None else cast(Figure, ax.get_figure()).get_figwidth()
     lines = _lines(passages, _columns(width))
@@ -252,10 +252,10 @@ def draft(transcript: Transcript, tokenizer: Tokenizer, *, ax: Axes | None = Non
             _put(ax, ("draft", "text")[row], 0, heights[row], color=GREY)
         for column, passage in line:
             for row in shown:
-                said = (passage.draft, passage.text)[row]
+                side = (passage.draft, passage.text)[row]
                 style = _STYLES["rejected" if row == 0 and passage.kind == "corrected" else passage.kind]
-                if said.strip():
-                    _put(ax, said.strip(), _LABEL + column + _cells(said[: -len(said.lstrip())]), heights[row], **style)
+                if side.strip():
+                    _put(ax, side.strip(), _LABEL + column + _cells(side[: -len(side.lstrip())]), heights[row], **style)
     kinds = {"rejected" if passage.kind == "corrected" and passage.draft else passage.kind for passage in passages}
     kinds |= {"corrected"} & {passage.kind for passage in passages if passage.text}
     boxes = {kind: {**_STYLES[kind]["bbox"], "label": label} for kind, label in _LEGEND.items() if kind in kinds}
@@ -263,21 +263,21 @@ def draft(transcript: Transcript, tokenizer: Tokenizer, *, ax: Axes | None = Non
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False, borderaxespad=0)
     accepted, drafted = stats.get("accepted_tokens", 0), stats.get("draft_tokens", 0)
     passes = stats.get("llm_passes", 0)
-    ran = f"{passes} pass{'es' * (passes != 1)} of the language model for {len(transcript.tokens)} tokens"
-    ax.set_title(f"{ran}; {accepted} of {drafted} draft tokens accepted", fontsize=10, loc="left", pad=24)
-    return _whole(ax)
+    passes_title = f"{passes} pass{'es' * (passes != 1)} of the language model for {len(transcript.tokens)} tokens"
+    ax.set_title(f"{passes_title}; {accepted} of {drafted} draft tokens accepted", fontsize=10, loc="left", pad=24)
+    return _figure_of(ax)
 
 
 def throughput(runs: Mapping[str, tuple["Summary", Sequence["Progress"]]]) -> Figure:
     """How batch jobs went: utterances over time, and audio transcribed a second.
 
     Args:
-      runs: by name, a job's result, and copies of what its `progress` was called with.
+      runs: by name, a job's summary and copies of the reports that its `progress` was called with.
     """
     figure = _figure(_WIDTH, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
-    for place, (name, (_, reports)) in enumerate(runs.items()):
-        color, marker = _COLORS[place % len(_COLORS)], "osD^vP"[place % 6]
+    for position, (name, (_, reports)) in enumerate(runs.items()):
+        color, marker = _COLORS[position % len(_COLORS)], "osD^vP"[position % 6]
         seconds, done = [0.0, *(r.seconds for r in reports)], [0, *(r.done for r in reports)]
         left.step(seconds, done, where="post", color=color, marker=marker, markevery=[-1], label=name)
     left.set(xlabel="time (s)", ylabel="utterances transcribed", xlim=(0.0, None), ylim=(0.0, None))
@@ -293,7 +293,7 @@ def throughput(runs: Mapping[str, tuple["Summary", Sequence["Progress"]]]) -> Fi
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises GraniteError if matplotlib writes no pictures with this ending."""
+    """Raises GraniteError if matplotlib cannot write pictures with this ending."""
     suffix = os.path.splitext(os.fspath(path))[1][1:].lower()
     kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
     if suffix not in kinds:
@@ -305,9 +305,9 @@ def _probabilities(logits: np.ndarray) -> np.ndarray:
     return np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
 
 
-def _heard(odds: np.ndarray, floor: float = _FLOOR) -> list[int]:
-    """Labels of characters that are somewhere at least this probable."""
-    return [int(label) for label in np.flatnonzero(odds.max(axis=0) >= floor) if ctc.label_character(int(label))]
+def _probable_labels(posteriors: np.ndarray, floor: float = _FLOOR) -> list[int]:
+    """Labels of characters that are at least this probable in some frame."""
+    return [int(label) for label in np.flatnonzero(posteriors.max(axis=0) >= floor) if ctc.label_character(int(label))]
 
 
 _Line = list[tuple[int, Passage]]
@@ -322,15 +322,15 @@ def _lines(passages: Sequence[Passage], columns: int) -> list[_Line]:
                 words.append([])
             words[-1].append(Passage(kind, draft, text))
     lines: list[_Line] = [[]]
-    used = 0
+    column = 0
     for word in words:
-        if used and used + sum(map(_width, word)) > columns:
+        if column and column + sum(map(_width, word)) > columns:
             word[0] = word[0]._replace(draft=word[0].draft.lstrip(), text=word[0].text.lstrip())
             lines.append([])
-            used = 0
+            column = 0
         for part in word:
-            lines[-1].append((used, part))
-            used += _width(part)
+            lines[-1].append((column, part))
+            column += _width(part)
     return [line for line in lines if any(map(_width, (part for _, part in line)))]
 
 
@@ -350,7 +350,7 @@ def _columns(inches: float) -> int:
 def _put(ax: Axes, text: str, column: int, y: float, **style: Any) -> None:
     """Monospaced text at a column, whatever the width of the axes."""
     box = style.pop("bbox", None)
-    # Boxes below all text, and those without an edge below the others.
+    # Boxes are drawn below all text, those without an edge lowest.
     layers = [{"color": "none", "bbox": box, "zorder": 1 if box["edgecolor"] == "none" else 2}] if box else []
     for layer in (*layers, {**style, "zorder": 3}):
         ax.annotate(
@@ -368,15 +368,15 @@ def _words(logits: np.ndarray, *texts: str) -> list[ctc.Word]:
     return []
 
 
-def _mel_place(hertz: float) -> float:
-    """Where a frequency is among the mel bands, whose centers divide the mel scale from 0 to 8 kHz evenly."""
+def _mel_position(hertz: float) -> float:
+    """Position of a frequency among the mel bands, whose centers divide the mel scale from 0 to 8 kHz evenly."""
     mel = [math.log1p(f / 700.0) for f in (hertz, SAMPLING_RATE / 2)]
     return mel[0] / mel[1] * (NUM_MELS + 1) - 0.5
 
 
 @functools.cache
 def _fonts(first: str = "DejaVu Sans") -> list[str]:
-    """A font, and of those for Asian scripts what is there."""
+    """A font, followed by the installed fonts for Asian scripts."""
     names = set(font_manager.get_font_names())
     return [first, *(font for font in _ASIAN_FONTS if font in names)]
 
@@ -389,11 +389,11 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     return _figure(width, height).add_subplot() if ax is None else ax
 
 
-def _whole(ax: Axes) -> Figure:
+def _figure_of(ax: Axes) -> Figure:
     return cast(Figure, ax.get_figure())
 
 
 def _with_bar(ax: Axes, cax: Axes | None, image: Any, label: str) -> Figure:
-    figure = _whole(ax)
+    figure = _figure_of(ax)
     figure.colorbar(image, ax=None if cax is not None else ax, cax=cax, label=label)
     return figure

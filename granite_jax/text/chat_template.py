@@ -37,7 +37,7 @@ class PromptTokens:
 class ChatTemplate:
     """A checkpoint's chat template: Jinja source as in `chat_template.jinja`, or None for Granite Speech 4.0's format.
 
-    The source is untrusted and rendered in a process of its own with limits on steps, memory and time, once for all
+    The source is untrusted and rendered in a separate process with limits on steps, memory and time, once for all
     instructions. A template that asks for the date keeps that of its first rendering.
     """
 
@@ -70,7 +70,7 @@ class ChatTemplate:
             prefix=_encode_rendered(tokenizer, rendered[: split.start], 0, specials[:audio], core),
             suffix=_encode_rendered(tokenizer, rendered, split.end, specials[audio + 1 :], core),
         )
-        if audio_id in tokens.prefix + tokens.suffix:  # Possible only where the file does not call it special.
+        if audio_id in tokens.prefix + tokens.suffix:  # Possible only if the file does not call it special.
             raise PromptError(f"instruction {core!r:.60}: must not contain {self.audio_token}")
         return tokens
 
@@ -81,23 +81,23 @@ class ChatTemplate:
         return _render_isolated(self.source, content, self.bos_token, self.eos_token)
 
     def _find_audio(self, specials: list[SpecialToken], audio_id: int) -> int:
-        places = [index for index, special in enumerate(specials) if special.id == audio_id]
-        if len(places) != 1:
-            raise PromptError(f"chat template: has {self.audio_token} {len(places)} times, expected once")
-        return places[0]
+        positions = [index for index, special in enumerate(specials) if special.id == audio_id]
+        if len(positions) != 1:
+            raise PromptError(f"chat template: has {self.audio_token} {len(positions)} times, expected once")
+        return positions[0]
 
 
-def check_text(what: str, text: str) -> str:
-    """`text` itself, if it is one line of readable text: a line feed would let it open a turn of its own."""
+def check_text(name: str, text: str) -> str:
+    """Returns `text` if it is one line of readable text: a line feed would let it open another turn."""
     if not isinstance(text, str):
-        raise PromptError(f"{what} must be a string, not {type(text).__name__}")
+        raise PromptError(f"{name} must be a string, not {type(text).__name__}")
     if not text.strip():
-        raise PromptError(f"{what} is empty")
+        raise PromptError(f"{name} is empty")
     if len(text) > MAX_PROMPT_CHARS:
-        raise PromptError(f"{what} has {len(text)} characters, at most {MAX_PROMPT_CHARS} are accepted")
-    bad = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
-    if bad is not None:
-        raise PromptError(f"{what} {text!r:.60} has the control character {bad!a}")
+        raise PromptError(f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARS} are accepted")
+    control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if control is not None:
+        raise PromptError(f"{name} {text!r:.60} has the control character {control!a}")
     return text
 
 
@@ -141,15 +141,15 @@ def _render_isolated(source: str, content: str, bos_token: str, eos_token: str) 
     worker = [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py"))]
     request = json.dumps({"source": source, "context": context}).encode()
     try:
-        done = subprocess.run(worker, input=request, capture_output=True, timeout=_RENDER_SECONDS, check=False)
+        process = subprocess.run(worker, input=request, capture_output=True, timeout=_RENDER_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise PromptError(f"chat template: rendering took more than {_RENDER_SECONDS} seconds") from None
     except OSError as error:
         raise PromptError(f"chat template: the rendering process cannot be started ({error})") from error
     try:
-        reply = json.loads(done.stdout)
+        reply = json.loads(process.stdout)
     except ValueError:
-        # Death by the limits leaves no reply, and no words fit to repeat.
+        # A process that its limits kill leaves no reply, and no message fit to repeat.
         raise PromptError("chat template: needs too much memory, time or nesting to render") from None
     if "text" not in reply:
         raise PromptError(f"chat template: {str(reply.get('error'))[:300]}")

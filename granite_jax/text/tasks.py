@@ -43,8 +43,8 @@ def instruction(
 
     Args:
       task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
-      target_language: of a translation, as a code ("fr") or a name ("French").
-      prompt: a prompt of the caller's own, instead of the task's.
+      target_language: target of a translation, as a code ("fr") or a name ("French").
+      prompt: a prompt to use instead of the task's.
       keywords: names and terms to mention in the prompt.
 
     Raises:
@@ -77,8 +77,8 @@ def language_code(language: str) -> str:
     key = language.strip().lower() if isinstance(language, str) else ""
     code = _ALIASES.get(key, key)
     if code not in LANGUAGES:
-        known = ", ".join(f"{code} ({name})" for code, name in LANGUAGES.items())
-        raise PromptError(f"unknown language {language!r:.60}, supported: {known}")
+        supported = ", ".join(f"{code} ({name})" for code, name in LANGUAGES.items())
+        raise PromptError(f"unknown language {language!r:.60}, supported: {supported}")
     return code
 
 
@@ -112,8 +112,8 @@ class Capabilities:
     def from_config(cls, config: Mapping[str, Any], default: Capabilities | None = None) -> Capabilities:
         """Reads {"granite_jax": {"tasks": [...], "languages": [...]}} of a config.json.
 
-        What is absent is taken from `default`, by itself all that there is. Raises CheckpointError for anything else
-        than lists of known names.
+        Absent keys are taken from `default`, which itself defaults to everything. Raises CheckpointError for anything
+        but lists of known names.
         """
         default = default or cls()
         section = config.get("granite_jax", {})
@@ -128,8 +128,8 @@ class Capabilities:
         if task not in self.tasks:
             raise PromptError(f"this checkpoint was not trained for task {task!r}, only for {_listed(self.tasks)}")
         if target_language is not None and language_code(target_language) not in self.languages:
-            known = _listed(self.languages) or "no language"
-            raise PromptError(f"this checkpoint was not trained to translate to {target_language!r}, only to {known}")
+            trained = _listed(self.languages) or "no language"
+            raise PromptError(f"this checkpoint was not trained to translate to {target_language!r}, only to {trained}")
 
 
 def _names(
@@ -138,6 +138,6 @@ def _names(
     names = section.get(key, default)
     if not isinstance(names, Sequence) or isinstance(names, str) or any(name not in supported for name in names):
         raise CheckpointError(
-            f"config: granite_jax.{key} must be a list out of {_listed(supported)}, not {names!r:.60}"
+            f"config: granite_jax.{key} must be a list of names from {_listed(supported)}, not {names!r:.60}"
         )
     return tuple(names)

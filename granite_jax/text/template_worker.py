@@ -1,8 +1,8 @@
-"""Renders one chat template, as a process of its own: `python template_worker.py < request.json > reply.json`.
+"""Renders one chat template, in a separate process: `python template_worker.py < request.json > reply.json`.
 
 A template is a program from a checkpoint nobody vouches for. minijinja gives it no access to Python, and `fuel` bounds
-its steps; but not, or not in all versions, its memory (`x = x ~ x` forty times) and its stack (a sum of forty thousand
-lists): only the limits on this process do, and it may die of them.
+its steps, but not, or not in all versions, its memory (`x = x ~ x` forty times) and its stack (a sum of forty thousand
+lists): only the limits on this process do, and they can kill it.
 Request: {"source", "context"}; reply: {"text"} or {"error"}. Imports nothing of granite_jax, whose import is slow.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     try:
         text = render(request["source"], request["context"])
         reply = {"text": text} if len(text) <= MAX_TEXT else {"error": f"more than {MAX_TEXT} characters of prompt"}
-    except BaseException as error:  # The extension's PanicException is no Exception.
+    except BaseException as error:  # The extension's PanicException is not an Exception.
         reply = {"error": (str(error).splitlines() or [type(error).__name__])[0]}  # Further lines quote the source.
     json.dump(reply, sys.stdout)
 

@@ -51,12 +51,12 @@ class Tokenizer:
 
         Args:
           path: the file.
-          pre_tokenizer: how text is cut into words before merging. "file": as the file says. "gpt2": by GPT-2's rule
-            whatever the file says, as transformers 5 does for checkpoints whose `tokenizer_class` is `GPT2Tokenizer`.
-            For Granite's files the two differ, e.g. in whether `?` and a line feed after it are one token.
+          pre_tokenizer: how text is split into words before merging. "file": as the file says. "gpt2": by GPT-2's
+            rule whatever the file says, as transformers 5 does if `tokenizer_class` is `GPT2Tokenizer`. For Granite's
+            files the two differ, e.g. in whether `?` and a line feed after it are one token.
 
         Raises:
-          CheckpointError: the file is missing, unreadable or no tokenizer.
+          CheckpointError: the file is missing, unreadable or not a tokenizer.
         """
         shown = ascii(os.fspath(path))
         try:
@@ -96,27 +96,27 @@ class Tokenizer:
     def find_special(self, text: str) -> list[SpecialToken]:
         """The special tokens in a text that may contain them (a rendered template, not a user's text), in order.
 
-        Added tokens that the file does not call special are among them: they too cut the text before any merging.
+        Added tokens that the file does not call special are included: they, too, split the text before any merging.
         """
-        found = _encode(self._interpreting, text)
+        encoding = _encode(self._interpreting, text)
         return [
             SpecialToken(start, end, id)
-            for id, (start, end) in zip(found.ids, found.offsets, strict=True)
+            for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
             if id in self._added_ids
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special tokens and ids outside the vocabulary are left out, as the reference does."""
+        """The text of `ids`; special tokens and ids outside the vocabulary are left out, as in the reference."""
         return self._plain.decode([int(id) for id in ids], skip_special_tokens=True)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each id adds to the text of those before it; a character that several spell belongs to the last."""
-        pieces, done = [], ""
+        """What each id adds to the text of those before it; a character that several ids spell belongs to the last."""
+        pieces, previous = [], ""
         for end in range(1, len(ids) + 1):
             text = self.decode(ids[:end])
             cut = len(text) if end == len(ids) else len(text.rstrip("\ufffd"))
-            pieces.append(text[len(done) : cut])
-            done += pieces[-1]
+            pieces.append(text[len(previous) : cut])
+            previous += pieces[-1]
         return pieces
 
 

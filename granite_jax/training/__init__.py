@@ -1,1 +1,1 @@
-"""Training of a small Granite Speech: corpora, batches, losses and steps; whole trainings are in `recipes`."""
+"""Training of a small Granite Speech model: corpora, batches, losses and steps; `recipes` has complete trainings."""

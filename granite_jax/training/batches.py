@@ -18,7 +18,7 @@ class Bucket:
     Fields:
       frames: encoder frames that every batch is padded to.
       indices: utterances of the corpus.
-      batch_size: rows of a batch; all buckets hold about the same number of frames a batch.
+      batch_size: rows of a batch; batches of all buckets have about the same number of frames.
     """
 
     frames: int
@@ -34,11 +34,11 @@ class Bucket:
 def make_buckets(samples: np.ndarray, frames_per_batch: int) -> list[Bucket]:
     """Buckets of utterances with the given lengths in samples; those longer than the last bucket are left out."""
     bounds = np.array(BUCKET_FRAMES) * 2 * HOP
-    place = np.searchsorted(bounds, samples)
+    positions = np.searchsorted(bounds, samples)
     return [
-        Bucket(frames, np.flatnonzero(place == i), max(1, frames_per_batch // frames))
+        Bucket(frames, np.flatnonzero(positions == i), max(1, frames_per_batch // frames))
         for i, frames in enumerate(BUCKET_FRAMES)
-        if np.any(place == i)
+        if np.any(positions == i)
     ]
 
 
@@ -63,27 +63,27 @@ def forever(buckets: Sequence[Bucket], seed: int) -> Iterator[tuple[Bucket, np.n
 def joining(
     buckets: Sequence[Bucket], frames: np.ndarray, share: float, seed: int
 ) -> Iterator[tuple[Bucket, list[list[int]]]]:
-    """As `forever`, each row a list of utterances to be joined: random ones in a `share` of the batches, else one.
+    """Like `forever`, but a row is a list of utterances to join: random ones in a `share` of the batches, else one.
 
     Args:
       frames: encoder frames of every utterance. Joined rows are filled up to a bucket's frames.
     """
     rng = np.random.default_rng([seed, 1])
 
-    def joined(room: int) -> list[int]:
+    def random_row(capacity: int) -> list[int]:
         row: list[int] = []
         while True:
             index = int(rng.integers(len(frames)))
-            if frames[index] <= room:
+            if frames[index] <= capacity:
                 row.append(index)
-                room -= int(frames[index])
+                capacity -= int(frames[index])
             elif row:
                 return row
 
     for bucket, rows in forever(buckets, seed):
         if rng.random() < share:
             longer = buckets[int(rng.integers(len(buckets) // 2, len(buckets)))]
-            yield longer, [joined(longer.frames) for _ in range(longer.batch_size)]
+            yield longer, [random_row(longer.frames) for _ in range(longer.batch_size)]
         else:
             yield bucket, [[int(row)] for row in rows]
 
@@ -110,10 +110,10 @@ def pad_ids(sequences: Sequence[Sequence[int]], width: int, fill: int = 0) -> tu
 def corrupt(
     rng: np.random.Generator, tokens: np.ndarray, starts: np.ndarray, share: float, most: float, vocabulary: range
 ) -> np.ndarray:
-    """`tokens` `[b, p]`, in a `share` of the rows up to a fraction `most` of those from `starts` `[b]` on wrong.
+    """Replaces, in a `share` of rows, up to a fraction `most` of `tokens` `[b, p]` from `starts` `[b]` on at random.
 
-    A decoder taught with such a history must take its place in the audio from more than the last token, and goes on
-    rightly after a mistake of its own.
+    A decoder trained with such a history has to find its position in the audio from more than the last token, and
+    continues correctly after its own mistakes.
     """
     rates = np.where(rng.random(len(tokens)) < share, rng.random(len(tokens)) * most, 0.0)
     wrong = (rng.random(tokens.shape) < rates[:, None]) & (np.arange(tokens.shape[1]) >= starts[:, None])

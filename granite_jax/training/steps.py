@@ -2,7 +2,7 @@
 
 1. The encoder by CTC: 0.2 times the loss of the middle head plus 0.8 times that of the final one.
 2. Projector and decoder by next-token cross-entropy on the frozen encoder, plus 0.3 times a CTC loss that reads the
-   answer's tokens off the audio embeddings by a linear head of its own. Without it a decoder this small takes very
+   answer's tokens off the audio embeddings by a separate linear head. Without it, a decoder this small takes very
    long to discover that the audio says what to write.
 """
 
@@ -47,8 +47,8 @@ def spec_augment(key: jax.Array, features: Features) -> Features:
     batch, frames, width = features.shape
     keys = jax.random.split(key, 4)
 
-    def spans(start_key, size_key, length, most):  # [b, length], True where masked
-        size = jax.random.randint(size_key, (batch, _MASKS, 1), 0, most + 1)
+    def spans(start_key, size_key, length, max_size):  # [b, length], True where masked
+        size = jax.random.randint(size_key, (batch, _MASKS, 1), 0, max_size + 1)
         start = jax.random.randint(start_key, (batch, _MASKS, 1), 0, length)
         index = jnp.arange(length)[None, None, :]
         return jnp.any((index >= start) & (index < start + size), axis=1)
@@ -127,10 +127,10 @@ def lm_loss(
     """Cross-entropy in nats a token of what follows the prompt, end-of-text included, plus the weighted alignment loss.
 
     Args:
-      params: of projector and decoder, and optionally `alignment`: the kernel `[d, v]` of the alignment head.
+      params: those of projector and decoder, and optionally `alignment`: the kernel `[d, v]` of the alignment head.
       hidden: activations of the frozen encoder with `frames` valid frames a row.
       history: what the decoder reads, `[b, p]`: `tokens`, or `tokens` with mistakes in the answer.
-      tokens: prompt and answer, `[b, p]`; the prompt holds `prompt_lengths` tokens, both `lengths`.
+      tokens: prompt and answer, `[b, p]`; the prompt has `prompt_lengths` tokens, both together `lengths`.
     """
     audio = granite_speech.project(config, params, hidden, frames)
     width = tokens.shape[1] - 1

@@ -1,1 +1,1 @@
-"""Recipes: whole trainings, from data to checkpoint."""
+"""Recipes: complete trainings, from data to checkpoint."""

@@ -3,7 +3,7 @@
     python -m granite_jax.training.recipes.demo.clips heldout granite_jax/evaluation/heldout_clips
     python -m granite_jax.training.recipes.demo.clips samples samples
 
-All of it says sentences written for this project. The clips are a part of the recipe's test set, with joined ones.
+All sentences were written for this project. The clips are a part of the recipe's test set, plus joined sentences.
 """
 
 import itertools
@@ -31,7 +31,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 
 def _joined(rng: np.random.Generator, index: int) -> list[Sentence]:
-    """Two to eight sentences, free ones and the grammar's by turns."""
+    """Two to eight sentences, alternately free ones and the grammar's."""
     lines = rng.choice(len(sets.TEST_LINES), size=8, replace=False)
     pairs = ((sets.free_sentence(rng, sets.TEST_LINES[i]), *sets.grammar(rng, index)) for i in lines)
     return list(itertools.islice(itertools.chain.from_iterable(pairs), int(rng.integers(2, 9))))
@@ -39,10 +39,10 @@ def _joined(rng: np.random.Generator, index: int) -> list[Sentence]:
 
 def _clips() -> Iterator[tuple[str, Utterance]]:
     for kind, count in (("free", FREE_CLIPS), ("grammar", GRAMMAR_CLIPS)):
-        spoken = (item for item in sets.SETS["test"]() if item.kind == kind)
-        yield from ((f"{kind}-{i:03d}", item) for i, item in enumerate(itertools.islice(spoken, count)))
-    spoken = synthesis.stream(_JOINED_SEED, range(JOINED_CLIPS), "heldout", _joined)
-    yield from ((f"joined-{i:03d}", item) for i, item in enumerate(spoken))
+        utterances = (item for item in sets.SETS["test"]() if item.kind == kind)
+        yield from ((f"{kind}-{i:03d}", item) for i, item in enumerate(itertools.islice(utterances, count)))
+    utterances = synthesis.stream(_JOINED_SEED, range(JOINED_CLIPS), "heldout", _joined)
+    yield from ((f"joined-{i:03d}", item) for i, item in enumerate(utterances))
 
 
 @app.command()
@@ -60,7 +60,7 @@ def heldout(out: Path) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample: what is said, one sentence after another, by whom, and how."""
+    """A sample: sentences that are said one after another, the voice, and the recording."""
 
     name: str
     voice: str
@@ -101,13 +101,15 @@ def samples(out: Path) -> None:
     babble = synthesis.babble_clips(_SAMPLES_SEED, "heldout")
     entries = []
     for index, sample in enumerate(SAMPLES):
-        said = [Sentence(text, ()) for text in sample.sentences]
+        sentences = [Sentence(text, ()) for text in sample.sentences]
         fixed = {"voice": sample.voice, "noisy": sample.noisy}
-        item = synthesis.utterance(_SAMPLES_SEED, index, "heldout", lambda rng, i, said=said: said, babble, **fixed)
+        item = synthesis.utterance(
+            _SAMPLES_SEED, index, "heldout", lambda rng, i, sentences=sentences: sentences, babble, **fixed
+        )
         audio = item.samples
         if sample.rate != RATE:
-            wide = soxr.resample(audio, RATE, sample.rate)
-            audio = np.stack([wide, wide // 2], axis=1)  # stereo, the voice nearer to the left
+            resampled = soxr.resample(audio, RATE, sample.rate)
+            audio = np.stack([resampled, resampled // 2], axis=1)  # stereo, the voice nearer to the left
         sf.write(out / f"{sample.name}.wav", audio, sample.rate, subtype="PCM_16")
         entries.append({"audio": f"{sample.name}.wav", "text": item.text})
     _write_lines(out / "samples.jsonl", entries)

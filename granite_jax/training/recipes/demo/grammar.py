@@ -1,7 +1,7 @@
 """A seeded text grammar of office and household requests, in the raw-transcript style of Granite Speech.
 
 Texts are lower case without punctuation, digits are spelled as words. Most sentences carry *invented* proper
-names. A name's spelling follows from how an English synthesiser pronounces it, so a recogniser can spell names
+names. A name's spelling follows from how an English synthesizer pronounces it, so a recognizer can spell names
 that it has never seen; a model that only remembers words cannot.
 
 Names and sentences are divided into a training and a held-out part by stable hashes of their text, not by
@@ -26,8 +26,13 @@ _HELDOUT_TEXTS = 10  # one sentence in ten is held out
 
 @dataclass(frozen=True)
 class Sentence:
-    """What is said at once. `text` holds only a-z, apostrophe and single spaces; `names` are its invented names, in
-    order; `kind` says where it comes from."""
+    """A sentence to say.
+
+    Fields:
+      text: only a-z, apostrophes and single spaces.
+      names: the invented names in the text, in order.
+      kind: where the sentence comes from.
+    """
 
     text: str
     names: tuple[str, ...]
@@ -35,7 +40,7 @@ class Sentence:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The entries of a list that is separated by commas."""
+    """The entries of a comma-separated list."""
     return tuple(" ".join(entry.split()) for entry in text.split(",") if entry.strip())
 
 
@@ -49,7 +54,7 @@ _MIDDLE = tuple("bdfgkmnptvz")
 _END = words("k, t, v, z, d, g, b, p, sh, n, m")
 _MIDDLE_OPEN = tuple("bdfgkmnvz")
 
-# Spellings that a synthesiser reads with another vowel than the letter's own, reduces to a schwa, or merges.
+# Spellings that a synthesizer reads with another vowel than the letter's own, reduces to a schwa, or merges.
 _UNCLEAR = re.compile(
     r"g[ei]|[ao]l|ng|nk|o[mn]|h[ao]m|[tdf]u[nm]|z[sz]|kk|mm|nn|vv|mn|pf|zk$|^(b|d|r|pr|br)e|fu|vf|zs|tsh|[kz]t"
     r"|mb$|[lm]ov|trev|[aou][nm]$"

@@ -1,4 +1,4 @@
-"""Noise for synthetic speech, its mixture with speech at a given ratio, and telephones. Everything is float32."""
+"""Noise for synthetic speech, mixing it with speech at a given ratio, and telephone sound; everything is float32."""
 
 import numpy as np
 import soxr
@@ -57,7 +57,7 @@ def tones(rng: np.random.Generator, size: int) -> Samples:
 
 
 def clicks(rng: np.random.Generator, size: int) -> Samples:
-    """Short bursts of noise, one to twelve a second, as of keys and steps; float32 `[size]`, about unit variance."""
+    """Short bursts of noise, one to twelve a second, like keys and steps; float32 `[size]`, about unit variance."""
     wave = np.zeros(size, np.float32)
     for start in rng.integers(0, size, size=max(1, int(size / RATE * rng.uniform(1, 12)))):
         burst = white(rng, int(rng.uniform(0.002, 0.06) * RATE))[: size - int(start)]

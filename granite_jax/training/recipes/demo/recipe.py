@@ -2,17 +2,17 @@
 
     make demo-checkpoint      # or: python -m granite_jax.training.recipes.demo.recipe all WORK
 
-goes on from the parameters of a checkpoint of this architecture, by default the embedded one, in steps that can each be
-run by itself and that go on where they were interrupted:
+Training continues from the parameters of a checkpoint of this architecture, by default the embedded one. Each step can
+be run separately and continues where it was interrupted:
 
-    data       speak the training, tuning and test utterances   (granite_jax.training.recipes.demo.synthesis)
+    data       synthesize training, tuning and test speech      (granite_jax.training.recipes.demo.synthesis)
     encoder    train the encoder by CTC
     decoder    train projector and decoder on the frozen encoder
     export     write the checkpoint in bfloat16
     evaluate   word error rates on the tuning or the test utterances
 
 Choose by the tuning utterances; the test utterances are for reports. Work files stay in WORK; the checkpoint is written
-to WORK/demo, for `checkpoints/demo`.
+to WORK/demo and belongs in `checkpoints/demo`.
 """
 
 import collections
@@ -92,7 +92,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 Work = Annotated[Path, typer.Argument(help="directory of the work files")]
-Start = Annotated[str, typer.Option(help="checkpoint whose parameters are trained on")]
+Start = Annotated[str, typer.Option(help="checkpoint whose parameters training continues from")]
 
 
 @app.command()
@@ -111,9 +111,9 @@ def train(
     """Runs an optimizer to its last step and returns the parameters.
 
     Args:
-      name: of the stage. Its state is saved to WORK/name every `SAVE_EVERY` steps, and what was saved is gone on from.
+      name: the stage. Its state is saved to WORK/name every `SAVE_EVERY` steps, and training continues from it.
       step: (state, *inputs) -> (state, loss).
-      items: what each step is made of, in order; `inputs(index, item)` makes the inputs of a step.
+      items: one for each step, in order; `inputs(index, item)` makes the inputs of a step.
     """
     start, leaves, tree = 0, *jax.tree.flatten(state)
     if (work / name).exists():
@@ -133,7 +133,7 @@ def _save(path: Path, tree: Any) -> None:
 
 
 def _restore(path: Path, like: Any) -> Any:
-    """What `_save` wrote, of the shapes and dtypes of `like`."""
+    """What `_save` wrote, with the shapes and dtypes of `like`."""
     return ocp.load(str(path.resolve()), jax.tree.map(jnp.asarray, like))
 
 
@@ -162,11 +162,11 @@ def encoder(work: Work, start: Start = "demo") -> None:
 def encode_corpus(config: Config, params: Any, corpus: Corpus, path: Path) -> np.ndarray:
     """Encoder activations of every utterance, one after another, float16 `[frames, d]` in a memory-mapped file."""
     starts = frame_starts(corpus)
-    done = path.with_suffix(".done")
+    marker = path.with_suffix(".done")
     shape = (int(starts[-1]), config.encoder.hidden_dim)
-    if done.exists():
+    if marker.exists():
         return np.memmap(path, np.float16, "r", shape=shape)
-    run = jax.jit(
+    encode = jax.jit(
         lambda x, n: granite_speech.encode(config, params, log_mel(x, n), num_frames(n)).hidden.astype(jnp.float16)
     )
     hidden = np.memmap(path, np.float16, "w+", shape=shape)
@@ -174,10 +174,10 @@ def encode_corpus(config: Config, params: Any, corpus: Corpus, path: Path) -> np
         size = bucket.batch_size
         for i in range(0, len(bucket.indices), size):
             rows = np.resize(bucket.indices[i : i + size], size)  # a short last batch repeats its rows
-            encoded = np.asarray(run(*batches.waveforms(corpus, rows, bucket.samples)))
+            encoded = np.asarray(encode(*batches.waveforms(corpus, rows, bucket.samples)))
             for row, activations in zip(rows, encoded, strict=True):
                 hidden[starts[row] : starts[row + 1]] = activations[: starts[row + 1] - starts[row]]
-    done.touch()
+    marker.touch()
     return hidden
 
 
@@ -197,7 +197,7 @@ def decoder(work: Work, start: Start = "demo") -> None:
     buckets = batches.make_buckets(corpus.lengths, DECODER_FRAMES)
     optimizer = make_optimizer(DECODER_PEAK, DECODER_STEPS, WARMUP)
     params = {name: loaded[name] for name in ("projector", "decoder")}
-    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # of the loss alone
+    params["alignment"] = jnp.zeros((config.decoder.hidden_size, config.decoder.vocab_size))  # for the loss only
     prompt = ChatTemplate(None).tokens(tokenizer, instruction("transcribe"))
 
     def inputs(index: int, item: tuple[batches.Bucket, list[list[int]]]) -> tuple:
@@ -214,7 +214,7 @@ def decoder(work: Work, start: Start = "demo") -> None:
         ]
         texts = [" ".join(corpus[j].text for j in row if corpus[j].text) for row in rows]
         answers = [[*tokenizer.encode(text), config.decoder.eos_token_id] for text in texts]
-        # An audio embedding for five frames, at most 0.25 tokens a frame, and the prompt.
+        # Fits the prompt, an audio embedding per five frames, and 0.25 tokens a frame.
         width = 24 + bucket.frames * 9 // 20
         tokens, lengths = batches.pad_ids([(p + a)[:width] for p, a in zip(prompts, answers, strict=True)], width)
         prompt_lengths = np.array([len(p) for p in prompts], np.int32)
@@ -232,7 +232,7 @@ def decoder(work: Work, start: Start = "demo") -> None:
 
 @app.command()
 def export(work: Work, start: Start = "demo") -> None:
-    """Write the checkpoint: bfloat16 parameters; config, tokenizer and chat template are those of the start."""
+    """Write the checkpoint: bfloat16 parameters, the recipe's config and chat template, and the start's tokenizer."""
     checkpoint = pretrained.open_checkpoint(start)
     like = checkpoint.load_params("float32")
     parts = {"encoder-params": ("encoder",), "decoder-params": ("projector", "decoder")}
@@ -248,13 +248,13 @@ def export(work: Work, start: Start = "demo") -> None:
 def evaluate(
     work: Work,
     name: Annotated[str, typer.Option("--set", help="one of the sets in WORK, or people")] = "test",
-    checkpoint: Annotated[str, typer.Option(help="default: the one that was exported")] = "",
+    checkpoint: Annotated[str, typer.Option(help="default: the exported one")] = "",
 ) -> None:
     """Word error rates on a set as a Markdown table, and how far the language model and the encoder agree."""
     asr = Transcriber.from_pretrained(checkpoint or work / "demo", dtype="float32")
     groups: dict[str, list[sets.Spoken]] = collections.defaultdict(list)
-    for spoken in sets.people() if name == "people" else sets.spoken(Corpus.open(work / name)):
-        groups[spoken.group].append(spoken)
+    for utterance in sets.people() if name == "people" else sets.spoken(Corpus.open(work / name)):
+        groups[utterance.group].append(utterance)
     print("| speech | decoding | all words | invented names | other words | differ | flagged |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for group, items in groups.items():
@@ -263,9 +263,9 @@ def evaluate(
         flagged = sum("low-agreement" in transcript.flags for transcript in transcripts)
         for decoding in ("text", "ctc_text"):
             texts = [getattr(transcript, decoding) for transcript in transcripts]
-            said = [(item.text, item.names, text) for item, text in zip(items, texts, strict=True) if item.text]
-            if said:
-                references, names, texts = zip(*said, strict=True)
+            scored = [(item.text, item.names, text) for item, text in zip(items, texts, strict=True) if item.text]
+            if scored:
+                references, names, texts = zip(*scored, strict=True)
                 rates = score(references, texts, names)
                 scores = f"{rates.wer} | {rates.b_wer} | {rates.u_wer}"
             else:
@@ -276,7 +276,7 @@ def evaluate(
 
 @app.command("all")
 def run_all(work: Work, start: Start = "demo") -> None:
-    """All steps, one after another."""
+    """Run all steps, one after another."""
     data(work)
     encoder(work, start)
     decoder(work, start)

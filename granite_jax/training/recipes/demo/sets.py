@@ -1,10 +1,11 @@
-"""The tuning and test sets of the recipe: what decides and what is reported.
+"""The recipe's tuning sets, which decide between models, and its test sets, which are reported.
 
-The tuning set says sentences of fortunes that training left out, sentences of the grammar, and a quarter of
-`free_sentences.txt`; the test set the other free sentences, which are of forms that training never had, in the voices
-of training and in one that training never had, and other sentences of the grammar. Both have silences.
-The keyword sets say free sentences that hold names, each several times with other names, and such sentences of the
-grammar. `people` are recordings of people, from Debian's `pocketsphinx-testdata`.
+The tuning set has sentences of fortunes that training left out, sentences of the grammar, and a quarter of
+`free_sentences.txt`. The test set has the other free sentences, whose forms training never had, and other sentences of
+the grammar, in the voices of training; `test-voice` has such sentences in a voice that training never had. The tuning
+and the test set have silences, too. The keyword sets have free sentences with names, each several times with other
+names, and sentences of the grammar with names. `people` are recordings of people, from Debian's
+`pocketsphinx-testdata`.
 """
 
 import itertools
@@ -23,7 +24,7 @@ from granite_jax.training.recipes.demo.grammar import Sentence, compose, invent_
 from granite_jax.training.recipes.demo.texts import TextSource
 
 FREE = tuple(Path(__file__).with_name("free_sentences.txt").read_text(encoding="utf-8").splitlines())
-"""Sentences written for this project, with `{name}` where an invented one is to be filled in."""
+"""Sentences written for this project, with `{name}` in place of an invented name."""
 PEOPLE = Path("/usr/share/pocketsphinx/test/data")
 _TUNE_SEED, _TEST_SEED, _VOICE_SEED, _KEYWORD_SEED = 3, 4, 5, 6
 _COMMANDS = {"goforward": "go forward ten meters", "something": "go somewhere and do something", "numbers": None}
@@ -34,7 +35,7 @@ class Spoken:
     """An utterance of a set.
 
     Fields:
-      group: what it is reported with.
+      group: the utterances that it is reported with.
       text: what is said, or None where that is not known.
     """
 
@@ -135,6 +136,6 @@ def people(directory: Path = PEOPLE) -> Iterator[Spoken]:
             text, name = re.fullmatch(r"<s>\s*(.*?)\s*</s> \((.*)\)", line).groups()  # type: ignore[union-attr]
             samples = np.asarray(sf.read(index.with_name(f"{name}.wav"), dtype="int16")[0], np.int16)
             yield Spoken(f"people ({folder})", samples, text)
-    for name, said in _COMMANDS.items():
+    for name, command in _COMMANDS.items():
         if (directory / f"{name}.raw").exists():
-            yield Spoken("people (commands)", np.fromfile(directory / f"{name}.raw", "<i2"), said)
+            yield Spoken("people (commands)", np.fromfile(directory / f"{name}.raw", "<i2"), command)

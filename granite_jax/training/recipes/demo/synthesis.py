@@ -65,8 +65,8 @@ class Recipe:
     """How one utterance is spoken. Seconds, words a minute, decibels; `snr_db` is None for clean speech.
 
     Fields:
-      warp: the factor by which the speaker's voice is played faster, and so sounds smaller; the pace is kept.
-      seconds: of an utterance that says nothing.
+      warp: factor by which the voice is played faster, so that the speaker sounds smaller; the pace is kept.
+      seconds: length of an utterance that says nothing.
     """
 
     sentences: tuple[Sentence, ...]
@@ -137,20 +137,21 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> Samples:
     """Speaks `text`; float32 `[n]` at 16 kHz in [-1, 1]. Raises RuntimeError with the synthesizer's own message.
 
     Args:
-      voice: one of espeak-ng's, or "flite:" and one of flite's, whose pitch is its own.
+      voice: one of espeak-ng's, or "flite:" and one of flite's, which ignore `pitch`.
     """
     if voice.startswith("flite:"):
         stretch = f"duration_stretch={_FLITE_SPEED / speed:.3f}"
         command = ["flite", "-voice", voice.removeprefix("flite:"), "--setf", stretch, "-t", text, "-o", "/dev/stdout"]
     else:
         command = ["espeak-ng", "-z", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", text]
-    done = subprocess.run(command, capture_output=True)
-    if done.returncode or not done.stdout:
-        raise RuntimeError(f"{command[0]} failed on {text!r} ({voice}): {done.stderr.decode(errors='replace').strip()}")
+    process = subprocess.run(command, capture_output=True)
+    if process.returncode or not process.stdout:
+        message = process.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{command[0]} failed on {text!r} ({voice}): {message}")
     # A piped WAV header cannot know its length, so only its sample rate is used.
-    rate = int.from_bytes(done.stdout[24:28], "little")
-    start = done.stdout.index(b"data") + 8
-    raw = np.frombuffer(done.stdout[start : start + (len(done.stdout) - start) // 2 * 2], "<i2")
+    rate = int.from_bytes(process.stdout[24:28], "little")
+    start = process.stdout.index(b"data") + 8
+    raw = np.frombuffer(process.stdout[start : start + (len(process.stdout) - start) // 2 * 2], "<i2")
     wave = (raw / 32768).astype(np.float32)
     return soxr.resample(_trim(wave), rate, RATE).astype(np.float32)
 
@@ -163,15 +164,15 @@ def _trim(samples: Samples) -> Samples:
 
 def _voiced(text: str, recipe: Recipe) -> Samples:
     """`text` by the recipe's speaker, warped: 1.1 raises pitch and formants by a tenth, at the same pace."""
-    spoken = speak(text, recipe.voice, round(recipe.speed / recipe.warp), recipe.pitch)
-    return spoken if recipe.warp == 1.0 else soxr.resample(spoken, RATE * recipe.warp, RATE).astype(np.float32)
+    speech = speak(text, recipe.voice, round(recipe.speed / recipe.warp), recipe.pitch)
+    return speech if recipe.warp == 1.0 else soxr.resample(speech, RATE * recipe.warp, RATE).astype(np.float32)
 
 
 # --- rendering -----------------------------------------------------------------------------------------------
 
 
 def babble_clips(seed: int, split: Split) -> list[Samples]:
-    """The voices that babble noise is made of, the same for every utterance of a seed."""
+    """The speech that babble noise is mixed from, the same for every utterance of a seed."""
     clips = []
     for i in range(_BABBLE_CLIPS):
         rng = np.random.default_rng([seed, _BABBLE_STREAM, i])
@@ -194,16 +195,16 @@ def _sound(kind: str, rng: np.random.Generator, size: int, clips: list[Samples])
 
 
 def _peak(audio: Samples, scale: float = 0.0) -> Samples:
-    """`audio` with its peak at full scale, or where it is if that is lower than `scale`."""
+    """`audio` with its peak scaled to full scale; a peak below `scale` is scaled as `scale` would be."""
     return audio * np.float32(_FULL_SCALE / max(float(np.abs(audio).max()), scale, 1e-6))
 
 
 def render(recipe: Recipe, rng: np.random.Generator, clips: list[Samples]) -> tuple[Recipe, NDArray[np.int16]]:
-    """Speaks a recipe: int16 `[n]` at 16 kHz, at most 28 s. Returns the recipe with the sentences that fitted."""
+    """Speaks a recipe: int16 `[n]` at 16 kHz, at most 28 s. Returns the recipe with the sentences that fit."""
     if recipe.seconds:
-        audio, used = _peak(_sound(str(recipe.noise), rng, int(recipe.seconds * RATE), clips)), len(recipe.sentences)
+        audio, count = _peak(_sound(str(recipe.noise), rng, int(recipe.seconds * RATE), clips)), len(recipe.sentences)
     else:
-        audio, used = _speech(recipe)
+        audio, count = _speech(recipe)
         audio = _peak(audio)
         if recipe.noise is not None and recipe.snr_db is not None:
             audio = noise.mix_at_snr(audio, _sound(recipe.noise, rng, audio.size, clips), recipe.snr_db)
@@ -211,21 +212,21 @@ def render(recipe: Recipe, rng: np.random.Generator, clips: list[Samples]) -> tu
             audio = noise.telephone(audio)
         audio = _peak(audio, _FULL_SCALE)  # never clip
     audio = audio * np.float32(10 ** (recipe.gain_db / 20))
-    fitted = replace(recipe, sentences=recipe.sentences[:used])
+    fitted = replace(recipe, sentences=recipe.sentences[:count])
     return fitted, np.rint(audio * 32767).astype(np.int16)
 
 
 def _speech(recipe: Recipe) -> tuple[Samples, int]:
-    """The sentences with their pauses, and how many fit 28 s."""
-    pieces, used, total = [_silence(recipe.lead)], 0, recipe.lead + recipe.trail
+    """The sentences with their pauses, and how many of them fit in 28 s."""
+    pieces, count, total = [_silence(recipe.lead)], 0, recipe.lead + recipe.trail
     for sentence, pause in zip(recipe.sentences, recipe.pauses, strict=True):
-        spoken = _voiced(sentence.text, recipe) if sentence.text else _silence(pause)
-        total += spoken.size / RATE + (pause if used else 0)
-        if used and total > MAX_SECONDS:
+        speech = _voiced(sentence.text, recipe) if sentence.text else _silence(pause)
+        total += speech.size / RATE + (pause if count else 0)
+        if count and total > MAX_SECONDS:
             break
-        pieces += [_silence(pause), spoken] if used else [spoken]
-        used += 1
-    return np.concatenate([*pieces, _silence(recipe.trail)]), used
+        pieces += [_silence(pause), speech] if count else [speech]
+        count += 1
+    return np.concatenate([*pieces, _silence(recipe.trail)]), count
 
 
 def utterance(seed: int, index: int, split: Split, draw: Draw, clips: list[Samples], **fixed: Any) -> Utterance:
@@ -240,7 +241,7 @@ def utterance(seed: int, index: int, split: Split, draw: Draw, clips: list[Sampl
 
 
 def joining(source: Callable[[np.random.Generator], Sentence]) -> Draw:
-    """Draws one sentence of `source`, or now and then two to eight."""
+    """Draws one sentence of `source`, or occasionally two to eight."""
 
     def draw(rng: np.random.Generator, index: int) -> list[Sentence]:
         parts = int(rng.integers(2, 9)) if rng.random() < LONG_SHARE else 1
@@ -294,8 +295,8 @@ def generate(
     if split not in SPEEDS:
         raise typer.BadParameter(f"split is train or heldout, not {split!r}")
     versions = _require_synthesizers()
-    spoken = stream(seed, range(count), split, joining(TextSource.open(split).draw))
-    write_corpus(iter(track(spoken, "synthesizing", total=count)), out)
+    utterances = stream(seed, range(count), split, joining(TextSource.open(split).draw))
+    write_corpus(iter(track(utterances, "synthesizing", total=count)), out)
     recipe = {**versions, "split": split, "seed": seed, "count": count, "voices": VOICES, "speeds": SPEEDS[split]}
     (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """What the training utterances say: text that a language model cannot guess, so that it learns to listen.
 
 Most of it comes from Debian's `fortunes` and from the 25,000 most frequent English words (`wordfreq`), both checked
-against the list of Debian's `wamerican`: sentences as they are, their words shuffled, words drawn at random, and pieces
+against the list of Debian's `wamerican`: unchanged sentences, their words shuffled, words drawn at random, and pieces
 of sentences around spelled letters, numbers and dates. A fifth is `grammar`. Five in a hundred say nothing.
 
 Fortunes are divided into a training and a held-out part as the grammar's sentences are, by a hash of their text.
@@ -58,12 +58,12 @@ _UNITS = words(
 
 @dataclass(frozen=True)
 class TextSource:
-    """Sentences and words of the Debian packages, and how an utterance is made of them.
+    """Sentences and words of the Debian packages, and how utterances are drawn from them.
 
     Fields:
       sentences: real sentences of a split, as raw transcripts.
-      words: those that random ones are drawn from.
-      probabilities: of the words, in proportion to a power of their frequency.
+      words: those that random words are drawn from.
+      probabilities: those of the words, proportional to a power of their frequency.
     """
 
     split: Split
@@ -77,18 +77,22 @@ class TextSource:
         for path, package in ((FORTUNES, "fortunes"), (WORD_LIST, "wamerican")):
             if not path.exists():
                 raise FileNotFoundError(f"{path}: install Debian's {package!r} to make the training texts")
-        import wordfreq  # here, because only the recipe needs it
+        import wordfreq  # imported here because only the recipe needs it
 
-        known = {word.lower() for word in WORD_LIST.read_text(encoding="utf-8").split()}
+        dictionary = {word.lower() for word in WORD_LIST.read_text(encoding="utf-8").split()}
         files = sorted(path for path in FORTUNES.iterdir() if path.is_file() and not path.suffix)
-        every = sorted({text for path in files for text in _sentences(path.read_text(encoding="utf-8"), known)})
-        sentences = tuple(text for text in every if text_split(text) == split)
-        ranked = [word for word in wordfreq.top_n_list("en", FREQUENT_WORDS) if word in known and _WORD.fullmatch(word)]
+        all_sentences = sorted(
+            {text for path in files for text in _sentences(path.read_text(encoding="utf-8"), dictionary)}
+        )
+        sentences = tuple(text for text in all_sentences if text_split(text) == split)
+        ranked = [
+            word for word in wordfreq.top_n_list("en", FREQUENT_WORDS) if word in dictionary and _WORD.fullmatch(word)
+        ]
         weights = np.array([wordfreq.word_frequency(word, "en") for word in ranked]) ** FLATTENED
         return cls(split, sentences, tuple(ranked), weights / weights.sum())
 
     def draw(self, rng: np.random.Generator, kind: str | None = None) -> Sentence:
-        """Draws a sentence of a kind, default of a random one with the probabilities `SHARES`."""
+        """Draws a sentence of a kind, by default of a random one with the probabilities `SHARES`."""
         kind = kind or str(rng.choice(list(SHARES), p=list(SHARES.values())))
         if kind == "grammar":
             return compose(rng, self.split)
@@ -100,31 +104,31 @@ class TextSource:
             "numbers": lambda rng: self._around(rng, _number),
             "silence": lambda _: "",
         }
-        said, names = makers[kind](rng).split(), ()
+        drawn_words, names = makers[kind](rng).split(), ()
         if kind in ("sentence", "words", "shuffled") and rng.random() < NAMED_SHARE:
             names = (invent_name(rng, self.split),)
-            said[int(rng.integers(len(said)))] = names[0]
-        return Sentence(" ".join(said), names, kind)
+            drawn_words[int(rng.integers(len(drawn_words)))] = names[0]
+        return Sentence(" ".join(drawn_words), names, kind)
 
     def _sentence(self, rng: np.random.Generator) -> str:
         return self.sentences[int(rng.integers(len(self.sentences)))]
 
     def _words(self, rng: np.random.Generator) -> str:
         """Four to twelve random words."""
-        drawn = rng.choice(len(self.words), size=int(rng.integers(4, 13)), p=self.probabilities)
-        return " ".join(self.words[i] for i in drawn)
+        indices = rng.choice(len(self.words), size=int(rng.integers(4, 13)), p=self.probabilities)
+        return " ".join(self.words[i] for i in indices)
 
     def _shuffled(self, rng: np.random.Generator) -> str:
-        """The words of a sentence in random order; every third is of the grammar."""
+        """The words of a sentence in random order; a third of them are the grammar's."""
         text = compose(rng, self.split).text if rng.random() < 0.33 else self._sentence(rng)
         return " ".join(rng.permutation(text.split()))
 
     def _piece(self, rng: np.random.Generator) -> str:
-        """Up to five words in a row of a sentence, or random ones."""
-        whole = (self._sentence(rng) if rng.random() < 0.7 else self._words(rng)).split()
+        """Up to five consecutive words of a sentence, or of random words."""
+        source_words = (self._sentence(rng) if rng.random() < 0.7 else self._words(rng)).split()
         size = int(rng.integers(1, 6))
-        start = int(rng.integers(max(1, len(whole) - size + 1)))
-        return " ".join(whole[start : start + size])
+        start = int(rng.integers(max(1, len(source_words) - size + 1)))
+        return " ".join(source_words[start : start + size])
 
     def _around(self, rng: np.random.Generator, make: Callable[[np.random.Generator], str]) -> str:
         """One or two of what `make` draws, among pieces of sentences."""
@@ -136,18 +140,20 @@ class TextSource:
         return " ".join(parts if rng.random() < 0.8 else parts[::-1])
 
 
-def _sentences(fortunes: str, known: set[str]) -> list[str]:
-    """The sentences of a fortune file that can be raw transcripts: known words alone, without digits or acronyms."""
-    found = []
+def _sentences(fortunes: str, dictionary: set[str]) -> list[str]:
+    """The sentences of a fortune file that can be raw transcripts: only known words, no digits or acronyms."""
+    sentences = []
     for fortune in re.split(r"^%$", fortunes, flags=re.MULTILINE):
         quoted = re.sub(r"\n\s*--.*", "", fortune, flags=re.DOTALL)  # without the attribution
         for sentence in re.split(r"(?<=[.!?])[\"')\]]*\s+", " ".join(quoted.split())):
             if re.search(r"[^A-Za-z ,.!?;:'\"()-]|\b[A-Z]{2,}\b", sentence):
                 continue
-            said = [word.strip("'") for word in re.sub(r"[^a-z']", " ", sentence.lower()).split()]
-            if MIN_WORDS <= len(said) <= MAX_WORDS and all(w in known and (len(w) > 1 or w in "ai") for w in said):
-                found.append(" ".join(said))
-    return found
+            sentence_words = [word.strip("'") for word in re.sub(r"[^a-z']", " ", sentence.lower()).split()]
+            if MIN_WORDS <= len(sentence_words) <= MAX_WORDS and all(
+                word in dictionary and (len(word) > 1 or word in "ai") for word in sentence_words
+            ):
+                sentences.append(" ".join(sentence_words))
+    return sentences
 
 
 def _letters(rng: np.random.Generator) -> str:
