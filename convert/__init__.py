@@ -1,6 +1,6 @@
 """Conversion between Hugging Face checkpoints and this program's own: `convert(source, destination)`.
 
-`mapping` is the table of tensors, `reader` and `writer` the two sides of it, `adapter` the same for LoRA.
+`mapping` matches tensors with leaves, `reader` and `writer` are its two directions, `adapter` does the same for LoRA.
 """
 
 from typing import TYPE_CHECKING, Any

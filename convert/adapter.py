@@ -29,23 +29,23 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MAX_RANK, _MAX_LAYERS = 1 << 16, 1 << 12
 
-# Of training, or of where the adapter came from, and nothing that is computed. Paths in them are not followed.
+# Keys about training or the adapter's origin, which do not change the computation. Paths in them are not followed.
 _IRRELEVANT = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode"),
     *("loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size"),
     *("revision", "runtime_config", "task_type"),
 }
-# Initialisations that leave the base weights as they are; PiSSA, OLoRA and the like do not.
+# Initializations that do not change the base weights; PiSSA, OLoRA and the like do.
 _INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What of a peft `LoraConfig` decides what is computed.
+    """The fields of a peft `LoraConfig` that affect the computation.
 
     Fields:
-      rank, alpha: of modules for which the patterns (regular expression -> value, first match) have no other.
-      target_modules, exclude_modules: names that modules end in, or one regular expression for the whole name.
+      rank, alpha: defaults for modules that no pattern matches (regular expression -> value, the first match counts).
+      target_modules, exclude_modules: suffixes of module names, or one regular expression for the whole name.
       layers: numbers of the layers that are adapted; None for all.
     """
 
@@ -61,28 +61,28 @@ class AdapterConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "AdapterConfig":
         """Reads the dictionary of an `adapter_config.json`. Raises CheckpointError naming what is not supported."""
-        rest = {key: value for key, value in raw.items() if key not in _IRRELEVANT}
-        if (peft_type := rest.pop("peft_type", None)) != "LORA":
+        remaining = {key: value for key, value in raw.items() if key not in _IRRELEVANT}
+        if (peft_type := remaining.pop("peft_type", None)) != "LORA":
             raise CheckpointError(f"peft_type {peft_type!a:.40} is not supported, only 'LORA'")
-        if (init := rest.pop("init_lora_weights", True)) not in _INITS:
+        if (init := remaining.pop("init_lora_weights", True)) not in _INITS:
             raise CheckpointError(f"init_lora_weights {init!a:.40} is not supported: it changes the base weights, too")
-        if (bias := rest.pop("bias", "none")) != "none":
+        if (bias := remaining.pop("bias", "none")) != "none":
             raise CheckpointError(f"bias {bias!a:.40} is not supported, only 'none'")
-        rank = _positive("r", rest.pop("r", 8), whole=True)
-        alpha = _positive("lora_alpha", rest.pop("lora_alpha", 8))
-        rank_pattern = _pattern("rank_pattern", rest.pop("rank_pattern", None), whole=True)
-        alpha_pattern = _pattern("alpha_pattern", rest.pop("alpha_pattern", None))
-        use_rslora = rest.pop("use_rslora", False)
+        rank = _positive("r", remaining.pop("r", 8), integer=True)
+        alpha = _positive("lora_alpha", remaining.pop("lora_alpha", 8))
+        rank_pattern = _pattern("rank_pattern", remaining.pop("rank_pattern", None), integer=True)
+        alpha_pattern = _pattern("alpha_pattern", remaining.pop("alpha_pattern", None))
+        use_rslora = remaining.pop("use_rslora", False)
         if not isinstance(use_rslora, bool):
             raise CheckpointError(f"use_rslora is {use_rslora!a:.40}, neither true nor false")
-        targets = _modules("target_modules", rest.pop("target_modules", None))
+        targets = _modules("target_modules", remaining.pop("target_modules", None))
         if not targets:
             raise CheckpointError("target_modules is empty")
-        excluded = _modules("exclude_modules", rest.pop("exclude_modules", None))
-        layers = _layers(rest.pop("layers_to_transform", None))
-        # Whatever else is set changes the computation in a way unknown here: refused by name.
+        excluded = _modules("exclude_modules", remaining.pop("exclude_modules", None))
+        layers = _layers(remaining.pop("layers_to_transform", None))
+        # Any other key that is set changes the computation in an unknown way, and is refused by name.
         raise_named(
-            "not supported:", [f"{key!a:.40}" for key, value in rest.items() if value not in (None, False, [], {})]
+            "not supported:", [f"{key!a:.40}" for key, value in remaining.items() if value not in (None, False, [], {})]
         )
         return cls(int(rank), alpha, rank_pattern, alpha_pattern, use_rslora, targets, excluded, layers)
 
@@ -91,7 +91,7 @@ class AdapterConfig:
         return int(_first_match(self.rank_pattern, module, self.rank)) if self._targets(module) else 0
 
     def scale_of(self, module: str) -> float:
-        """What the product of the two factors is multiplied by."""
+        """The scale of the product of the two factors."""
         rank, alpha = self.rank_of(module), _first_match(self.alpha_pattern, module, self.alpha)
         return 0.0 if not rank else alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -109,9 +109,9 @@ class Factor:
     """One leaf of the subtree: `a` or `b` of the adapters of equal modules.
 
     Fields:
-      path, shape: in the parameter tree.
-      names: of its tensors in the adapter's file; of layers without an adapter there are none.
-      layers, ranks: of each tensor.
+      path, shape: the leaf's path and shape in the parameter tree.
+      names: names of its tensors in the adapter's file; layers without an adapter have none.
+      layers, ranks: layer and rank of each tensor.
       is_a: which of the two factors it is.
     """
 
@@ -124,21 +124,21 @@ class Factor:
 
     @property
     def tensor_shapes(self) -> list[Shape]:
-        """Of each tensor in the adapter's file: `[r, in]` or `[out, r]`."""
+        """The shape of each tensor in the adapter's file: `[r, in]` or `[out, r]`."""
         width = self.shape[-2] if self.is_a else self.shape[-1]
         return [(rank, width) if self.is_a else (width, rank) for rank in self.ranks]
 
     def fill(self, leaf: np.ndarray, number: int, tensor: np.ndarray) -> None:
-        """Puts the tensor of this number into its place in the leaf."""
-        mapping.copy(self._place(leaf, number), tensor.T)
+        """Copies the tensor with this number into its part of the leaf."""
+        mapping.copy(self._part(leaf, number), tensor.T)
 
     def tensor(self, number: int, leaf: np.ndarray) -> np.ndarray:
-        """The tensor of this number: the inverse of `fill`."""
-        return self._place(leaf, number).T
+        """The tensor with this number: the inverse of `fill`."""
+        return self._part(leaf, number).T
 
-    def _place(self, leaf: np.ndarray, number: int) -> np.ndarray:
-        place, rank = leaf[self.layers[number]] if leaf.ndim == 3 else leaf, self.ranks[number]
-        return place[:, :rank] if self.is_a else place[:rank]
+    def _part(self, leaf: np.ndarray, number: int) -> np.ndarray:
+        matrix, rank = leaf[self.layers[number]] if leaf.ndim == 3 else leaf, self.ranks[number]
+        return matrix[:, :rank] if self.is_a else matrix[:rank]
 
 
 def read_config(directory: Path) -> AdapterConfig | None:
@@ -157,10 +157,10 @@ def read_config(directory: Path) -> AdapterConfig | None:
 
 def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
     """The leaves of the subtree that `lora` asks for. Raises CheckpointError naming modules it cannot be applied to."""
-    found = [factor for rule, shape in _rules(config) for factor in _factors(rule, lora, shape)]
-    if not found:
+    leaves = [factor for rule, shape in _rules(config) for factor in _factors(rule, lora, shape)]
+    if not leaves:
         raise CheckpointError("target_modules matches no module of the model")
-    return found
+    return leaves
 
 
 def read(directory: Path, config: Config) -> Adapter | None:
@@ -183,18 +183,18 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     """As `factors`, with the file's own spelling of names.
 
     Raises:
-      CheckpointError: naming tensors of modules that `lora` does not target, and modules it does without tensors.
+      CheckpointError: naming tensors of modules that `lora` does not target, or missing tensors of those it does.
     """
     spelled = {_released(name): name for name in names}
-    wanted = factors(lora, config)
-    expected = {name for factor in wanted for name in factor.names}
+    targets = factors(lora, config)
+    expected = {name for factor in targets for name in factor.names}
     raise_named("not a module that adapter_config.json targets:", [n for r, n in spelled.items() if r not in expected])
     raise_named("missing:", sorted(expected - set(spelled)))
-    return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in wanted]
+    return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in targets]
 
 
 def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[mapping.HFTensor]:
-    """For every tensor: its name, shape, the path of its leaf, and how to get it from the leaf."""
+    """For every tensor: its name, its shape, the path of its leaf, and the function that extracts it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
             spelled = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
@@ -214,24 +214,24 @@ def _factors(rule: Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
     rank = max(ranks)
     if rank > min(width_in, width_out):
         raise CheckpointError(f"rank {rank} exceeds the size of {modules[ranks.index(rank)]}, {width_in} x {width_out}")
-    adapted = tuple(layer for layer, found in enumerate(ranks) if found)
-    own = tuple(ranks[layer] for layer in adapted)
+    adapted = tuple(layer for layer, layer_rank in enumerate(ranks) if layer_rank)
+    adapted_ranks = tuple(ranks[layer] for layer in adapted)
     a, b = factor_paths(rule.path)
     names = [tuple(f"{_PREFIX}{modules[layer]}.lora_{side}.weight" for layer in adapted) for side in "AB"]
     return [
-        Factor(a, (*layers, width_in, rank), names[0], adapted, own, True),
-        Factor(b, (*layers, rank, width_out), names[1], adapted, own, False),
+        Factor(a, (*layers, width_in, rank), names[0], adapted, adapted_ranks, True),
+        Factor(b, (*layers, rank, width_out), names[1], adapted, adapted_ranks, False),
     ]
 
 
 def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
-    found = {}
+    scales_by_path = {}
     for rule, shape in _rules(config):
         if rule.transform is LINEAR:
-            each = [lora.scale_of(module) for module in _module_names(rule, shape)]
-            if any(each):
-                found[rule.path] = np.array(each if rule.stacked else each[0], np.float32)
-    return found
+            scales = [lora.scale_of(module) for module in _module_names(rule, shape)]
+            if any(scales):
+                scales_by_path[rule.path] = np.array(scales if rule.stacked else scales[0], np.float32)
+    return scales_by_path
 
 
 def _rules(config: Config) -> list[tuple[Rule, Shape]]:
@@ -242,7 +242,7 @@ def _rules(config: Config) -> list[tuple[Rule, Shape]]:
 
 def _module_names(rule: Rule, shape: Shape) -> list[str]:
     module = rule.hf.removesuffix(".weight")
-    if rule.stacked and shape[0] > _MAX_LAYERS:  # before a name is made for each
+    if rule.stacked and shape[0] > _MAX_LAYERS:  # checked before a name is made for each
         raise CheckpointError(f"{shape[0]} layers are too many for an adapter")
     return [module.format(layer=layer) for layer in range(shape[0])] if rule.stacked else [module]
 
@@ -262,17 +262,17 @@ def _first_match(pattern: tuple[tuple[str, Any], ...], module: str, default: Any
     return next((value for key, value in pattern if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
-def _positive(key: str, value: Any, whole: bool = False) -> float:
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _MAX_RANK:
+def _positive(key: str, value: Any, integer: bool = False) -> float:
+    types = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, types) or not 0 < value < _MAX_RANK:
         raise CheckpointError(f"{key} is {value!a:.40}, not a positive number below {_MAX_RANK}")
     return value
 
 
-def _pattern(key: str, raw: Any, whole: bool = False) -> tuple[tuple[str, Any], ...]:
+def _pattern(key: str, raw: Any, integer: bool = False) -> tuple[tuple[str, Any], ...]:
     if not isinstance(raw or {}, dict):
         raise CheckpointError(f"{key} is no object")
-    return tuple((_expression(key, name), _positive(key, value, whole)) for name, value in (raw or {}).items())
+    return tuple((_expression(key, name), _positive(key, value, integer)) for name, value in (raw or {}).items())
 
 
 def _modules(key: str, raw: Any) -> tuple[str, ...] | str:
@@ -295,9 +295,9 @@ def _layers(raw: Any) -> tuple[int, ...] | None:
 
 
 def _expression(key: str, pattern: str) -> str:
-    """`pattern` itself, if it compiles and cannot take for ever to match, as `(a+)+` and long rows of `.*` can."""
+    """Returns `pattern` if it compiles and cannot take forever to match, as `(a+)+` and long rows of `.*` can."""
     repeats, groups = len(re.findall(r"[*+?{]", pattern)), pattern.count("(")
-    # A back-reference can repeat without a sign of it.
+    # A back-reference can repeat without a repetition sign.
     if (
         not pattern.isprintable()
         or len(pattern) > 512
@@ -307,7 +307,9 @@ def _expression(key: str, pattern: str) -> str:
     ):
         raise CheckpointError(f"{key}: the regular expression {pattern!a:.80} is too complex")
     try:
-        with warnings.catch_warnings(action="error"):  # of what later versions of Python will read differently
+        with warnings.catch_warnings(
+            action="error"
+        ):  # about syntax that later versions of Python will read differently
             re.compile(pattern)
     except (re.error, RecursionError, OverflowError, Warning) as error:
         raise CheckpointError(f"{key}: {pattern!a:.80} is no regular expression ({error})") from None

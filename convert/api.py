@@ -27,10 +27,10 @@ class Report:
     """What a conversion wrote.
 
     Fields:
-      kind: of the destination: "orbax" (this program's own) or "hf".
-      tensors: tensors of the Hugging Face side that carry information.
-      parameters: their elements by part: encoder, projector, decoder, and lora if there is an adapter.
-      dtype: of the weights written; several are joined by "+".
+      kind: kind of the destination: "orbax" (this program's own) or "hf".
+      tensors: number of tensors on the Hugging Face side that carry information.
+      parameters: number of their elements by part: encoder, projector, decoder, and lora if there is an adapter.
+      dtype: dtype of the written weights; several are joined by "+".
       bytes: size of the destination's files.
       seconds: wall time.
     """
@@ -53,19 +53,19 @@ def convert(
     verify: bool = False,
     progress: reader.Progress | None = None,
 ) -> Report:
-    """Converts a Hugging Face checkpoint to one of this program, or back, by what `source` is.
+    """Converts a Hugging Face checkpoint to one of this program, or back, depending on the kind of `source`.
 
     The destination appears only once it is complete. Without `dtype`, converting there and back is bit-exact. Weights
-    are read and written leaf by leaf. Hashes of the source are checked where it has any.
+    are read and written leaf by leaf. Hashes of the source are checked if it has any.
 
     Args:
       source: a directory of either kind, a hub id, or "demo".
       destination: a directory that does not exist or is empty.
       dtype: "float32" or "bfloat16"; default that of the source.
       names: spelling of tensor names in a Hugging Face destination: "released", or "new" as newer transformers save.
-      revision: of a hub id.
-      verify: read everything back before the destination appears, and compare it with what was read from the source.
-      progress: called with (tensors done, tensors in all).
+      revision: branch, tag or commit of a hub id.
+      verify: read everything back before the destination appears, and compare it with the source.
+      progress: called with (tensors done, total).
 
     Raises:
       CheckpointError: naming the file, directory or tensors at fault.
@@ -78,7 +78,7 @@ def convert(
     opened = open_directory(directory)
     to_orbax = opened.kind == "hf"
     if to_orbax:
-        hub.verify(opened.directory)  # this program's own have hashes of their own
+        hub.verify(opened.directory)  # checkpoints of this program contain their hashes
     with new_directory(destination) as partial:
         if to_orbax:
             adapter = opened.adapter  # raises if one is announced, but missing
@@ -98,10 +98,10 @@ def convert(
 
 
 def _compare(source: Checkpoint, written: Checkpoint, dtype: np.dtype | None) -> None:
-    """Raises CheckpointError naming leaves of `written` that differ from those of `source`, both read once more."""
+    """Raises CheckpointError naming leaves of `written` that differ from those of `source`; both are read again."""
     by_path = {path: record(leaf.astype(dtype or leaf.dtype, copy=False)) for path, leaf in source.leaves()}
     differ = [path for path, leaf in written.leaves() if record(leaf) != by_path[path]]
-    raise_named("written, but not read back as it was:", differ)
+    raise_named("read back differently than written:", differ)
 
 
 def _report(

@@ -17,7 +17,7 @@ from granite_jax.variants import read_config
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """A directory as Hugging Face has it; there are no hashes to verify."""
+    """A Hugging Face directory; it has no hashes to verify."""
 
     kind = "hf"
 
@@ -46,8 +46,8 @@ def open_directory(directory: Path) -> Checkpoint:
     is_orbax = (directory / orbax.PARAMS).is_dir()
     is_hf = any((directory / name).is_file() for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
     if is_orbax == is_hf:
-        found = "both params/ and" if is_orbax else "neither params/ nor"
-        raise CheckpointError(f"{directory}: holds {found} {WEIGHTS}")
+        contents = "both params/ and" if is_orbax else "neither params/ nor"
+        raise CheckpointError(f"{directory}: holds {contents} {WEIGHTS}")
     raw = read_json(path)
     try:
         config = read_config(raw)

@@ -38,7 +38,7 @@ def released_name(name: str) -> str:
 
 
 def new_name(name: str) -> str:
-    """The spelling of newer transformers of a name as released."""
+    """The newer transformers' spelling of a released name."""
     for released, new in _SPELLINGS:
         if name.startswith(released):
             return new + name[len(released) :]
@@ -60,22 +60,22 @@ class Leaf:
 
 
 def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape]) -> tuple[list[Leaf], str | None]:
-    """Finds the place of every tensor of a checkpoint.
+    """Finds the leaf of every tensor of a checkpoint.
 
     Args:
       names: tensor names, in either spelling.
-      table: of the model's variant.
+      table: the table of the model's variant.
       shapes: dotted path -> shape of every leaf the config asks for.
 
     Returns:
       A `Leaf` for every path, and the name of an `lm_head` that repeats a tied embedding, or None.
 
     Raises:
-      CheckpointError: naming tensors without a place, in both spellings at once, or missing.
+      CheckpointError: naming tensors that have no leaf, appear in both spellings, or are missing.
     """
     rules = {rule.hf: rule for rule in table.rules}
     head = table.tied and table.tied[0]
-    found: dict[tuple[str, int], str] = {}
+    matched: dict[tuple[str, int], str] = {}
     unmatched, duplicate, tied_head = [], [], None
     for name in names:
         released = released_name(name)
@@ -88,29 +88,30 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
             tied_head = name
         elif rule is None or (rule.stacked and layer >= shapes[rule.path][0]):
             unmatched.append(name)
-        elif (rule.path, layer) in found:
-            duplicate += [found[rule.path, layer], name]
+        elif (rule.path, layer) in matched:
+            duplicate += [matched[rule.path, layer], name]
         else:
-            found[rule.path, layer] = name
-    wanted = [rule for rule in table.rules if rule.path in shapes]
+            matched[rule.path, layer] = name
+    rules_of_model = [rule for rule in table.rules if rule.path in shapes]
     missing = (
         rule.hf.format(layer=layer)
-        for rule in wanted
+        for rule in rules_of_model
         for layer in _layers(rule, shapes)
-        if (rule.path, layer) not in found
+        if (rule.path, layer) not in matched
     )
-    total = sum(len(_layers(rule, shapes)) for rule in wanted)
+    total = sum(len(_layers(rule, shapes)) for rule in rules_of_model)
     raise_named("no place in the model for", unmatched)
     raise_named("more than one tensor for the same place:", duplicate)
-    raise_named("missing:", missing, total - len(found))
+    raise_named("missing:", missing, total - len(matched))
     leaves = [
-        Leaf(rule, shapes[rule.path], tuple(found[rule.path, i] for i in _layers(rule, shapes))) for rule in wanted
+        Leaf(rule, shapes[rule.path], tuple(matched[rule.path, i] for i in _layers(rule, shapes)))
+        for rule in rules_of_model
     ]
     return leaves, tied_head
 
 
 def hf_tensors(table: TensorTable, shapes: Mapping[str, Shape]) -> Iterator[HFTensor]:
-    """For every tensor of leaves of these `shapes`: its released name, shape, leaf, and how to get it from the leaf."""
+    """For every tensor of the leaves in `shapes`: its released name, shape, leaf, and the function that extracts it."""
     for rule in table.rules:
         if rule.path in shapes:
             shape = rule.transform.hf_shape(shapes[rule.path][1:] if rule.stacked else shapes[rule.path])
@@ -134,7 +135,7 @@ def copy(into: np.ndarray, array: np.ndarray) -> None:
 def _template(name: str) -> tuple[str, int]:
     layer = _LAYER.search(name)
     if layer is None:
-        return name.replace("{", ""), 0  # a name that spells "{layer}" is no layer
+        return name.replace("{", ""), 0  # a literal "{layer}" in a name is not a layer
     return _LAYER.sub(r".\1.{layer}.", name, count=1), int(layer[2])
 
 

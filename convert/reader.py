@@ -1,4 +1,4 @@
-"""Reads the weights of a Hugging Face checkpoint directory, leaf by leaf, and with safetensors files without torch."""
+"""Reads the weights of a Hugging Face checkpoint directory, leaf by leaf; safetensors files need no torch."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ from granite_jax.variants.tensors import TensorTable
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-Progress = Callable[[int, int], None]  # (tensors done, tensors in all)
+Progress = Callable[[int, int], None]  # (tensors done, total)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One leaf of the tree to be: its dtype and how it is put together from tensors."""
+    """One leaf to read: its dtype, and the tensors that fill it."""
 
     path: str
     shape: Shape
@@ -39,12 +39,12 @@ class Plan:
 def open_plans(
     directory: Path, config: Config, dtype: Any = None, *, with_adapter: bool = True
 ) -> Iterator[list[Plan]]:
-    """Opens a checkpoint directory and finds the place of every tensor; nothing but headers is read.
+    """Opens a checkpoint directory and finds the leaf of every tensor; only headers are read.
 
     Args:
       config: its configuration; every tensor is checked against it.
-      dtype: of the leaves; default that of the tensors.
-      with_adapter: the LoRA adapter's leaves, too, if there is one.
+      dtype: dtype of the leaves; default that of the tensors.
+      with_adapter: include the LoRA adapter's leaves, if there is one.
 
     Raises:
       CheckpointError: naming the file or tensors that are damaged, unmatched, duplicate, missing or misshapen.
@@ -72,7 +72,7 @@ def read_leaves(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads leaf by leaf: dotted path and numpy array, equal layers stacked; an adapter's leaves (`lora.*`) come first.
 
-    Args and errors as of `open_plans`; `progress` is called after every tensor.
+    Args and errors as in `open_plans`; `progress` is called after every tensor.
     """
     with open_plans(directory, config, dtype, with_adapter=with_adapter) as plans:
         done, total = 0, sum(len(plan.tensors) for plan in plans)
@@ -108,10 +108,10 @@ def _open_indexed(directory: Path, path: Path, open_file: Callable[[Path], Mappi
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
         try:
-            found = files.require(directory, file)
+            file_path = files.require(directory, file)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        for name, tensor in open_file(found).items():
+        for name, tensor in open_file(file_path).items():
             if name in tensors:
                 raise CheckpointError(f"{directory}: {name} is in more than one file")
             tensors[name] = tensor
@@ -162,7 +162,7 @@ def check_shapes(tensors: tuple[Tensor, ...], expected: list[Shape]) -> None:
 
 
 def common_dtype(tensors: tuple[Tensor, ...], dtype: Any) -> np.dtype:
-    """The dtype of the leaf that `tensors` make up: `dtype`, or else theirs. Raises CheckpointError if they differ."""
+    """The dtype of the leaf that `tensors` fill: `dtype`, or else theirs. Raises CheckpointError if they differ."""
     first, *others = tensors
     stored = first.dtype
     odd = next((tensor for tensor in others if tensor.dtype != stored), None)

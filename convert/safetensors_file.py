@@ -32,7 +32,7 @@ _ITEM_BYTES = {
 
 
 class Tensor(Protocol):
-    """A tensor of an open file: what its header says is known, its bytes are read only by `read`."""
+    """A tensor of an open file: only `read` reads its bytes."""
 
     @property
     def name(self) -> str: ...
@@ -42,11 +42,11 @@ class Tensor(Protocol):
     def shape(self) -> Shape: ...
     @property
     def dtype(self) -> np.dtype:
-        """Raises CheckpointError if weights cannot be of the tensor's type."""
+        """Raises CheckpointError if weights cannot have the tensor's type."""
         ...
 
     def read(self) -> np.ndarray:
-        """The tensor. Raises CheckpointError naming it if the file does not give it."""
+        """Reads the tensor. Raises CheckpointError naming it if that fails."""
         ...
 
 
@@ -55,7 +55,7 @@ class StoredTensor:
     """A tensor of a safetensors file.
 
     Fields:
-      path, file: where it is; `file` is open as long as the `ExitStack` that it was opened with.
+      path, file: its file, which is open as long as the `ExitStack` that it was opened with.
       start, nbytes: where its bytes are in the file.
     """
 
@@ -75,21 +75,21 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         array = np.empty(self.shape, self.dtype)
-        rest = array.reshape(-1).view(np.uint8).data
+        remaining = array.reshape(-1).view(np.uint8).data
         try:
             self.file.seek(self.start)
-            while rest:
-                count = self.file.readinto(rest)  # type: ignore[attr-defined]  # Linux: 2 GiB at most
+            while remaining:
+                count = self.file.readinto(remaining)  # type: ignore[attr-defined]  # Linux: 2 GiB at most
                 if not count:
                     raise CheckpointError(f"{self.path}: cut short while {self.name} was read")
-                rest = rest[count:]
+                remaining = remaining[count:]
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot read {self.name} ({error.strerror})") from error
         return array
 
 
 def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor]:
-    """Opens a safetensors file for as long as `stack` is: its tensors by name.
+    """Opens a safetensors file for as long as `stack` is open, and returns its tensors by name.
 
     Raises:
       CheckpointError: naming the file and, where one is at fault, the tensor.
@@ -107,7 +107,7 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor
         raise CheckpointError(f"{path}: not a readable safetensors file (__metadata__ is no object)")
     try:
         entries = [(name, *check_entry(name, entry)) for name, entry in header.items()]
-        _check_places(entries, size - start)
+        _check_offsets(entries, size - start)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return {
@@ -117,8 +117,8 @@ def open_file(path: Path, stack: contextlib.ExitStack) -> dict[str, StoredTensor
 
 
 def make_header(tensors: Iterable[tuple[str, np.dtype, Shape]]) -> bytes:
-    """A file up to its data: what is to follow are the bytes of these tensors (name, dtype, shape), in this order."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    """A file up to its data: the bytes of these tensors (name, dtype, shape) must follow in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     names = {dtype: name for name, dtype in (*DTYPES.items(), ("I64", np.dtype("int64")))}
     offset = 0
     for name, dtype, shape in tensors:
@@ -131,7 +131,7 @@ def make_header(tensors: Iterable[tuple[str, np.dtype, Shape]]) -> bytes:
 
 
 def check_name(name: Any) -> str:
-    """`name` itself, if it is a tensor name fit to be shown. Raises CheckpointError."""
+    """Returns `name` if it is a printable tensor name, else raises CheckpointError."""
     if not isinstance(name, str) or not name.isascii() or not name.isprintable() or not 0 < len(name) <= 256:
         raise CheckpointError(f"{name!a:.100} is no tensor name")
     return name
@@ -156,7 +156,7 @@ def check_entry(name: str, entry: Any) -> tuple[str, Shape, int, int]:
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
-    """The header and where the data begin. Raises ValueError or RecursionError."""
+    """The header, and the position at which the data begin. Raises ValueError or RecursionError."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
@@ -177,7 +177,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _check_places(entries: list[tuple[str, str, Shape, int, int]], size: int) -> None:
+def _check_offsets(entries: list[tuple[str, str, Shape, int, int]], size: int) -> None:
     """Tensors must follow each other without gaps or overlaps and end where the file does."""
     expected = 0
     for name, _, _, begin, end in sorted(entries, key=lambda entry: entry[3:]):

@@ -1,6 +1,6 @@
-"""`pytorch_model.bin`, through torch where the user has one that loads weights without running code.
+"""Reads `pytorch_model.bin` with torch, if the installed version loads weights without running code.
 
-`torch.load(weights_only=True)` was found to run code before torch 2.6 (CVE-2025-32434).
+`torch.load(weights_only=True)` could be made to run code before torch 2.6 (CVE-2025-32434).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ OLDEST_TORCH = (2, 6)
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor:
-    """A tensor of a memory-mapped file of torch."""
+    """A tensor of a memory-mapped torch file."""
 
     name: str
     path: Path
@@ -42,8 +42,8 @@ class TorchTensor:
     def read(self) -> np.ndarray:
         import torch  # type: ignore[import-not-found]
 
-        dtype = self.dtype  # refuses what numpy could not hold
-        is_bfloat16 = dtype == ml_dtypes.bfloat16  # of which torch makes no numpy array
+        dtype = self.dtype  # raises if it is not supported
+        is_bfloat16 = dtype == ml_dtypes.bfloat16  # which torch does not convert to numpy
         return (self.tensor.view(torch.int16).numpy().view(dtype) if is_bfloat16 else self.tensor.numpy()).copy()
 
 
@@ -51,7 +51,7 @@ def open_file(path: Path) -> dict[str, TorchTensor]:
     """The tensors of a file of `torch.save`, by name.
 
     Raises:
-      CheckpointError: torch >= 2.6 is not installed, or the file is no dictionary of tensors that it holds in full.
+      CheckpointError: torch >= 2.6 is not installed, or the file is not a dictionary of tensors stored in full.
     """
     _check_torch(path)
     import torch  # type: ignore[import-not-found]
@@ -64,26 +64,26 @@ def open_file(path: Path) -> dict[str, TorchTensor]:
     if not isinstance(tensors, dict):
         raise CheckpointError(f"{path}: holds {type(tensors).__name__}, not a dictionary of tensors")
     size = path.stat().st_size
-    places = []
+    ranges = []
     try:
         for name, tensor in tensors.items():
             check_name(name)
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
                 raise CheckpointError(f"{name}: is not a dense tensor")
-            # A few bytes can pose as a tensor of any size through strides of zero or memory in common.
+            # A few bytes can pose as a tensor of any size through zero strides or shared memory.
             if not tensor.is_contiguous() or tensor.numel() * tensor.element_size() > size:
                 raise CheckpointError(f"{name}: is not stored in full")
             if not name.endswith("lm_head.weight"):  # which may repeat the embedding
-                places.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name))
-        raise_named("shares its memory with another tensor:", _overlapping(places))
+                ranges.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name))
+        raise_named("shares its memory with another tensor:", _overlapping(ranges))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return {name: TorchTensor(name, path, tensor.detach()) for name, tensor in tensors.items()}
 
 
-def _overlapping(places: list[tuple[int, int, str]]) -> list[str]:
-    """Names of those that begin before the one before them ends."""
-    ordered = sorted(place for place in places if place[0] < place[1])
+def _overlapping(ranges: list[tuple[int, int, str]]) -> list[str]:
+    """Names of the tensors (begin, end, name) that begin before the preceding one ends."""
+    ordered = sorted((begin, end, name) for begin, end, name in ranges if begin < end)
     return [after[2] for before, after in itertools.pairwise(ordered) if after[0] < before[1]]
 
 
@@ -94,8 +94,8 @@ def _check_torch(path: Path) -> None:
         raise CheckpointError(
             f"{path}: reading it takes torch >= 2.6, which is not installed; safetensors files need no torch"
         ) from None
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or (int(found[1]), int(found[2])) < OLDEST_TORCH:
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < OLDEST_TORCH:
         raise CheckpointError(
             f"{path}: torch {version} can be made to run code by such a file; it takes torch >= 2.6, or safetensors"
         )

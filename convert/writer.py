@@ -31,7 +31,7 @@ class _Entry:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    path: str | None  # of its leaf
+    path: str | None  # path of its leaf; None for a counter
     tensor_of: Callable[[Any], np.ndarray]  # leaf -> tensor
 
     @property
@@ -49,14 +49,14 @@ def export(
     max_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Writes weights and configuration into the existing directory `hf_dir`, and copies the tokenizer and its like.
+    """Writes weights and configuration into the existing directory `hf_dir`, and copies tokenizer and templates.
 
     Args:
-      checkpoint: what is exported; its leaves are read one by one.
+      checkpoint: the checkpoint to export; its leaves are read one by one.
       names: spelling of tensor names: as released, or of newer transformers (`model.encoder.*`, `lm_head.weight`).
-      dtype: of the written weights; default that of the checkpoint.
-      home: where `hf_dir` will be in the end; transformers finds the weights below an adapter by it.
-      max_bytes: beyond this the weights are split into several files with an index.
+      dtype: dtype of the written weights; default that of the checkpoint.
+      home: final path of `hf_dir`, by which transformers finds an adapter's base weights.
+      max_bytes: size above which the weights are split into several files with an index.
       progress: called after every tensor.
     """
     chosen = None if dtype is None else np.dtype(dtype)
@@ -71,7 +71,7 @@ def export(
         raw = {**read_json(hf_dir / adapter.CONFIG), "base_model_name_or_path": str(home or hf_dir)}
         (hf_dir / adapter.CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     entries = [entry for file in contents.values() for entry in file]
-    # Each leaf is read once, if its tensors follow each other, and forgotten before the next one.
+    # A leaf is read once if its tensors follow each other, and is released before the next one.
     order = [path for path, _ in itertools.groupby(entry.path for entry in entries) if path is not None]
     leaves = checkpoint.leaves(paths=order)
     progress = progress or (lambda done, total: None)
@@ -101,23 +101,23 @@ def _write_index(hf_dir: Path, files: Mapping[str, list["_Entry"]]) -> None:
 
 
 def count_tensors(checkpoint: Checkpoint) -> int:
-    """Tensors of the Hugging Face side that carry information, an adapter's included."""
+    """The number of tensors on the Hugging Face side that carry information, an adapter's included."""
     return sum(1 for _ in (*_tensors(checkpoint), *_adapter_tensors(checkpoint)))
 
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
-    """The tokenizer, templates and the like that a conversion takes along."""
-    found = (files.find(checkpoint.directory, name) for name in COMPANIONS)
-    return [path for path in found if path is not None]
+    """The files that a conversion copies: tokenizer, templates and the like."""
+    paths = (files.find(checkpoint.directory, name) for name in COMPANIONS)
+    return [path for path in paths if path is not None]
 
 
 def configuration(checkpoint: Checkpoint, dtype: Any) -> Mapping[str, Any] | Path:
-    """`config.json` as it is, but for the dtype it declares where the weights are cast to `dtype`."""
+    """`config.json`, with another declared dtype if the weights are cast to `dtype`."""
     return checkpoint.directory / CONFIG if dtype is None else _with_dtype(checkpoint.raw_config, np.dtype(dtype).name)
 
 
 def _write_processor_config(checkpoint: Checkpoint, hf_dir: Path) -> None:
-    """What `AutoProcessor` of transformers needs, where the checkpoint did not come with it."""
+    """Writes what `AutoProcessor` of transformers needs, unless the checkpoint came with it."""
     if (hf_dir / "preprocessor_config.json").exists() or (hf_dir / "processor_config.json").exists():
         return
     projector = checkpoint.config.projector

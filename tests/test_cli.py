@@ -82,7 +82,7 @@ def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: lis
     result = invoke("transcribe", *recordings, "--max-new-tokens", "4")
     assert result.exit_code == 0
     # And one on stderr, for the model's two parts do not agree
-    doubts = [f"granite-jax: {path}: low-agreement: the encoder by itself hears another text" for path in recordings]
+    doubts = [f"granite-jax: {path}: low-agreement: the encoder's own text differs much" for path in recordings]
     assert [text.partition(",")[0] for text in result.stderr.splitlines()] == doubts
     assert result.stdout == "".join(f"{path}: {line(text)}\n" for path, text in zip(recordings, texts, strict=True))
 

@@ -1,7 +1,6 @@
-"""Drafts, and where to go on in one after the decoder has departed from it.
+"""Drafts, and the rules that find where a draft goes on after the decoder has departed from it.
 
-Re-alignment is what keeps a draft useful after its first mistake. Nothing here can change the tokens: what is proposed
-in the wrong place is rejected.
+Re-alignment keeps a draft useful after its first mistake. It cannot change the tokens: wrong proposals are rejected.
 """
 
 import dataclasses
@@ -17,10 +16,10 @@ from granite_jax.array_types import Lengths, Tokens
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A text for every row that the decoder may agree with.
+    """For every row, a text that the decoder may agree with.
 
     Fields:
-      tokens: int32 `[b, n]`; past a row's length they mean nothing.
+      tokens: int32 `[b, n]`; ignored past a row's length.
       lengths: int32 `[b]`.
     """
 
@@ -33,16 +32,16 @@ class Draft:
         return jnp.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
 
     def window(self, cursor: Lengths, width: int) -> Tokens:
-        """The `width` tokens from `cursor` on; those past the end mean nothing."""
-        place = jnp.minimum(cursor[:, None] + jnp.arange(width)[None, :], self.tokens.shape[1] - 1)
-        return jnp.take_along_axis(self.tokens, place, axis=1)
+        """The `width` tokens from `cursor` on; those past the end are arbitrary."""
+        positions = jnp.minimum(cursor[:, None] + jnp.arange(width)[None, :], self.tokens.shape[1] - 1)
+        return jnp.take_along_axis(self.tokens, positions, axis=1)
 
 
 Realign = Callable[[Draft, Lengths, Lengths], Lengths]
 """(draft, expected position, token written) -> position to propose next; the draft's length for none.
 
-The decoder has written `token` where the draft holds position `expected`, which may or may not be the same token. The
-proposals of a place where the decoder has not arrived yet are rejected, which costs little: a pass is due anyway."""
+The decoder has written `token` at draft position `expected`, whose token may differ. Proposals from a position that the
+decoder has not reached yet are rejected, which costs little: a pass is due anyway."""
 
 
 def give_up(draft: Draft, expected: Lengths, token: Lengths) -> Lengths:
@@ -51,17 +50,17 @@ def give_up(draft: Draft, expected: Lengths, token: Lengths) -> Lengths:
 
 
 def nearest_token(draft: Draft, expected: Lengths, token: Lengths) -> Lengths:
-    """After the token's nearest occurrence, of two the later; if there is none, as if it had replaced a token.
+    """Goes on after the token's nearest occurrence, the later one of two; without any, after position `expected`.
 
     draft  "call | dak|f|iki | now"     the decoder wrote "iki" for " dak": goes on at " now";
-                                        had it written " dag", which is nowhere: at "f"
+                                        if it had written " dag", which does not occur: at "f"
     """
     positions = jnp.arange(draft.tokens.shape[1])[None, :]
     offset = positions - expected[:, None]
     matches = draft.inside & (draft.tokens == token[:, None])
     rank = jnp.where(matches, 2 * jnp.abs(offset) + (offset < 0).astype(jnp.int32), jnp.iinfo(jnp.int32).max)
-    place = jnp.argmin(rank, axis=1).astype(jnp.int32)
-    return jnp.where(matches.any(axis=1), place + 1, jnp.minimum(expected + 1, draft.lengths))
+    nearest = jnp.argmin(rank, axis=1).astype(jnp.int32)
+    return jnp.where(matches.any(axis=1), nearest + 1, jnp.minimum(expected + 1, draft.lengths))
 
 
 REALIGN: Mapping[str, Realign] = {"none": give_up, "nearest": nearest_token}

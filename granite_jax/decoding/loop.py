@@ -1,10 +1,10 @@
-"""Decoding, with or without drafts: what the prefill found in, tokens out, in `lax.while_loop`s.
+"""Decoding with or without drafts, in `lax.while_loop`s: from the prefill's output to tokens.
 
-The decoder is known only through `step`: (tokens `[b, p]`, cache) -> (logits `[b, p, v]`, cache `p` longer),
-with a cache that has `lengths` and `rolled_back(lengths)`; what follows from logits, only through a `Selector`.
+The loop knows the decoder only through `step`: (tokens `[b, p]`, cache) -> (logits `[b, p, v]`, cache `p` longer),
+with a cache that has `lengths` and `rolled_back(lengths)`. A `Selector` decides which tokens follow from logits.
 
-Self-speculative decoding after Saon et al. 2026 (arXiv 2603.11243), with windows of proposals, re-alignment and a
-selector's states added: at every position the selection is that of the state which the tokens before it lead to.
+Self-speculative decoding after Saon et al. 2026 (arXiv 2603.11243), extended by windows of proposals, re-alignment and
+selector states: the selection at every position uses the state that the tokens before it lead to.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class VerifierOutput:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftProposal:
-    """A draft as the prefill verifies it: its tokens and end-of-text after the last, and what a selector makes of them.
+    """A draft as the prefill verifies it: its tokens, end-of-text after the last, and a selector's boosts and states.
 
     Fields:
       tokens: int32 `[b, n + 1]`.
@@ -67,7 +67,7 @@ class DraftProposal:
 
     @classmethod
     def from_draft(cls, draft: Draft, selector: Selector) -> "DraftProposal":
-        """A draft with the states it leads to."""
+        """The proposal of a draft, with the selector's boosts and states along it."""
         states, boosts = selector.walk(selector.starts, draft.tokens, draft.lengths.max())
         return cls(with_end(draft, selector.end_of_text), jnp.pad(boosts, ((0, 0), (0, 1))), states)
 
@@ -79,7 +79,7 @@ def with_end(draft: Draft, end_of_text: int) -> Tokens:
 
 
 def verify(logits: Logits, proposal: DraftProposal, selector: Selector) -> VerifierOutput:
-    """What is written at these positions, and how likely what is proposed is."""
+    """Selects a token at each of these positions, and scores the proposed ones."""
     selection = selector.select(logits, proposal.states)
     proposed = log_probs(suppress(logits, selector.suppress_tokens), proposal.tokens)
     return VerifierOutput(selection.tokens, selection.log_probs, proposed, proposal.boosts, proposal.states)
@@ -105,17 +105,17 @@ def decode(
 
     Args:
       step: runs the decoder over the next tokens.
-      verified: the prefill's findings about the draft.
+      verified: the prefill's output for the draft.
       cache: the cache after the prompt, with room for `max(max_new_tokens) + window` more positions. The draft's keys
         and values are in the slots after the prompt.
-      max_new_tokens: int32, tokens each row may generate; 0 for rows that only fill up the batch.
+      max_new_tokens: int32, the most tokens that each row generates; 0 for padding rows.
       thresholds: float32, the likelihood that each token of a row's draft must exceed in the prefill to be accepted
-        (relaxed verification); infinite for rows that accept only what greedy decoding would write. Windows always do
-        the latter.
-      selector: what follows from logits.
+        (relaxed verification); infinite for rows that accept only what greedy decoding would write. Windows always
+        accept only that.
+      selector: decides which tokens follow from logits.
       max_out_length: width of the result, at least every row's `max_new_tokens`.
       window: proposals of one iteration, K.
-      realign: where to go on in the draft.
+      realign: finds where the draft goes on.
 
     Returns:
       The final state. Its cache is the given one, updated in place if the caller donates it.
@@ -124,16 +124,16 @@ def decode(
     def accept(
         state: DecodeState, selection: Selection, num_accepted: Lengths, states: Int[Array, "b p"]
     ) -> DecodeState:
-        """`states` are the selector's before each token selected, of which the last one taken was not proposed."""
-        at = num_accepted[:, None]
-        before, last = (jnp.take_along_axis(x, at, axis=1)[:, 0] for x in (states, selection.tokens))
+        """Appends `num_accepted` proposals and the token after them; `states` are those before each selected token."""
+        index = num_accepted[:, None]
+        before, last = (jnp.take_along_axis(x, index, axis=1)[:, 0] for x in (states, selection.tokens))
         passes = state.num_forward_passes + (~state.finished).astype(jnp.int32)
         state = dataclasses.replace(state, num_forward_passes=passes)
         state = state.append(selection, num_accepted, selector.end_of_text)
         return dataclasses.replace(
             state,
             cursor=realign(draft, state.cursor, state.last_token),
-            # Right as long as the row goes on, which is when all of the tokens agreed on and the last one were taken.
+            # Correct while the row goes on: then all accepted tokens and the one after them were appended.
             selector_states=selector.advance(before, last),
         )
 
@@ -143,7 +143,7 @@ def decode(
         logits, cache = step(jnp.concatenate([state.last_token[:, None], proposals], axis=1), state.cache)
         selection = selector.select(logits, states)
         agrees = (proposals == selection.tokens[:, :-1]) & (jnp.arange(width)[None, :] < state.proposable[:, None])
-        # Rolled back at once: rows that are done stay where they are and never run past the capacity.
+        # Rolled back at once, so that finished rows stay where they are and never run past the capacity.
         cache = cache.rolled_back(state.cache.lengths)
         return accept(dataclasses.replace(state, cache=cache), selection, count_leading(agrees), states)
 
@@ -186,9 +186,9 @@ def greedy_decode(
     suppress_tokens: Sequence[int] = (),
 ) -> DecodeState:
     """`decode` without drafts, from the logits of the last prompt position."""
-    none = jnp.zeros_like(max_new_tokens)
-    draft, thresholds = Draft(none[:, None], none), jnp.where(none == 0, jnp.inf, 0.0)
-    selector = GreedySelector(none, end_of_text, tuple(suppress_tokens))
+    zeros = jnp.zeros_like(max_new_tokens)
+    draft, thresholds = Draft(zeros[:, None], zeros), jnp.where(zeros == 0, jnp.inf, 0.0)
+    selector = GreedySelector(zeros, end_of_text, tuple(suppress_tokens))
     proposal = jax.tree.map(lambda x: x[:, :1], DraftProposal.from_draft(draft, selector))
     verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verify(logits, proposal, selector))
     return decode(
@@ -200,19 +200,18 @@ def greedy_decode(
 def accept_draft(
     verified: VerifierOutput, draft: Draft, thresholds: Float[Array, "b"], end_of_text: int
 ) -> tuple[Selection, Lengths]:
-    """The acceptance rule of the prefill: tokens after each of its positions, and how many of them, from the first, are
-    accepted draft tokens.
+    """The acceptance rule of the prefill: the tokens after each position, and how many leading ones are accepted.
 
     A row whose threshold is infinite accepts what greedy decoding would write. Other rows (relaxed verification) accept
-    draft tokens whose likelihood, times the exponential of a boost and then no more than 1, exceeds the threshold;
-    end-of-text is judged like the draft's tokens, as its last.
+    draft tokens whose likelihood exceeds the threshold; a boost multiplies it by its exponential, up to 1. End-of-text
+    is judged as the draft's last token.
     """
     proposed = with_end(draft, end_of_text)
     likelihoods = jnp.exp(jnp.minimum(verified.draft_log_probs + verified.draft_boosts, 0))
     relaxed = jnp.isfinite(thresholds)[:, None]
-    passes = jnp.where(relaxed, likelihoods > thresholds[:, None], proposed == verified.tokens)
-    passes &= jnp.arange(proposed.shape[1])[None, :] <= draft.lengths[:, None]
-    num_accepted = count_leading(passes)
+    acceptable = jnp.where(relaxed, likelihoods > thresholds[:, None], proposed == verified.tokens)
+    acceptable &= jnp.arange(proposed.shape[1])[None, :] <= draft.lengths[:, None]
+    num_accepted = count_leading(acceptable)
     accepted = jnp.arange(proposed.shape[1])[None, :] < num_accepted[:, None]
     tokens = jnp.where(accepted, proposed, verified.tokens)
     selection = Selection(tokens, jnp.where(accepted, verified.draft_log_probs, verified.log_probs))

@@ -1,8 +1,8 @@
-"""Which token is written: what the decode loop asks, and the answer of greedy decoding.
+"""Selection of tokens: the protocol that the decode loop uses, and greedy selection.
 
-A selector is a pytree that says, for every row, which token follows. It may remember what has been written, as an
-int32 a row: the loop carries these states along, and takes them back where a proposal is rejected. The loop does not
-know what they mean; `keywords.selector` biases decoding by them.
+A selector is a pytree that selects the next token of every row. It can remember what has been written, in one int32 per
+row: the loop carries these states along, and restores earlier ones where a proposal is rejected. The loop does not know
+what they mean; `keywords.selector` biases decoding with them.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from granite_jax.array_types import Lengths, Logits, Tokens
 
 
 class Selection(NamedTuple):
-    """What is written at every position, and how likely it is.
+    """The selected token at every position, and its likelihood.
 
     Fields:
       tokens: int32 `[b, p]`.
-      log_probs: float32 `[b, p]`, in nats, of these tokens in the decoder's own distribution: without any boost, and
-        without the tokens that are suppressed.
+      log_probs: float32 `[b, p]`, of these tokens in the decoder's own distribution, in nats: without any boost, and
+        without suppressed tokens.
     """
 
     tokens: Tokens
@@ -49,7 +49,7 @@ class Selector(Protocol):
     def suppress_tokens(self) -> tuple[int, ...]: ...
 
     def select(self, logits: Logits, states: Int[Array, "b p"]) -> Selection:
-        """What is written at every position; `states` are those before it."""
+        """Selects a token at every position; `states` are those before it."""
         ...
 
     def advance(self, states: Lengths, tokens: Lengths) -> Lengths:
@@ -64,7 +64,7 @@ class Selector(Protocol):
 
 
 def suppress(logits: Logits, tokens: Sequence[int]) -> Logits:
-    """Logits of which those of `tokens` are minus infinity."""
+    """Sets the logits of `tokens` to minus infinity."""
     suppressed = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(tokens, jnp.int32))
     return jnp.where(suppressed, -jnp.inf, logits)
 
@@ -98,5 +98,5 @@ class GreedySelector:
         self, states: Lengths, tokens: Tokens, count: Int[Array, ""]
     ) -> tuple[Int[Array, "b n"], Float[Array, "b p"]]:
         """See `Selector`."""
-        found = jnp.zeros((1, tokens.shape[1] + 1), jnp.int32) + states[:, None]
-        return found, found[:, 1:].astype(jnp.float32) * 0.0
+        path = jnp.zeros((1, tokens.shape[1] + 1), jnp.int32) + states[:, None]
+        return path, path[:, 1:].astype(jnp.float32) * 0.0

@@ -17,7 +17,7 @@ from granite_jax.decoding.select import Selection
 class DecodeState:
     """What one iteration of the loop hands to the next.
 
-    A row whose draft has one wrong token, x for d. The window holds up to three proposals (K = 3):
+    For example, a row whose draft has one wrong token, x for d, and a window of up to three proposals (K = 3):
 
         draft      a b c x e f g     cursor 4: the next to be proposed
         tokens     a b c d . . .     generated so far, `num_tokens` of them valid
@@ -34,7 +34,7 @@ class DecodeState:
       log_probs: float32 `[b, r]`, of each token in the decoder's own distribution, in nats; zeros after `num_tokens`.
       draft_positions: int32 `[b, r]`, the draft position that proposed each token; -1 for the decoder's own.
       num_tokens: int32 `[b]`.
-      max_new_tokens: int32 `[b]`, the most tokens each row may generate, at most `r`.
+      max_new_tokens: int32 `[b]`, the most tokens that each row generates, at most `r`.
       last_token: int32 `[b]`, what the next step runs first.
       ended: `[b]`, rows that produced end-of-text.
       num_forward_passes: int32 `[b]`, decoder passes over each row, the prefill included.
@@ -71,49 +71,49 @@ class DecodeState:
 
     @property
     def proposable(self) -> Lengths:
-        """Draft tokens that may still be proposed: no more than the limit admits beside the token that follows them."""
-        left = jnp.minimum(self.draft.lengths - self.cursor, self.max_new_tokens - self.num_tokens - 1)
-        return jnp.where(self.finished, 0, jnp.maximum(left, 0))
+        """Draft tokens that can still be proposed: `max_new_tokens` must also admit the token that follows them."""
+        remaining = jnp.minimum(self.draft.lengths - self.cursor, self.max_new_tokens - self.num_tokens - 1)
+        return jnp.where(self.finished, 0, jnp.maximum(remaining, 0))
 
     @property
     def any_proposal(self) -> Bool[Array, ""]:
-        """Whether a window has anything to check."""
+        """Whether any row can propose a token."""
         return jnp.any(self.proposable > 0)
 
     def append(self, selection: Selection, num_accepted: Lengths, end_of_text: int) -> "DecodeState":
-        """Appends to every unfinished row the proposals that passed and the one token that follows them.
+        """Appends to every unfinished row the accepted proposals and the one token that follows them.
 
         Args:
-          selection: what is written after each position of the step, `[b, p]`.
-          num_accepted: int32 `[b]`, how many of these tokens, from the first, were proposed.
+          selection: the token selected after each position of the step, `[b, p]`.
+          num_accepted: int32 `[b]`, how many leading tokens are accepted proposals.
 
         Returns:
-          The state with the cache holding what was appended, except the last token. End-of-text ends a row, wherever it
-          is among the tokens, and is not kept. `cursor` has moved past the accepted proposals.
+          The state whose cache holds the appended tokens except the last. End-of-text ends a row, wherever it is among
+          the tokens, and is not appended. `cursor` has moved past the accepted proposals.
         """
         width = selection.tokens.shape[1]
         step = jnp.arange(width)[None, :]
-        run = jnp.where(self.finished, 0, jnp.minimum(num_accepted + 1, self.max_new_tokens - self.num_tokens))
-        ends = (selection.tokens == end_of_text) & (step < run[:, None])
-        kept = jnp.minimum(run, jnp.where(ends, step, width).min(axis=1))
-        place = jnp.arange(self.tokens.shape[1])[None, :] - self.num_tokens[:, None]
-        inside, source = (place >= 0) & (place < kept[:, None]), jnp.clip(place, 0, width - 1)
+        limit = jnp.where(self.finished, 0, jnp.minimum(num_accepted + 1, self.max_new_tokens - self.num_tokens))
+        ends = (selection.tokens == end_of_text) & (step < limit[:, None])
+        count = jnp.minimum(limit, jnp.where(ends, step, width).min(axis=1))
+        offset = jnp.arange(self.tokens.shape[1])[None, :] - self.num_tokens[:, None]
+        inside, source = (offset >= 0) & (offset < count[:, None]), jnp.clip(offset, 0, width - 1)
 
-        def placed(old: jax.Array, new: jax.Array) -> jax.Array:
+        def appended(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(inside, jnp.take_along_axis(new, source, axis=1), old)
 
-        last = jnp.take_along_axis(selection.tokens, jnp.maximum(kept - 1, 0)[:, None], axis=1)[:, 0]
-        used = jnp.minimum(num_accepted, kept)
-        proposed = inside & (place < used[:, None])
+        last = jnp.take_along_axis(selection.tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+        num_proposed = jnp.minimum(num_accepted, count)
+        proposed = inside & (offset < num_proposed[:, None])
         return dataclasses.replace(
             self,
-            tokens=placed(self.tokens, selection.tokens),
-            log_probs=placed(self.log_probs, selection.log_probs),
-            draft_positions=jnp.where(proposed, self.cursor[:, None] + place, self.draft_positions),
-            num_tokens=self.num_tokens + kept,
-            last_token=jnp.where(kept > 0, last, self.last_token),
+            tokens=appended(self.tokens, selection.tokens),
+            log_probs=appended(self.log_probs, selection.log_probs),
+            draft_positions=jnp.where(proposed, self.cursor[:, None] + offset, self.draft_positions),
+            num_tokens=self.num_tokens + count,
+            last_token=jnp.where(count > 0, last, self.last_token),
             ended=self.ended | ends.any(axis=1),
-            cursor=self.cursor + used,
-            num_accepted=self.num_accepted + used,
-            cache=self.cache.rolled_back(self.cache.lengths + kept),
+            cursor=self.cursor + num_proposed,
+            num_accepted=self.num_accepted + num_proposed,
+            cache=self.cache.rolled_back(self.cache.lengths + count),
         )

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from granite_jax.model.config import Config
 from granite_jax.model.features import HOP, SAMPLING_RATE, num_frames
 
-TEXT_ROOM = 64  # prompt tokens besides the audio's that every bucket has room for
+TEXT_ROOM = 64  # prompt tokens, besides those of the audio, that every bucket holds
 MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
 MIN_DRAFT = 32
-DRAFT_TOKENS_PER_SECOND = 7  # fast speech, in a small vocabulary; longer drafts lose their end
+DRAFT_TOKENS_PER_SECOND = 7  # fast speech with a small vocabulary; longer drafts are truncated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,27 +25,27 @@ class Bucket:
 
     @property
     def max_out_length(self) -> int:
-        """The most tokens that a row can be asked to generate: what an empty prompt would leave."""
+        """The largest `max_new_tokens` of a row: the positions after the prompt, or all if a prompt can fill them."""
         return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
 
     @property
     def draft(self) -> int:
-        """Draft tokens that there is room for."""
+        """The most draft tokens of a row."""
         return draft_budget(self.samples)
 
 
 def new_token_budget(seconds: float) -> int:
-    """Tokens that speech of this length may need, by default."""
+    """The default `max_new_tokens` for speech of this length."""
     return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
 
 
 def draft_budget(samples: int) -> int:
-    """Draft tokens of this much audio that are used; what a longer draft has beyond them is lost."""
+    """The most draft tokens used for this many samples; longer drafts are truncated."""
     return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
 
 
 def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
-    """The bucket of audio up to `seconds`, rounded up to whole projector windows, within the model's positions."""
+    """The bucket for audio of up to `seconds`, rounded up to full projector windows, within the model's positions."""
     window = 2 * HOP * config.projector.window_size
     samples = math.ceil(seconds * SAMPLING_RATE / window) * window
     prompt = config.num_audio_tokens(num_frames(samples)) + TEXT_ROOM
@@ -60,7 +60,7 @@ def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
     short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
     full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
-    # The last one takes whatever fits the positions at all: long prompts with short audio too.
+    # The last bucket takes whatever fits the model's positions, long prompts with short audio included.
     longest = dataclasses.replace(longest, prompt=longest.capacity)
     middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
     singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
@@ -68,7 +68,7 @@ def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
 
 
 def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: int, limit: int) -> Bucket | None:
-    """The cheapest bucket of `batch` rows that holds this much audio, prompt and new text; None if none does."""
+    """The cheapest bucket of `batch` rows that holds this much audio, prompt and new text, or None."""
     fitting = [
         bucket
         for bucket in buckets

@@ -5,11 +5,11 @@
     device   encode 1   encode 2   prefill, decode 1   encode 3   prefill, decode 2   ...
     host                drafts 1   batch 3             drafts 2   texts 1, batch 4
 
-A batch goes when it is full, when it is flushed, when one of its requests has waited for its deadline, or when many
-requests were admitted after one of its own. The host makes the drafts of one batch while the device encodes the next,
-and reads a result when the next is under way.
+A batch is dispatched when it is full, when it is flushed, when one of its requests has waited for the deadline, or when
+more than `read_ahead` requests were admitted after one of its own. The host makes the drafts of one batch while the
+device encodes the next, and reads a result while the next one is computed.
 
-The engine has no thread of its own: those who wait for a future drive it, one at a time.
+The engine has no thread: the callers that wait for a future drive it, one at a time.
 """
 
 import collections
@@ -45,19 +45,19 @@ from granite_jax.text.tokenizer import Tokenizer
 _READ_AHEAD = 16  # full batches of audio held on the host at a time
 _POLL_SECONDS = 0.05
 _RESULTS = ("tokens", "log_probs", "draft_positions", "num_tokens", "num_forward_passes", "num_accepted", "ended")
-_LISTS_KEPT = 8  # lists of keywords whose arrays stay on the device
+_MAX_CACHED_LISTS = 8  # lists of keywords whose arrays stay on the device
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One valid input, and what is to be made of it.
+    """One valid input with its prompt and options.
 
     Fields:
-      max_new_tokens: the most tokens it may generate.
-      prompt_length: tokens of the prompt with the audio's.
-      options: how drafts and keywords are used. Requests with different options share batches.
-      draft: its caller's, if any.
-      keywords: what biases it, if anything.
+      max_new_tokens: the most tokens to generate.
+      prompt_length: number of prompt tokens, audio tokens included.
+      options: how drafts and keywords are used. Requests with different options can share a batch.
+      draft: token ids of the caller's draft, if any.
+      keywords: the keywords that bias decoding, if any.
     """
 
     audio: Audio
@@ -71,7 +71,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Ticket:
-    """A request that was admitted: as which, when, and who waits for it."""
+    """An admitted request: its number, its time of admission and its future."""
 
     request: Request
     number: int
@@ -81,7 +81,7 @@ class _Ticket:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A request that is encoded."""
+    """A request after encoding."""
 
     ticket: _Ticket
     ctc_text: str
@@ -101,7 +101,7 @@ _Results = list[tuple[_Ticket, Transcript]]
 
 
 class Engine:
-    """The three programs fed with requests.
+    """Feeds requests to the three programs.
 
     In short:
 
@@ -123,7 +123,7 @@ class Engine:
     ):
         """
         Args:
-          deadline: seconds after which a request goes in a batch that is not full.
+          deadline: seconds after which a request is dispatched even in a part-filled batch.
         """
         self.programs = programs
         self.deadline = deadline
@@ -133,15 +133,15 @@ class Engine:
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
         self._pools: dict[tuple[int, ...], tuple[BatchedAutomata, list[KeywordAutomaton]]] = {}
-        self._changed = threading.Condition()  # guards what is pending
+        self._changed = threading.Condition()  # guards the pending requests
         self._pending: dict[Bucket, list[_Ticket]] = collections.defaultdict(list)
         self._unfinished: dict[int, _Ticket] = {}
         self._admitted = 0
-        self._flushed = 0  # requests with a lower number wait for no others
-        self._driving = threading.Lock()  # guards what is on the device
+        self._flushed = 0  # requests with a lower number do not wait for a full batch
+        self._driving = threading.Lock()  # guards the batches on the device
         self._encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
         self._decoding: collections.deque[Callable[[], _Results]] = collections.deque()
-        self._survivors: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
+        self._to_decode: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
         """The bucket of `batch` rows for a request, or None."""
@@ -149,12 +149,12 @@ class Engine:
         return choose_bucket(self._buckets, batch, samples, request.prompt_length, request.max_new_tokens)
 
     def rows(self, bucket: Bucket) -> int:
-        """Rows of a batch over all devices."""
+        """Rows of a batch on all devices together."""
         return bucket.batch * self.programs.devices.replicas
 
     @property
     def read_ahead(self) -> int:
-        """How many requests may be admitted after one before its batch goes, full or not."""
+        """How many requests can be admitted after a request before its batch is dispatched, full or not."""
         return _READ_AHEAD * self._batch_size * self.programs.devices.replicas
 
     def fits(self, request: Request) -> bool:
@@ -177,7 +177,7 @@ class Engine:
     # Admission.
 
     def submit(self, request: Request) -> "Future[Transcript]":
-        """Admits a request that `fits`. Its future is done when someone has driven the engine so far: see `wait`."""
+        """Admits a request that `fits`. Its future completes only while a caller drives the engine: see `wait`."""
         bucket = self.bucket(request, self._batch_size) or self.bucket(request, 1)
         assert bucket is not None, "checked when the request was made"
         with self._changed:
@@ -189,13 +189,13 @@ class Engine:
         return ticket.future
 
     def flush(self) -> None:
-        """Has all requests that were admitted so far go, in batches that are not full where need be."""
+        """Makes all requests admitted so far due, in part-filled batches if necessary."""
         with self._changed:
             self._flushed = self._admitted
             self._changed.notify_all()
 
     def wait(self, future: "Future[Transcript]", until: Callable[[], bool] = lambda: False) -> bool:
-        """Drives the engine until a future is done, or `until` says so; whether it is done."""
+        """Drives the engine until a future is done or `until` returns True; returns whether the future is done."""
         while not future.done() and not until():
             with self._driving:
                 if not future.done():
@@ -203,7 +203,7 @@ class Engine:
         return future.done()
 
     def advance(self, timeout: float) -> None:
-        """Does the next piece of work, or waits for some; only with `_driving` held."""
+        """Does the next piece of work, or waits for one. The caller must hold `_driving`."""
         batch = self._take() if len(self._encoded) < 2 else None
         try:
             if batch is not None:
@@ -220,7 +220,7 @@ class Engine:
             raise
 
     def _take(self) -> _Batch | None:
-        """The next batch that is due: a full one, or one that is to wait no longer."""
+        """Removes and returns the next batch that is due: one with a late request, or a full one."""
         with self._changed:
             for tickets in self._pending.values():
                 tickets[:] = [t for t in tickets if not (t.future.cancelled() and self._unfinished.pop(t.number))]
@@ -234,24 +234,24 @@ class Engine:
                 bucket = max(full, key=lambda b: len(self._pending[b]))
             else:
                 return None
-            # Rows of similar length decode for a similar time: those around the one that has waited longest.
+            # Rows of similar length decode for a similar time: take those around the oldest request.
             waiting = sorted(self._pending[bucket], key=lambda t: len(t.request.audio.samples))
-            place = waiting.index(min(waiting, key=_number))
+            oldest_index = waiting.index(min(waiting, key=_number))
             size = self.rows(bucket)
-            start = max(0, min(place - size // 2, len(waiting) - size))
-            taken = waiting[start : start + size]
-            single = self.bucket(taken[-1].request, 1)  # of the longest
-            if bucket.batch > 1 and 4 * len(taken) <= size and single is not None:
-                # Mostly empty batches run a row a device: their cost is that of all rows.
-                taken = taken[: self.rows(single)]
-                chosen = self.bucket(taken[-1].request, 1) or single
+            start = max(0, min(oldest_index - size // 2, len(waiting) - size))
+            batch = waiting[start : start + size]
+            single = self.bucket(batch[-1].request, 1)  # for the longest row
+            if bucket.batch > 1 and 4 * len(batch) <= size and single is not None:
+                # Empty rows cost as much as others, so a mostly empty batch runs with one row per device.
+                batch = batch[: self.rows(single)]
+                chosen = self.bucket(batch[-1].request, 1) or single
             else:
                 chosen = bucket
-            numbers = set(map(_number, taken))
+            numbers = set(map(_number, batch))
             self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in numbers]
-            # From here on a request cannot be cancelled any more.
-            going = [t for t in taken if t.future.set_running_or_notify_cancel() or not self._unfinished.pop(t.number)]
-            return (chosen, going) if going else None
+            # From here on a request cannot be cancelled.
+            batch = [t for t in batch if t.future.set_running_or_notify_cancel() or not self._unfinished.pop(t.number)]
+            return (chosen, batch) if batch else None
 
     def _is_late(self, ticket: _Ticket) -> bool:
         return (
@@ -266,58 +266,58 @@ class Engine:
             ticket.future.set_result(transcript)
 
     def _abandon(self, error: BaseException) -> None:
-        """Tells everyone who waits why there will be no result."""
+        """Drops all work and sets `error` on all unfinished futures."""
         with self._changed:
             tickets, self._unfinished = list(self._unfinished.values()), {}
-            for held in (self._pending, self._encoded, self._decoding, self._survivors):
-                held.clear()
+            for collection in (self._pending, self._encoded, self._decoding, self._to_decode):
+                collection.clear()
         for ticket in tickets:
-            with contextlib.suppress(InvalidStateError):  # it was cancelled
+            with contextlib.suppress(InvalidStateError):  # the future was cancelled
                 ticket.future.set_exception(error)
 
     # On the device.
 
     def _advance_encoded(self) -> None:
-        """Takes the oldest encoded batch on; what the CTC gate lets pass is finished."""
+        """Moves the oldest encoded batch on; rows whose CTC text passes the confidence filter are finished."""
         (bucket, batch), encoded = self._encoded.popleft()
         rows = self._rows(batch, encoded)
         if not any(row.request.options.drafting.ctc_threshold for row in rows):
             self._decoding.extend(self._dispatch(bucket, rows, encoded.audio))
             return
-        # The gate's survivors wait for one another, so that the language model sees full batches.
+        # Rows that fail the filter wait for one another, so that the language model sees full batches.
         audio = np.asarray(encoded.audio)
         passed = [row.entropy < row.request.options.drafting.ctc_threshold for row in rows]
-        self._survivors[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
+        self._to_decode[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
         self._finish([(row.ticket, self._ctc_transcript(row)) for i, row in enumerate(rows) if passed[i]])
         self._repack(late=False)
 
     def _repack(self, *, late: bool) -> bool:
-        """Dispatches a full batch of survivors, or, if `late`, one with a row that is to wait no longer; if any."""
-        for bucket, rows in self._survivors.items():
+        """Dispatches a full batch of `_to_decode`, or, if `late`, one with a late row; returns whether there is one."""
+        for bucket, rows in self._to_decode.items():
             size = self.rows(bucket)
             if len(rows) >= size or (late and any(self._is_late(row.ticket) for row, _ in rows)):
-                taken, self._survivors[bucket] = rows[:size], rows[size:]
-                padded = [*taken, *[taken[0]] * (size - len(taken))]
+                batch, self._to_decode[bucket] = rows[:size], rows[size:]
+                padded = [*batch, *[batch[0]] * (size - len(batch))]
                 audio = self.programs.devices.shard_rows(np.stack([audio for _, audio in padded]))
-                self._decoding.extend(self._dispatch(bucket, [row for row, _ in taken], audio))
+                self._decoding.extend(self._dispatch(bucket, [row for row, _ in batch], audio))
                 return True
         return False
 
     def _encode(self, bucket: Bucket, batch: list[_Ticket]) -> Encoded:
-        """Dispatches a batch to the encoder. Rows that only fill it up repeat its first one."""
+        """Dispatches a batch to the encoder. Padding rows repeat its first row."""
         size = self.rows(bucket)
         samples = np.zeros((size, bucket.samples), np.float32)
         lengths = np.zeros(size, np.int32)
         requests = [ticket.request for ticket in batch]
-        full = [*requests, *[requests[0]] * (size - len(batch))]
-        for row, request in enumerate(full):
+        padded = [*requests, *[requests[0]] * (size - len(batch))]
+        for row, request in enumerate(padded):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
-        sounds = make_keyword_batch([request.keywords and request.keywords.labels for request in full])
-        return self.programs.encode(self._params, samples, lengths, sounds)
+        keywords = make_keyword_batch([request.keywords and request.keywords.labels for request in padded])
+        return self.programs.encode(self._params, samples, lengths, keywords)
 
     def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
-        """Waits for a batch's labels, decides which keywords they hold, and makes drafts of them."""
+        """Waits for a batch's labels, finds the keywords in them, and makes drafts from them."""
         labels, entropy, scores = jax.device_get((encoded.labels, encoded.entropy, encoded.spotting))
         rows = []
         for i, ticket in enumerate(batch):
@@ -325,74 +325,81 @@ class Engine:
             text = drafted = " ".join(ctc.to_text(labels[i]).split())
             spotted, automaton = (), None
             if (keywords := request.keywords) is not None:
-                gate = biasing.threshold
-                matches = [] if gate is None else filter_matches(keywords, scores, i, labels[i], gate)
+                threshold = biasing.threshold
+                matches = [] if threshold is None else filter_matches(keywords, scores, i, labels[i], threshold)
                 drafted = repair(labels[i], matches, keywords.texts)
                 spotted = tuple(keywords.texts[match.keyword] for match in matches)
-                automaton = utterance_automaton(keywords, matches, labels[i], biasing.threshold or -math.inf)
+                automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
             draft = request.draft
             if draft is None:
                 draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
-            room = min(draft_budget(len(request.audio.samples)), request.max_new_tokens)
-            rows.append(_Row(ticket, text, drafted, draft[:room], float(entropy[i]), spotted, automaton))
+            max_length = min(draft_budget(len(request.audio.samples)), request.max_new_tokens)
+            rows.append(_Row(ticket, text, drafted, draft[:max_length], float(entropy[i]), spotted, automaton))
         return rows
 
     def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
-        """The automata of a batch, on all devices; kept there while rows share one."""
+        """The automata of a batch, on all devices; cached if its rows have at most one list."""
         key = tuple(map(id, lists))
-        kept = self._pools.get(key)
-        if kept is None:
-            distinct = list({id(each): each for each in lists if each is not None}.values())
-            places = {id(each): place for place, each in enumerate(distinct)}
-            pooled = batch_automata(distinct, [places.get(one, -1) for one in key])
-            automata = dataclasses.replace(self.programs.devices.put(pooled), starts=pooled.starts)
-            kept = automata, distinct  # which keeps the ids from being taken by others
+        cached = self._pools.get(key)
+        if cached is None:
+            distinct = list({id(automaton): automaton for automaton in lists if automaton is not None}.values())
+            indices = {id(automaton): index for index, automaton in enumerate(distinct)}
+            batched = batch_automata(distinct, [indices.get(identity, -1) for identity in key])
+            automata = dataclasses.replace(self.programs.devices.put(batched), starts=batched.starts)
+            cached = automata, distinct  # references to `distinct` keep the ids from being reused
             if len(distinct) <= 1:
-                self._pools = {} if len(self._pools) > _LISTS_KEPT else self._pools
-                self._pools[key] = kept
-        return kept[0]
+                self._pools = {} if len(self._pools) > _MAX_CACHED_LISTS else self._pools
+                self._pools[key] = cached
+        return cached[0]
 
     def _dispatch(self, bucket: Bucket, rows: list[_Row], audio: Any) -> Iterator[Callable[[], _Results]]:
-        """Dispatches a batch to the language model; each function returned waits for its part of it."""
+        """Dispatches a batch to the language model; each function it yields waits for a part of the results."""
         try:
             state = self._decode(bucket, rows, audio)
         except FullError:
-            # Rows with long lists of their own, none of which can be scored: each list by itself has room.
+            # The rows have different long lists that cannot be scored. Each list fits alone, so halve the batch.
             half = len(rows) // 2
             yield from self._dispatch(bucket, rows[:half], audio)
-            rest = self.programs.devices.shard_rows(np.roll(np.asarray(audio), -half, axis=0))
-            yield from self._dispatch(bucket, rows[half:], rest)
+            rolled = self.programs.devices.shard_rows(np.roll(np.asarray(audio), -half, axis=0))
+            yield from self._dispatch(bucket, rows[half:], rolled)
             return
-        # All but the cache, so that it is freed as soon as the device is done with it.
-        kept = {name: getattr(state, name) for name in _RESULTS}
-        kept["drafted"] = state.draft.lengths
+        # Without the cache, so that its memory is freed as soon as the device is done with it.
+        results = {name: getattr(state, name) for name in _RESULTS}
+        results["drafted"] = state.draft.lengths
 
         def collect() -> _Results:
-            host = jax.device_get(kept)
+            host = jax.device_get(results)
             return [(row.ticket, self._transcript(row, host, i)) for i, row in enumerate(rows)]
 
         yield collect
 
     def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any) -> DecodeState:
-        """Runs prefill and decode on a padded batch, without waiting for them."""
+        """Dispatches prefill and decode of a padded batch, without waiting for them."""
         size = self.rows(bucket)
-        empty = size - len(rows)
-        # Rows that only fill up the batch repeat its first one and generate nothing.
-        requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, max_new_tokens=0)] * empty
+        padding = size - len(rows)
+        # Padding rows repeat the first row and generate nothing.
+        requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, max_new_tokens=0)] * padding
         tokens = np.zeros((size, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
             tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
-        limits = np.array([request.max_new_tokens for request in requests], np.int32)
-        draft = pad_drafts([*(row.draft for row in rows), *[()] * empty], bucket.draft)
+        max_new_tokens = np.array([request.max_new_tokens for request in requests], np.int32)
+        draft = pad_drafts([*(row.draft for row in rows), *[()] * padding], bucket.draft)
         thresholds = np.array([request.options.drafting.verify_threshold for request in requests], np.float32)
-        automata = self._automata([*(row.automaton for row in rows), *[None] * empty])
+        automata = self._automata([*(row.automaton for row in rows), *[None] * padding])
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
         )
         return self.programs.decode(
-            self._params, verified, cache, draft, limits, thresholds, automata, max_out_length=bucket.max_out_length
+            self._params,
+            verified,
+            cache,
+            draft,
+            max_new_tokens,
+            thresholds,
+            automata,
+            max_out_length=bucket.max_out_length,
         )
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
@@ -412,7 +419,7 @@ class Engine:
         return self._finished(row, tokens, stats, row.draft, state["draft_positions"][i, :count].tolist(), confidence)
 
     def _ctc_transcript(self, row: _Row) -> Transcript:
-        """Of a row that never reaches the language model."""
+        """The transcript of a row that never reaches the language model."""
         drafted = self._tokenizer.encode(row.drafted_text)
         tokens = tuple(drafted[: row.request.max_new_tokens])
         stats = {
@@ -430,7 +437,7 @@ class Engine:
         tokens: tuple[int, ...],
         stats: dict[str, Any],
         draft: tuple[int, ...],
-        sources: Sequence[int],
+        draft_positions: Sequence[int],
         confidence: float | None = None,
     ) -> Transcript:
         audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
@@ -438,20 +445,21 @@ class Engine:
             stats["keywords"] = row.spotted
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = (*audio.flags, "low-agreement") if doubtful else audio.flags
+        spans = _accepted_spans(draft_positions)
         return Transcript(
-            audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, _runs(sources), flags
+            audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, spans, flags
         )
 
 
-def _runs(sources: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """Each token's place in the draft, or -1, as runs (place in the tokens, place in the draft, size)."""
-    runs: list[tuple[int, int, int]] = []
-    for place, source in enumerate(sources):
-        if runs and source == runs[-1][1] + runs[-1][2] and place == runs[-1][0] + runs[-1][2]:
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        elif source >= 0:
-            runs.append((place, source, 1))
-    return tuple(runs)
+def _accepted_spans(draft_positions: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """Joins each token's draft position (-1 for none) into spans (position in tokens, position in draft, size)."""
+    spans: list[tuple[int, int, int]] = []
+    for position, draft_position in enumerate(draft_positions):
+        if spans and draft_position == spans[-1][1] + spans[-1][2] and position == spans[-1][0] + spans[-1][2]:
+            spans[-1] = (*spans[-1][:2], spans[-1][2] + 1)
+        elif draft_position >= 0:
+            spans.append((position, draft_position, 1))
+    return tuple(spans)
 
 
 def _number(ticket: _Ticket) -> int:

@@ -1,7 +1,7 @@
-"""What a caller may ask of inference: which model and where it runs, what is to be written, and how drafts are used.
+"""Options of inference: the model and its devices, what to write, and how drafts and keywords are used.
 
-`ModelOptions` and `TranscribeOptions` have one flat field an option. The Python API, every command, batch jobs,
-evaluations and Ray take these two objects; they are checked where they are made.
+`ModelOptions` and `TranscribeOptions` have one flat field per option. The Python API, every command, batch jobs,
+evaluations and Ray take these two objects, which are checked when they are made.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class ModelOptions:
       checkpoint: "demo", a directory of `granite-jax convert`, a Hugging Face directory, or a hub id.
       revision: branch, tag or commit of a hub id.
       dtype: "bfloat16" or "float32"; default bfloat16 on accelerators that have it, else float32.
-      devices: JAX devices to run on; default the process's own, of CPUs the first alone.
+      devices: JAX devices to run on; default all local devices, or only the first CPU.
       parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
       model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
       batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
@@ -66,7 +66,7 @@ class SpeculativeOptions:
 
     Fields:
       drafts: whether the encoder's CTC head drafts for inputs that come without a draft.
-      ctc_threshold: nats; a CTC text all of whose frames have less entropy is final. 0 accepts none.
+      ctc_threshold: in nats; a CTC text is final if all of its frames have less entropy. 0 accepts none.
       verify_threshold: likelihood that every draft token must exceed in the language model. Infinite (lossless): the
         tokens must be those of greedy decoding.
     """
@@ -79,17 +79,17 @@ class SpeculativeOptions:
     def from_mode(
         cls, speculative: str | bool, ctc_threshold: float | None = None, verify_threshold: float | None = None
     ) -> "SpeculativeOptions":
-        """Those of a mode.
+        """The options of a mode.
 
         Args:
           speculative: "lossless", "relaxed" (the same as "relaxed-accurate"), "relaxed-fast", or False.
-          ctc_threshold, verify_threshold: of relaxed modes, in place of the preset's.
+          ctc_threshold, verify_threshold: in relaxed modes, values that replace the preset's.
 
         Raises:
           GraniteError: naming the option that is unknown or out of range.
         """
-        given = {"ctc_threshold": ctc_threshold, "verify_threshold": verify_threshold}
-        thresholds = {name: value for name, value in given.items() if value is not None}
+        arguments = {"ctc_threshold": ctc_threshold, "verify_threshold": verify_threshold}
+        thresholds = {name: value for name, value in arguments.items() if value is not None}
         if speculative is not False and (not isinstance(speculative, str) or speculative not in MODES):
             raise GraniteError(f"speculative is one of {', '.join(MODES)}, or False, not {speculative!r:.60}")
         if speculative not in PRESETS:
@@ -99,36 +99,36 @@ class SpeculativeOptions:
             return cls(drafts=speculative == "lossless")
         for name, value in thresholds.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise GraniteError(f"{name} is {value!r:.60}, not a number from 0 on")
-        preset = dict(zip(given, PRESETS[str(speculative)], strict=True))
+                raise GraniteError(f"{name} is {value!r:.60}, not a finite number of at least 0")
+        preset = dict(zip(arguments, PRESETS[str(speculative)], strict=True))
         return cls(drafts=True, **(preset | thresholds))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranscribeOptions:
-    """What is to be written, and how. `Transcriber.transcribe` takes the same fields.
+    """What to write, and how. `Transcriber.transcribe` takes the same fields.
 
     Fields:
       task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
-      target_language: of a translation, as a code ("fr") or an English name ("French").
-      prompt: a prompt of your own, instead of the task's.
-      max_new_tokens: default 200, or 6 a second of audio if that is more.
-      speculative: how drafts save passes of the language model. "lossless": it writes what it would write without
-        them, only sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is
-        final, and so is one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC head
-        drafts raw transcripts only: other tasks and prompts of your own go without, unless given a `draft`.
-      ctc_threshold: of relaxed modes, in nats: a CTC text all of whose frames have less entropy is final.
-      verify_threshold: of relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
-      keywords: names and terms that may be spoken, up to 2,048, in the letter case of the text wanted (raw transcripts
-        are lower case whatever it is). An entry is a text, or a pair (text, boost of its own).
-      keyword_boost: nats added to the last token of a keyword, a quarter as much to the first, and more to all of them
-        where the CTC head has heard it; the default is measured (benchmarks/keywords.py). 0 adds nothing.
-      keyword_gate: nats a character, below 0: keywords that score worse by the encoder's CTC posteriors are left out,
-        so that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are never left out. False:
-        all are used, heard or not.
-      keywords_in: "decoder" biases decoding: for lists of any length, any task, and text that is otherwise what it
-        would have been. "prompt" mentions them in the prompt, as the released model was trained for ("Keywords: a,
-        b"): up to 100, and it may then write other words differently, too. "both" does both.
+      target_language: language of a translation, as a code ("fr") or an English name ("French").
+      prompt: a prompt that replaces the task's.
+      max_new_tokens: default 200, or 6 per second of audio if that is more.
+      speculative: how drafts save passes of the language model. "lossless": the same text as without drafts, only
+        sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is final, and so is
+        one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC head drafts raw
+        transcripts only: other tasks and your own prompts have no drafts, except a `draft` that you pass.
+      ctc_threshold: in relaxed modes, in nats: a CTC text is final if all of its frames have less entropy.
+      verify_threshold: in relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
+      keywords: up to 2,048 names and terms that may be spoken, in the letter case that the text should have (raw
+        transcripts are always lower case). An entry is a text, or a pair (text, boost).
+      keyword_boost: nats added to the last token of a keyword. The first gets a quarter, and all tokens get more where
+        the CTC head has heard the keyword. The default is measured (benchmarks/keywords.py); 0 adds nothing.
+      keyword_gate: nats per character, below 0: keywords to which the CTC head gives a lower score are left out, so
+        that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are always used. False: all
+        keywords are used, heard or not.
+      keywords_in: "decoder" biases decoding, with lists of any length and any task, and leaves other text as it would
+        have been. "prompt" mentions up to 100 of them in the prompt, as the released model was trained for ("Keywords:
+        a, b"); other words can then change, too. "both" does both.
     """
 
     task: str = "transcribe"
@@ -151,11 +151,11 @@ class TranscribeOptions:
         if isinstance(self.keywords, str) or not isinstance(self.keywords, Sequence):
             raise PromptError(f"keywords must be a list of strings, not {self.keywords!r:.60}")
         object.__setattr__(self, "keywords", tuple(self.keywords))
-        _ = self.drafting, self.biasing  # raise what is wrong with them
+        _ = self.drafting, self.biasing  # raise an error if a field is invalid
 
     @property
     def raw(self) -> bool:
-        """Whether the text is to be what is said, word by word, as the CTC head writes it."""
+        """Whether the text is a raw transcript, as the CTC head writes it."""
         return self.task == "transcribe" and self.prompt is None
 
     @functools.cached_property
@@ -174,13 +174,14 @@ class TranscribeOptions:
 def resolve(
     model: ModelOptions | str | os.PathLike[str], options: TranscribeOptions | None, fields: Mapping[str, Any]
 ) -> tuple[ModelOptions, TranscribeOptions]:
-    """Both objects of a caller who may give a checkpoint's name, and `fields` of either in place of theirs."""
-    opened = model if isinstance(model, ModelOptions) else ModelOptions(checkpoint=model)
-    of_model = {field.name for field in dataclasses.fields(ModelOptions)} & set(fields)
-    asked = {name: value for name, value in fields.items() if name not in of_model}
+    """Makes both options objects: `model` can be a checkpoint name, and `fields` replace theirs."""
+    model_options = model if isinstance(model, ModelOptions) else ModelOptions(checkpoint=model)
+    names = {field.name for field in dataclasses.fields(ModelOptions)}
     return (
-        dataclasses.replace(opened, **{name: fields[name] for name in of_model}),
-        dataclasses.replace(options or TranscribeOptions(), **asked),
+        dataclasses.replace(model_options, **{name: value for name, value in fields.items() if name in names}),
+        dataclasses.replace(
+            options or TranscribeOptions(), **{name: value for name, value in fields.items() if name not in names}
+        ),
     )
 
 
@@ -188,26 +189,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def accepts(*options: type) -> Callable[[Function], Function]:
-    """Shows the fields of `options` among the parameters of a function that takes them as `**fields`."""
+    """Adds the fields of `options` to the signature of a function that takes them as `**fields`."""
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        names = {parameter.name for parameter in own}
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        names = {parameter.name for parameter in parameters}
         fields = [
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
             for cls in options
             for f in dataclasses.fields(cls)
             if f.name not in names
         ]
-        setattr(function, "__signature__", signature.replace(parameters=[*own, *fields]))  # noqa: B010
+        setattr(function, "__signature__", signature.replace(parameters=[*parameters, *fields]))  # noqa: B010
         return function
 
     return decorate
 
 
 def drafts_for(draft: str | Sequence[str | None] | None, inputs: int) -> list[str | None]:
-    """A caller's `draft=` as one entry an input.
+    """A caller's `draft=` as one entry per input.
 
     Raises:
       GraniteError: it is neither a text nor a list with an entry for every input.
@@ -216,7 +217,7 @@ def drafts_for(draft: str | Sequence[str | None] | None, inputs: int) -> list[st
         return [None] * inputs
     drafts = [draft] if isinstance(draft, str) else draft
     if not isinstance(drafts, list | tuple) or not all(text is None or isinstance(text, str) for text in drafts):
-        raise GraniteError("draft is a text, or a list of texts, one for every input")
+        raise GraniteError("draft must be a text, or a list with one text for every input")
     if len(drafts) != inputs:
         raise GraniteError(f"draft has {len(drafts)} texts for {inputs} inputs")
     return list(drafts)

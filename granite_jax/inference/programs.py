@@ -1,13 +1,14 @@
 """The three compiled programs of inference, each a jitted function of (params, inputs).
 
-    encode    waveforms, sounds of keywords -> audio embeddings, CTC labels, which keywords these support
+    encode    waveforms, CTC labels of keywords -> audio embeddings, best CTC labels, keyword scores
                                                               on shapes (batch, samples)
-    prefill   prompts, audio embeddings, drafts and keywords -> what the model says of the drafts, and its cache
+    prefill   prompts, audio embeddings, drafts, keyword automata -> verifier output, KV cache
                                                               on shapes (batch, prompt, draft, capacity)
-    decode    that, the drafts and the keywords -> tokens     on shapes (batch, draft, capacity, output)
+    decode    verifier output, KV cache, drafts, keyword automata -> tokens
+                                                              on shapes (batch, draft, capacity, output)
 
-A `Bucket` fixes all of these shapes, so the number of compilations is at most three a bucket, with and without drafts
-and keywords: these have arrays of one size, of which no more than is filled is computed.
+A `Bucket` fixes all of these shapes, so there are at most three compilations per bucket, with and without drafts and
+keywords: their arrays have a fixed size, of which only the filled part is computed.
 """
 
 import dataclasses
@@ -36,13 +37,13 @@ from granite_jax.model.config import Config
 from granite_jax.model.decoder import KVCache
 from granite_jax.model.features import log_mel, num_frames
 
-_TILE = 16  # slots of a bfloat16 tile: with another capacity the TPU compiler copies the cache
+_TILE = 16  # slots of a bfloat16 tile: unless the capacity is a multiple, the TPU compiler copies the cache
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What is known of a batch before the language model runs.
+    """The encode program's results for a batch.
 
     Fields:
       audio: audio embeddings `[b, a, e]`.
@@ -59,11 +60,11 @@ class Encoded:
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How drafts are used.
+    """How drafts are proposed.
 
     Fields:
-      window: proposals of one decode step.
-      realign: the rule, of `decoding.REALIGN`, by which to go on in the draft after a rejection.
+      window: draft tokens proposed in one decode step.
+      realign: name of the rule in `decoding.REALIGN` that finds where the draft goes on after a rejection.
     """
 
     window: int = decoding.WINDOW
@@ -75,7 +76,7 @@ class Speculation:
 
 
 class Programs:
-    """The programs of one configuration, and what each was traced for: the type of every array, by argument."""
+    """The programs of one configuration, and for each of their traces the type of every array, by argument."""
 
     def __init__(
         self,
@@ -133,17 +134,18 @@ class Programs:
         keywords: BatchedAutomata,
         capacity: int,
     ) -> tuple[VerifierOutput, KVCache]:
-        """Prompts `tokens` `[b, p]` with the draft behind each. The cache has room for a window beyond `capacity`."""
+        """Prefills prompts `tokens` `[b, p]`, each followed by its draft. The cache holds `capacity` and a window."""
         selector = self._selector(keywords)
-        # No draft is longer than its row's limit, which leaves room for as much.
+        # A draft is no longer than its row's `max_new_tokens`, which fit the capacity together with the prompt.
         width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
-        place = jnp.arange(width)[None, :] - lengths[:, None]
-        drafted = jnp.take_along_axis(draft.tokens, jnp.clip(place, 0, draft.tokens.shape[1] - 1), axis=1)
+        draft_positions = jnp.arange(width)[None, :] - lengths[:, None]
+        in_draft = (draft_positions >= 0) & (draft_positions < draft.lengths[:, None])
+        drafted = jnp.take_along_axis(draft.tokens, jnp.clip(draft_positions, 0, draft.tokens.shape[1] - 1), axis=1)
         prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
         return granite_speech.prefill_reduced(
             self.config,
             params,
-            jnp.where((place >= 0) & (place < draft.lengths[:, None]), drafted, prompts),
+            jnp.where(in_draft, drafted, prompts),
             lengths,
             audio,
             functools.partial(decoding.verify, selector=selector),
@@ -189,7 +191,7 @@ class Programs:
 
 
 def _type(leaf: Any) -> str:
-    """What a program is traced anew for, if it changes."""
+    """The type of an argument's leaf: a change of it causes a retrace."""
     return f"{jax.typeof(leaf)}{' (weak)' * jax.typeof(leaf).weak_type}" if isinstance(leaf, jax.Array) else str(leaf)
 
 

@@ -1,4 +1,4 @@
-"""Inputs read by a few threads, ahead of the device, and results in order."""
+"""Reads inputs in a few threads, ahead of the device, and yields their results."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ _READERS = 4
 
 @dataclasses.dataclass(eq=False)
 class _Input:
-    """An input that was taken: its result, and its request once it is read and submitted."""
+    """An input in progress: its result, and its request once it is read and submitted."""
 
     result: "Future[Transcript]" = dataclasses.field(default_factory=Future)
     request: "Future[Transcript] | None" = None
@@ -34,57 +34,57 @@ def read_ahead(
     Args:
       inputs: arguments of `submit`, read lazily.
       submit: reads an input and submits it to the engine; runs in the readers' threads.
-      window: the most inputs that are taken and not yet yielded.
-      ordered: yield in the inputs' order; otherwise as they are done.
+      window: the most inputs in progress, from reading to yielding.
+      ordered: yield in input order; otherwise as results are done.
     """
     remaining, done = iter(inputs), queue.SimpleQueue[_Input]()
-    taken: collections.deque[_Input] = collections.deque()
-    reading = _Reading(engine)
+    in_progress: collections.deque[_Input] = collections.deque()
+    counter = _ReadCounter(engine)
 
-    def read(one: _Input, arguments: tuple[Any, ...]) -> None:
+    def read(item: _Input, arguments: tuple[Any, ...]) -> None:
         try:
-            one.request = submit(*arguments)
+            item.request = submit(*arguments)
         except BaseException as error:
-            one.result.set_exception(error)
+            item.result.set_exception(error)
         else:
-            one.request.add_done_callback(lambda request: _pass_on(request, one.result))
-        reading.end()
+            item.request.add_done_callback(lambda request: _copy_outcome(request, item.result))
+        counter.end()
 
-    def take(pool: ThreadPoolExecutor) -> None:
-        while len(taken) < window and not reading.exhausted:
+    def start_reads(pool: ThreadPoolExecutor) -> None:
+        while len(in_progress) < window and not counter.exhausted:
             arguments = next(remaining, None)
             if arguments is None:
-                reading.exhaust()
+                counter.exhaust()
                 return
-            one = _Input()
+            item = _Input()
             if not ordered:
-                one.result.add_done_callback(lambda _, one=one: done.put(one))
-            taken.append(one)
-            reading.begin()
-            pool.submit(read, one, arguments)
+                item.result.add_done_callback(lambda _, item=item: done.put(item))
+            in_progress.append(item)
+            counter.begin()
+            pool.submit(read, item, arguments)
 
     with ThreadPoolExecutor(_READERS, thread_name_prefix="granite-jax-reader") as pool:
         try:
-            take(pool)
-            while taken:
+            start_reads(pool)
+            while in_progress:
                 if ordered:
-                    next_input = taken[0]
+                    next_input = in_progress[0]
                     engine.wait(next_input.result)
                 else:
-                    engine.wait(taken[0].result, lambda: not done.empty())
+                    engine.wait(in_progress[0].result, lambda: not done.empty())
                     next_input = done.get()
-                taken.remove(next_input)
+                in_progress.remove(next_input)
                 yield next_input.result.result()
-                take(pool)
+                start_reads(pool)
         finally:
-            for one in taken:
-                if one.request is not None:
-                    one.request.cancel()
+            for item in in_progress:
+                if item.request is not None:
+                    item.request.cancel()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Reading:
-    """How many inputs are being read; has the engine flush when the last one is submitted."""
+class _ReadCounter:
+    """Counts the inputs being read, and flushes the engine when the last one is submitted."""
 
     def __init__(self, engine: Engine):
         self._engine, self._lock, self._count = engine, threading.Lock(), 0
@@ -102,7 +102,7 @@ class _Reading:
             self._engine.flush()
 
     def exhaust(self) -> None:
-        """There are no more inputs."""
+        """Notes that there are no more inputs."""
         with self._lock:
             self.exhausted = True
             last = not self._count
@@ -110,7 +110,7 @@ class _Reading:
             self._engine.flush()
 
 
-def _pass_on(request: "Future[Transcript]", result: "Future[Transcript]") -> None:
+def _copy_outcome(request: "Future[Transcript]", result: "Future[Transcript]") -> None:
     if request.cancelled():
         result.cancel()
     elif (error := request.exception()) is not None:

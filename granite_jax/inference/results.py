@@ -1,4 +1,4 @@
-"""What a caller gets for an input."""
+"""The results of inference."""
 
 import dataclasses
 from typing import Any
@@ -8,11 +8,11 @@ import numpy as np
 LOW_AGREEMENT = 0.5
 """Share of different words beyond which a transcript is flagged; see `disagreement`."""
 FLAGS = {
-    "truncated-input": "the audio ends before its file says: the file was cut off",
-    "one-channel": "the channels cancel each other out, so that one of them was taken instead of their mean",
-    "low-agreement": "the encoder by itself hears another text, so that this one may not be what was said",
+    "truncated-input": "the file lacks its end",
+    "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
+    "low-agreement": "the encoder's own text differs much, so this text may not be what was said",
 }
-"""What can be in a transcript's `flags`, and what it means."""
+"""The values of a transcript's `flags` and their meanings."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Transcript:
     """The result for one input.
 
     Fields:
-      audio: name of the input: its path, or a name made from its place in the list.
+      audio: name of the input: its path, or a name made from its position in the list.
       text: the transcript or translation.
       tokens: generated ids, without end-of-text and padding.
       duration: seconds of audio.
@@ -30,13 +30,13 @@ class Transcript:
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
-        if the model ended the text, "length" if it ran into `max_new_tokens`; with keywords, `keywords`: those
+        if the model ended the text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those
         that were heard, best first.
       draft: ids of the draft as it was proposed.
-      accepted_spans: the runs of `tokens` that were taken from the draft, each (place in `tokens`, place in `draft`,
-        size).
-      flags: what to know before the text is used, of `FLAGS`. "low-agreement" is for raw transcripts: more than a share
-        `LOW_AGREEMENT` of the words are not those of `ctc_text`.
+      accepted_spans: the spans of `tokens` that were taken from the draft, each (position in `tokens`, position in
+        `draft`, size).
+      flags: warnings about the text, from `FLAGS`. "low-agreement", for raw transcripts only: the `disagreement` with
+        `ctc_text` exceeds `LOW_AGREEMENT`.
       error: why there is no result, or None.
     """
 
@@ -55,10 +55,10 @@ class Transcript:
 
 @dataclasses.dataclass(frozen=True)
 class Emissions:
-    """What the encoder makes of one input, for pictures and measurements.
+    """Features and CTC logits of one input, for plots and measurements.
 
     Fields:
-      features: log-mel, float32 `[t, 160]`, as of `log_mel`.
+      features: log-mel, float32 `[t, 160]`, as returned by `log_mel`.
       ctc_logits: float32 `[t, c]`.
     """
 
@@ -68,10 +68,10 @@ class Emissions:
 
 def disagreement(text: str, ctc_text: str) -> float:
     """The word edit distance of two texts, as a share of the longer one's words: 0 to 1."""
-    words, others = text.split(), ctc_text.split()
-    row = np.arange(len(others) + 1)
+    words, ctc_words = text.split(), ctc_text.split()
+    row = np.arange(len(ctc_words) + 1)
     for i, word in enumerate(words, 1):
-        changed = np.minimum(row[:-1] + [word != other for other in others], row[1:] + 1)
-        # What is left out of `others`: the least of all places before, plus the steps from there.
+        changed = np.minimum(row[:-1] + [word != ctc_word for ctc_word in ctc_words], row[1:] + 1)
+        # Skipped `ctc_words`: the minimum over all earlier columns, plus one for each column from there.
         row = np.minimum.accumulate(np.concatenate([[i], changed]) - np.arange(len(row))) + np.arange(len(row))
-    return float(row[-1] / max(len(words), len(others), 1))
+    return float(row[-1] / max(len(words), len(ctc_words), 1))

@@ -2,7 +2,7 @@
 
     devices     0 1 2 3 4 5 6 7         model_parallel=2
     mesh        data 0: 0 1   data 1: 2 3   data 2: 4 5   data 3: 6 7
-    batch       rows are split over `data`; every group of devices runs its own loop and leaves it on its own
+    batch       rows are split over `data`; every group of devices runs its own loop and never waits for the others
     weights     replicated over `data`, split over `model` by `PARTITION_RULES`
 
 Along `data` programs are `jit(shard_map(...))`: automatic sharding would put a collective into every step of the decode
@@ -54,7 +54,7 @@ class DeviceMesh:
 
     Fields:
       mesh: axes `data` and `model`.
-      parallel: how the rows of a batch come to the devices of `data`.
+      parallel: how the rows of a batch are spread over `data`.
     """
 
     mesh: Mesh
@@ -64,17 +64,17 @@ class DeviceMesh:
     def make(
         cls, devices: DeviceList | None = None, *, parallel: Parallel = "shard_map", model_parallel: int = 1
     ) -> "DeviceMesh":
-        """All of `devices`, `model_parallel` of them to a copy of the weights.
+        """A mesh of all `devices`, `model_parallel` of them per copy of the weights.
 
         Args:
-          devices: default the process's own; of CPUs the first alone.
+          devices: default all local devices, or only the first CPU.
           parallel: "shard_map", or "pmap" with the same results.
 
         Raises:
-          GraniteError: naming the option that does not go with the others.
+          GraniteError: naming the option that conflicts with the others.
         """
         if devices is None:
-            # CPU devices are several only by emulation, and share the same cores.
+            # Several CPU devices are emulated, and share the same cores.
             devices = jax.local_devices()[: 1 if jax.default_backend() == "cpu" else None]
         chosen = list(devices)
         if not chosen or len(set(chosen)) != len(chosen):
@@ -90,7 +90,7 @@ class DeviceMesh:
 
     @property
     def replicas(self) -> int:
-        """Copies of the weights, each with rows of its own: every batch is a multiple of this."""
+        """Copies of the weights, each with its own rows: the size of every batch is a multiple of this."""
         return self.mesh.shape["data"]
 
     def param_shardings(self, config: Config) -> dict[str, Any]:
@@ -104,12 +104,12 @@ class DeviceMesh:
         for name, heads in (("encoder", encoder.num_heads), ("decoder", decoder.num_attention_heads)):
             if heads % parts:
                 raise GraniteError(f"model_parallel={parts} does not divide the {name}'s {heads} attention heads")
-        # A head is never cut in two: keys and values that are fewer than the devices are replicated.
-        whole = r"decoder\.layers\.attention\.[kv]\.kernel" if decoder.num_key_value_heads % parts else r"(?!)"
+        # Heads are never split: keys and values are replicated if their heads do not divide evenly.
+        replicated = r"decoder\.layers\.attention\.[kv]\.kernel" if decoder.num_key_value_heads % parts else r"(?!)"
 
         def spec(path: str, shape: tuple[int, ...]) -> PartitionSpec:
             axis = next((axis for rule, axis in PARTITION_RULES.items() if re.fullmatch(rule, path)), None)
-            if parts == 1 or axis is None or re.fullmatch(whole, path) or shape[axis] % parts:
+            if parts == 1 or axis is None or re.fullmatch(replicated, path) or shape[axis] % parts:
                 return REPLICATED
             return PartitionSpec(*[None] * (len(shape) + axis), "model")
 
@@ -117,10 +117,10 @@ class DeviceMesh:
         return unflatten({path: NamedSharding(self.mesh, spec(path, shape)) for path, shape in shapes.items()})
 
     def put(self, params: Any, shardings: Any = REPLICATED) -> Any:
-        """Arrays as programs take them for `REPLICATED` arguments; those that are there already are not copied.
+        """Puts arrays where programs take their `REPLICATED` arguments; arrays that are there already are not copied.
 
         Args:
-          shardings: of the leaves, as of `param_shardings`; default replicated.
+          shardings: those of the leaves, as in `param_shardings`; default replicated.
         """
         if shardings is REPLICATED:
             shardings = jax.tree.map(lambda _: NamedSharding(self.mesh, REPLICATED), params)
@@ -128,11 +128,11 @@ class DeviceMesh:
         return jax.tree.map(self._stacked, placed) if self.parallel == "pmap" else placed
 
     def shard_rows(self, rows: Any) -> Any:
-        """Arrays of the host, split over `data` as programs return theirs: to the tracer both are of one type."""
+        """Splits host arrays over `data` as programs return theirs, so that both have the same type when traced."""
         return jax.device_put(rows, NamedSharding(self.mesh, BATCH))
 
     def unstack(self, params: Any) -> Any:
-        """What `place` placed, in the shape it had."""
+        """Gives arrays returned by `put` their original shape."""
         return jax.tree.map(lambda array: array[0], params) if self.parallel == "pmap" else params
 
     def compile(
@@ -144,12 +144,12 @@ class DeviceMesh:
         static: str | None = None,
         donate: int | None = None,
     ) -> Callable[..., Any]:
-        """`function` of positional arrays, and of the keyword `static`, compiled to run on every device's own rows.
+        """Compiles `function`, of positional arrays and the keyword `static`, to run on every device's own rows.
 
         Args:
-          in_specs: of every argument: `REPLICATED` for what `place` placed, else `BATCH` or a tree of `PartitionSpec`s.
-          out_specs: likewise.
-          donate: the argument whose memory the result may take.
+          in_specs: for every argument `REPLICATED` if `put` returned it, else `BATCH` or a tree of `PartitionSpec`s.
+          out_specs: likewise for the results.
+          donate: index of the argument whose memory the result can reuse.
         """
         donated = () if donate is None else (donate,)
         if self.parallel == "pmap":
@@ -167,7 +167,7 @@ class DeviceMesh:
         return jax.jit(run, static_argnames=static, donate_argnums=donated)
 
     def _pmapped(self, function: Callable, in_specs: Sequence[Any], out_specs: Any, donated: tuple[int, ...]):
-        """Rows `[n * b, ...]` become `[n, b, ...]` and come back; what has rows on another axis stays stacked."""
+        """Rows `[n * b, ...]` become `[n, b, ...]` and back; arrays with rows on another axis stay stacked."""
 
         @functools.lru_cache
         def mapped(**options):
@@ -182,7 +182,7 @@ class DeviceMesh:
         return run
 
     def _stacked(self, array: jax.Array) -> jax.Array:
-        """A replicated array `[...]` as `[n, ...]`, each device holding what it held."""
+        """A replicated array `[...]` as `[n, ...]`; each device keeps its copy."""
         shards = {shard.device: shard.data[None] for shard in array.addressable_shards}
         return jax.make_array_from_single_device_arrays(
             (self.replicas, *array.shape),

@@ -34,11 +34,11 @@ from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, ChatTemplate, PromptTokens, instruction
 from granite_jax.text.tokenizer import Tokenizer
 
-_LISTS = 16  # lists of keywords that are kept ready
+_MAX_CACHED_LISTS = 16  # prepared lists of keywords
 
 
 class Transcriber:
-    """Speech to text with one checkpoint, whose weights it holds and whose programs it compiles when first needed.
+    """Speech to text with one checkpoint: holds its weights, and compiles its programs when they are first needed.
 
     In short:
 
@@ -64,13 +64,13 @@ class Transcriber:
     ):
         """
         Args:
-          params: the model's parameters; computation runs in `dtype`, by default theirs.
+          params: the model's parameters; computation runs in `dtype`, by default that of `params`.
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
           batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
           buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `buckets.default_buckets`.
           speculation: how drafts are proposed; the defaults are measured.
-          devices: to run on; default the process's own, of CPUs the first alone.
+          devices: devices to run on; default all local devices, or only the first CPU.
           parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
           model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
         """
@@ -104,11 +104,11 @@ class Transcriber:
         Args:
           compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
           buckets, speculation: as in the constructor.
-          fields: of `ModelOptions`. Weights are read into their places.
+          fields: fields of `ModelOptions`. Weights are read straight into their sharding.
 
         Raises:
           CheckpointError: naming what is missing, damaged or not supported.
-          GraniteError: an option of the devices does not go with the others or with the model.
+          GraniteError: an option of the devices conflicts with the others or with the model.
         """
         options = ModelOptions(checkpoint=checkpoint, **fields)
         if compilation_cache:
@@ -135,12 +135,12 @@ class Transcriber:
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled so far: at most three a bucket."""
+        """How many programs have been compiled so far: at most three per bucket."""
         return sum(map(len, self._engine.programs.traces.values()))
 
     @property
     def read_ahead(self) -> int:
-        """How many inputs are sorted by length together: lists that are multiples of it fill the most batches."""
+        """How many inputs are sorted by length together: lists of a multiple of this length fill the most batches."""
         return self._engine.read_ahead
 
     def warmup(self, buckets: Sequence[Bucket] | None = None) -> None:
@@ -175,14 +175,14 @@ class Transcriber:
         Args:
           audio: a path, a binary file object, bytes, a float or integer array (16 kHz, or of `sampling_rate`; `[n]`,
             `[n, channels]` or `[channels, n]`), a pair (array, sampling rate), or a list of these.
-          options: what is to be written, and how.
-          sampling_rate: in Hz, of arrays that do not come with their own.
+          options: what to write, and how.
+          sampling_rate: in Hz, for arrays that come without one.
           keywords: as in `TranscribeOptions`; or a list with a list of keywords (or None) for each input.
-          draft: for lossless mode and any task: a text that may share passages with the result, or one (or None) an
-            input.
+          draft: for lossless mode and any task: a text that may share passages with the result, or a list with a text
+            (or None) for each input.
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
-          fields: of `TranscribeOptions`, in place of those of `options`.
+          fields: fields of `TranscribeOptions` that replace those of `options`.
 
         Returns:
           One Transcript, or a list of them in input order if `audio` is a list. A result does not depend on the other
@@ -190,19 +190,20 @@ class Transcriber:
 
         Raises:
           GraniteError: an option is unknown or out of range.
-          PromptError: task, language or prompt is not supported by the checkpoint; or a keyword is not usable, named.
-          AudioError: an input is not readable, too short or not finite, named.
-          ContextError: an input does not fit the model's positions together with its prompt and new tokens, named.
+          PromptError: the checkpoint does not support the task, language or prompt; or naming a keyword that is not
+            usable.
+          AudioError: naming an input that is not readable, too short or not finite.
+          ContextError: naming an input that does not fit the model's positions with its prompt and new tokens.
         """
         sources = audio if isinstance(audio, list) else [audio]
-        listed = None if keywords is None else lists_by_input(keywords, len(sources))
-        if keywords is not None and listed is None:
+        keyword_lists = None if keywords is None else lists_by_input(keywords, len(sources))
+        if keywords is not None and keyword_lists is None:
             fields["keywords"] = tuple(keywords)
         stream = self.stream(
             sources,
             options,
             sampling_rate=sampling_rate,
-            keyword_lists=listed,
+            keyword_lists=keyword_lists,
             drafts=drafts_for(draft, len(sources)),
             on_error=on_error,
             **fields,
@@ -229,28 +230,28 @@ class Transcriber:
     ) -> Iterator[Transcript]:
         """Transcribes any number of inputs and yields transcripts while later inputs are still read.
 
-        Inputs are read by a few threads, ahead of the device by a bounded number of them (`read_ahead`, twice).
+        A few threads read inputs ahead of the device, at most twice `read_ahead` of them.
 
         Args:
-          audio: inputs as in `transcribe`; may be an iterator without end.
+          audio: inputs as in `transcribe`; an endless iterator is fine.
           keyword_lists: a list of keywords (or None, for those of the options) for each input.
           drafts: a draft (or None) for each input.
-          ordered: yield in input order; otherwise as they are done.
+          ordered: yield in input order; otherwise as transcripts are done.
           options, sampling_rate, on_error, fields: as in `transcribe`.
 
         Raises:
-          the same errors as `transcribe`: of the options at once, of an input in its place.
+          The same errors as `transcribe`: for the options at once, for an input in place of its transcript.
         """
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
-        asked = dataclasses.replace(options or TranscribeOptions(), **fields)
-        if asked.prompt is None:
-            self.capabilities.check(asked.task, asked.target_language)
-        if asked.speculative != "lossless" and drafts is not None:
+        resolved = dataclasses.replace(options or TranscribeOptions(), **fields)
+        if resolved.prompt is None:
+            self.capabilities.check(resolved.task, resolved.target_language)
+        if resolved.speculative != "lossless" and drafts is not None:
             drafts = list(drafts)
             if any(draft is not None for draft in drafts):
-                raise GraniteError(f'draft is for speculative="lossless", not for {asked.speculative!r}')
-        shared = self._prepared(asked, asked.keywords)  # what is wrong with it is no single input's fault
+                raise GraniteError(f'draft is for speculative="lossless", not for {resolved.speculative!r}')
+        shared = self._prepared(resolved, resolved.keywords)  # here, because its errors are not those of one input
         inputs = zip(
             itertools.count(),
             audio,
@@ -259,11 +260,11 @@ class Transcriber:
             strict=False,
         )
 
-        def submit(index: int, source: Any, listed: Sequence[Entry] | None, draft: str | None) -> Future[Transcript]:
+        def submit(index: int, source: Any, entries: Sequence[Entry] | None, draft: str | None) -> Future[Transcript]:
             name = _name(source, index)
             try:
-                prompt, keywords = shared if listed is None else self._prepared(asked, listed)
-                request = self._request(source, sampling_rate, name, asked, prompt)
+                prompt, keywords = shared if entries is None else self._prepared(resolved, entries)
+                request = self._request(source, sampling_rate, name, resolved, prompt)
                 tokens = None if draft is None else tuple(self.tokenizer.encode(draft))
                 return self._engine.submit(dataclasses.replace(request, keywords=keywords, draft=tokens))
             except GraniteError as error:
@@ -283,12 +284,12 @@ class Transcriber:
         padded[0, : len(samples)] = samples
         programs = self._engine.programs
         params, lengths = programs.devices.unstack(self._params), np.array([len(samples)], np.int32)
-        found = _emissions(self.config, programs.dtype, params, padded, lengths)
-        return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in found))
+        arrays = _emissions(self.config, programs.dtype, params, padded, lengths)
+        return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in arrays))
 
     def _load(self, source: Any, rate: int | None, name: str) -> Audio:
         if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
-            rate = None  # a file knows its own
+            rate = None  # files have their own
         try:
             return load_audio(source, sampling_rate=rate, name=name, max_seconds=self.config.max_seconds)
         except TooLongError as error:
@@ -303,7 +304,7 @@ class Transcriber:
         options: TranscribeOptions,
         prompt: PromptTokens,
     ) -> Request:
-        """Reads an input. Raises AudioError or ContextError, which name it."""
+        """Reads an input. Raises AudioError or ContextError naming it."""
         positions = self.config.decoder.max_position_embeddings
         audio = self._load(source, rate, name)
         length = self._prompt_length(prompt, audio)
@@ -311,32 +312,32 @@ class Transcriber:
         request = Request(audio, budget, prompt, length, options)
         if not self._engine.fits(request):
             if length + budget > positions:
-                beyond = f"the model's context of {positions} positions"
+                limit = f"the model's context of {positions} positions"
             else:
-                beyond = f"every bucket of this Transcriber (the model has {positions} positions)"
+                limit = f"every bucket of this Transcriber (the model has {positions} positions)"
             raise ContextError(
                 f"{printable(name)}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
-                f"which with {budget} new tokens exceeds {beyond}"
+                f"which with {budget} new tokens exceeds {limit}"
             )
         return request
 
     def _prepared(self, options: TranscribeOptions, keywords: Sequence[Entry]) -> tuple[PromptTokens, Keywords | None]:
-        """The prompt with a list of keywords, and the list ready for decoding; both are kept for later inputs."""
+        """The prompt with a list of keywords, and the list prepared for decoding; both are cached for later inputs."""
         entries = validated(keywords, options.biasing)
-        asked = (options.task, options.target_language, options.prompt, options.biasing, entries)
+        key = (options.task, options.target_language, options.prompt, options.biasing, entries)
         with self._preparing:
-            if asked not in self._lists:
+            if key not in self._lists:
                 mentioned = tuple(text for text, _ in entries) if options.biasing.prompt else ()
                 text = instruction(
                     options.task, target_language=options.target_language, prompt=options.prompt, keywords=mentioned
                 )
-                ready = None
+                prepared = None
                 if entries and options.biasing.decoder:
-                    ready = prepare(entries, options.biasing, self.tokenizer, self.config.encoder.output_dim)
-                self._lists[asked] = self._prompt(text), ready
-                while len(self._lists) > _LISTS:
+                    prepared = prepare(entries, options.biasing, self.tokenizer, self.config.encoder.output_dim)
+                self._lists[key] = self._prompt(text), prepared
+                while len(self._lists) > _MAX_CACHED_LISTS:
                     del self._lists[next(iter(self._lists))]
-            return self._lists[asked]
+            return self._lists[key]
 
     def _prompt(self, text: str) -> PromptTokens:
         return self.template.tokens(self.tokenizer, text)
@@ -355,7 +356,7 @@ def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: A
 def enable_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already."""
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        with contextlib.suppress(RuntimeError):  # a user without a home
+        with contextlib.suppress(RuntimeError):  # the user has no home directory
             root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
 

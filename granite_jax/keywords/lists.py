@@ -24,10 +24,10 @@ MAX_CHARACTERS = 100
 
 
 def lists_by_input(keywords: Iterable[Any], inputs: int) -> list[list[Entry] | None] | None:
-    """A caller's `keywords=` as one list (or None) an input; None if it is a list for all inputs.
+    """A caller's `keywords=` as one list (or None) per input; None if it is a list for all inputs.
 
     Raises:
-      PromptError: it is no list.
+      PromptError: it is not a list.
       GraniteError: some entries are lists and others are not, or there are not as many as inputs.
     """
     if isinstance(keywords, str) or not isinstance(keywords, Iterable):
@@ -44,13 +44,13 @@ def lists_by_input(keywords: Iterable[Any], inputs: int) -> list[list[Entry] | N
 
 
 def read_keywords(path: Path) -> list[Entry]:
-    """The keywords of a file: one a line, after a tab its boost if it has one of its own; empty lines mean nothing.
+    """The keywords of a file: one per line, optionally with a tab and its boost; empty lines are ignored.
 
     Raises:
-      GraniteError: the file cannot be read, or a boost is no number, by its line.
+      GraniteError: the file cannot be read, or naming the line of a boost that is not valid.
     """
     try:
-        # A spreadsheet's byte-order mark is no part of the first keyword.
+        # A spreadsheet's byte-order mark is not part of the first keyword.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GraniteError(f"{path}: cannot be read ({error})") from None
@@ -71,7 +71,7 @@ def validated(entries: Iterable[Any], options: KeywordOptions) -> tuple[tuple[st
     """A list of keywords without repetitions, each with its own boost or None.
 
     Raises:
-      PromptError: a keyword is no readable line of text, too long, or one of too many, named.
+      PromptError: naming a keyword that is not a readable line of text or is too long; or there are too many.
       GraniteError: a boost is out of range.
     """
     boosts: dict[str, float | None] = {}
@@ -98,11 +98,11 @@ class Keywords:
 
     Fields:
       texts: each keyword as it is written in a draft.
-      phrases: the ways to write a keyword, by its index, with full boosts: of the few that are heard; anywhere in a
-        text, or at a place in it.
-      scored: the keywords that can be scored, shortest first: the spotter's columns.
+      phrases: maps a keyword's index and, optionally, a place in a text to the ways to write it there, with full
+        boosts. Computed on demand, because few keywords are heard.
+      scored: indices of the keywords that can be scored, shortest first: the spotter's columns.
       labels: int16 `[len(scored), spotter.WIDTH]`, their CTC labels, zeros before them.
-      always: the keywords that are used whatever is heard.
+      always: indices of the keywords that are used whatever is heard.
     """
 
     texts: tuple[str, ...]
@@ -113,17 +113,17 @@ class Keywords:
 
     @functools.cached_property
     def always_automaton(self) -> KeywordAutomaton:
-        """Of the keywords that are used whatever is heard."""
+        """The automaton of the keywords in `always`."""
         return build_automaton(phrase for keyword in self.always for phrase in self.phrases(keyword))
 
 
 def prepare(
     entries: Sequence[tuple[str, float | None]], options: KeywordOptions, tokenizer: Tokenizer, num_labels: int
 ) -> Keywords:
-    """Tokens and labels of a list of `validated`.
+    """Prepares a list returned by `validated` for decoding.
 
     Raises:
-      PromptError: the list takes more states than there are.
+      PromptError: the list may need more states than there are.
     """
 
     @functools.lru_cache(maxsize=4 * spotter.KEPT)
@@ -137,29 +137,29 @@ def prepare(
     for row, i in enumerate(scored):
         matrix[row, -len(labels[i][: spotter.WIDTH]) :] = labels[i][: spotter.WIDTH]
     always = tuple(i for i in range(len(entries)) if not labels[i])
-    # No way to write a keyword has more tokens than bytes.
+    # A phrase has no more tokens than bytes.
     texts = (entries[i][0] for i in scored)
     longest = sorted((2 * len({text, text.lower()}) * (1 + len(text.encode())) for text in texts), reverse=True)
-    used = sum(longest[: spotter.KEPT]) + sum(len(phrase.tokens) for i in always for phrase in phrases(i))
-    if used + 4 > STATES:
-        raise PromptError(f"{len(entries)} keywords may take {used} tokens, at most {STATES - 4} are accepted")
-    written = tuple(text.lower() if options.lower_case else text for text, _ in entries)
-    return Keywords(written, phrases, tuple(scored), matrix, always)
+    num_tokens = sum(longest[: spotter.KEPT]) + sum(len(phrase.tokens) for i in always for phrase in phrases(i))
+    if num_tokens + 4 > STATES:
+        raise PromptError(f"{len(entries)} keywords may take {num_tokens} tokens, at most {STATES - 4} are accepted")
+    draft_texts = tuple(text.lower() if options.lower_case else text for text, _ in entries)
+    return Keywords(draft_texts, phrases, tuple(scored), matrix, always)
 
 
 def ctc_labels(text: str, num_labels: int) -> list[int]:
-    """The CTC labels by which a keyword is scored: letters that have one, in lower case, and spaces between words.
+    """The CTC labels by which a keyword is scored: those of its letters, in lower case, with spaces between words.
 
-    Accents and widths of letters without a label are dropped, hiragana become katakana, hyphens separate words. What is
-    left out (digits, punctuation, other scripts) is not scored; nothing may be left.
+    Accents and widths of letters without a label are dropped, hiragana become katakana, hyphens separate words. Digits,
+    punctuation and other scripts are left out and not scored; the result can be empty.
     """
     characters = []
     for character in unicodedata.normalize("NFKC", text).lower():
         if "\u3041" <= character <= "\u3096":
             character = chr(ord(character) + 0x60)
-        for option in (character, *unicodedata.normalize("NFD", character)[:1]):
-            if option.isalpha() or option in "'ー":
-                label = next(iter(_label(option, num_labels)), None)
+        for letter in (character, *unicodedata.normalize("NFD", character)[:1]):
+            if letter.isalpha() or letter in "'ー":
+                label = next(iter(_label(letter, num_labels)), None)
                 if label is not None:
                     characters.append(label)
                     break

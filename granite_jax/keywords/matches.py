@@ -1,4 +1,4 @@
-"""The keywords that an utterance can hold, and its greedy CTC text with them in place."""
+"""The keywords that an utterance may contain, and its greedy CTC text repaired with them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.spotter import SpottingScores
 from granite_jax.model import ctc
 
-_SLACK = 4  # frames by which a keyword and the words of the draft in its place may differ at either end
+_SLACK = 4  # frames by which a keyword and the words of the draft that it replaces can differ at either end
 _CUT = 3.0  # nats that a keyword loses where it begins or ends inside a word of the greedy text
-_RIVAL = 0.2  # nats a character by which a keyword must sound better than another in the same place to displace it
+_RIVAL = 0.2  # nats per character by which a keyword must score better than an overlapping one to displace it
 
 
 @dataclasses.dataclass(frozen=True)
 class KeywordMatch:
-    """A keyword that an utterance can hold: its index, its score in nats a character, its span in frames."""
+    """A keyword that an utterance may contain: its index, its score in nats per character, its span in frames."""
 
     keyword: int
     score: float
@@ -27,30 +27,31 @@ class KeywordMatch:
 def filter_matches(
     keywords: Keywords, scores: SpottingScores, row: int, labels: np.ndarray, threshold: float
 ) -> list[KeywordMatch]:
-    """The keywords of a row that pass the gate, best first: of several that claim the same frames, the best.
+    """The keywords of a row that pass the gate, best first, without those that overlap a clearly better one.
 
     Args:
       labels: best label of every frame, `[t]`, of the utterance: a keyword that is only part of a word scores less.
     """
-    found = []
+    candidates = []
     for column, score, start, end in zip(*(x[row] for x in vars(scores).values()), strict=True):
         if score < threshold:
             break
         spelled = keywords.labels[column]
         spaced = ctc.label_character(int(spelled[-1])) < "\u3000"
-        cut = int(_goes_on(labels[end:], spelled[-1])) + int(_goes_on(labels[:start][::-1], spelled[spelled > 0][0]))
-        score -= spaced * cut * _CUT / np.count_nonzero(spelled)
-        found.append(KeywordMatch(keywords.scored[int(column)], float(score), int(start), int(end)))
+        first = spelled[spelled > 0][0]
+        cuts = int(_word_continues(labels[end:], spelled[-1])) + int(_word_continues(labels[:start][::-1], first))
+        score -= spaced * cuts * _CUT / np.count_nonzero(spelled)
+        candidates.append(KeywordMatch(keywords.scored[int(column)], float(score), int(start), int(end)))
     passed: list[KeywordMatch] = []
-    for match in sorted(found, key=lambda match: -match.score):
+    for match in sorted(candidates, key=lambda match: -match.score):
         rivals = (other for other in passed if other.score - match.score > _RIVAL and _overlap(match, other))
         if match.score >= threshold and next(rivals, None) is None:
             passed.append(match)
     return passed
 
 
-def _goes_on(labels: np.ndarray, edge: int) -> bool:
-    """Whether a word goes on in these frames after the character `edge`, which may last."""
+def _word_continues(labels: np.ndarray, edge: int) -> bool:
+    """Whether a word continues in these frames, after those that repeat its label `edge`."""
     after = labels[np.argmax(labels != edge) :] if len(labels) and labels[0] == edge else labels
     sounding = after[after != ctc.BLANK]
     return len(sounding) > 0 and sounding[0] != ord(" ")
@@ -67,8 +68,8 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], texts: Sequence[
 
     Args:
       labels: best label of every frame, `[t]`, of one utterance.
-      matches: best first; of several in one place, the first is taken.
-      texts: as of `Keywords`.
+      matches: best first; of several at one place, the first is used.
+      texts: as in `Keywords`.
     """
     words = _words(labels)
     for match in matches:
@@ -87,7 +88,7 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], texts: Sequence[
 
 
 def _words(labels: np.ndarray) -> list[tuple[str, int, int, bool]]:
-    """Words of a greedy CTC path: text, first frame, frame after the last, whether it is a repaired one."""
+    """Words of a greedy CTC path: text, first frame, frame after the last, whether the word is a repaired one."""
     words: list[tuple[str, int, int, bool]] = []
     text, start, end, previous = "", 0, 0, ctc.BLANK
     for frame, label in enumerate([*labels.tolist(), ord(" ")]):

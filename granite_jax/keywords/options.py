@@ -1,4 +1,4 @@
-"""What a caller may ask of keywords."""
+"""The options of keyword biasing."""
 
 import dataclasses
 import math
@@ -7,12 +7,12 @@ from typing import Any, Literal
 from granite_jax.errors import GraniteError
 
 BOOST = 8.0  # nats: measured by benchmarks/keywords.py
-THRESHOLD = -1.2  # nats a character: likewise
+THRESHOLD = -1.2  # nats per character: measured likewise
 MAX_BOOST = 50.0
 
 KeywordsIn = Literal["decoder", "prompt", "both"]
 Entry = str | tuple[str, float | None]
-"""A keyword, or a keyword and a boost of its own."""
+"""A keyword, or a pair of a keyword and its boost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class KeywordOptions:
 
     Fields:
       boost: nats added to a keyword's last token.
-      threshold: nats a character; keywords that score worse are left out. None: all are used, heard or not.
+      threshold: nats per character; keywords that score worse are left out. None: all are used, heard or not.
       prompt, decoder: whether they go into the prompt, and whether they bias decoding.
-      lower_case: whether the task's text is lower case; None where that is unknown.
+      lower_case: whether the task's text is lower case; None if that is unknown.
     """
 
     boost: float = BOOST
@@ -40,7 +40,7 @@ class KeywordOptions:
         keywords_in: str,
         lower_case: bool | None,
     ) -> "KeywordOptions":
-        """Those of a caller's fields. Raises GraniteError naming the one that is out of range."""
+        """Makes the options from a caller's fields. Raises GraniteError naming the one that is out of range."""
         if keywords_in not in ("decoder", "prompt", "both"):
             raise GraniteError(f"keywords_in is one of decoder, prompt, both, not {keywords_in!r:.60}")
         boost = BOOST if keyword_boost is None else check_boost("keyword_boost", keyword_boost)
@@ -54,10 +54,10 @@ class KeywordOptions:
         return cls(boost, threshold, keywords_in != "decoder", keywords_in != "prompt", lower_case)
 
 
-def check_boost(what: str, value: Any) -> float:
-    """`value` in nats. Raises GraniteError if it is out of range, naming `what` it is."""
+def check_boost(name: str, value: Any) -> float:
+    """Returns a boost in nats. Raises GraniteError with its `name` if it is out of range."""
     if not _is_number(value) or not 0 <= value <= MAX_BOOST:
-        raise GraniteError(f"{what} is {value!r:.60}, not a number of nats from 0 to {MAX_BOOST:g}")
+        raise GraniteError(f"{name} is {value!r:.60}, not a number of nats from 0 to {MAX_BOOST:g}")
     return float(value)
 
 

@@ -10,20 +10,20 @@ from granite_jax.array_types import Lengths, Logits, Tokens
 from granite_jax.decoding.select import Selection, log_probs, suppress
 from granite_jax.keywords.automaton import BatchedAutomata
 
-_CHUNK = 64  # edges of a state that are looked at together
+_CHUNK = 64  # edges of a state that are read together
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeywordSelector:
-    """Writes the most likely token after the boosts of keywords; see `decoding.select.Selector`.
+    """Selects the most likely token after the boosts of keywords; see `decoding.select.Selector`.
 
     End-of-text is written where it is the most likely token before the boosts, and only there: a boost neither
     suppresses an end nor causes one.
 
     Fields:
-      automata: of the batch.
-      root_boosts: float32 `[b, v]`, in nats, what the edges of each row's root add.
+      automata: the automata of the batch.
+      root_boosts: float32 `[b, v]`, the boosts of the edges of each row's root, in nats.
     """
 
     automata: BatchedAutomata
@@ -40,8 +40,8 @@ class KeywordSelector:
 
         def add(carry):
             start, boosts = carry
-            tokens, found = _edges(automata, start, automata.first[roots + 1])
-            return start + _CHUNK, boosts.at[jnp.arange(len(roots))[:, None], tokens].max(found)
+            tokens, edge_boosts = _edges(automata, start, automata.first[roots + 1])
+            return start + _CHUNK, boosts.at[jnp.arange(len(roots))[:, None], tokens].max(edge_boosts)
 
         begin, end = automata.first[roots], automata.first[roots + 1]
         boosts = jnp.zeros((1, vocabulary)) + begin[:, None].astype(jnp.float32) * 0.0
@@ -72,12 +72,12 @@ class KeywordSelector:
         return self.automata.walk(states, tokens, count)
 
     def best(self, logits: Logits, states: Int[Array, "b p"]) -> Tokens:
-        """The best token at every position, after the boosts of the state before it. Of equals, the smallest id."""
+        """The best token at every position, after the boosts of the state before it; the smallest id among equals."""
         automata = self.automata
         boosted = logits + self.root_boosts[:, None]
 
-        def look(carry):
-            """At the next edges of every position, and then at those of the state's suffix."""
+        def read_edges(carry):
+            """Reads the next edges of every position's state, and after its last those of its failure state."""
             states, start, score, token = carry
             end = automata.first[states + 1]
             tokens, boosts = _edges(automata, start, end)
@@ -93,12 +93,12 @@ class KeywordSelector:
             return states, start, jnp.where(wins, best, score), jnp.where(wins, candidate, token)
 
         carry = (states, automata.first[states], boosted.max(axis=2), jnp.argmax(boosted, axis=2).astype(jnp.int32))
-        return jax.lax.while_loop(lambda c: (automata.failures[c[0]] != c[0]).any(), look, carry)[3]
+        return jax.lax.while_loop(lambda c: (automata.failures[c[0]] != c[0]).any(), read_edges, carry)[3]
 
 
 def _edges(automata: BatchedAutomata, start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Tokens and boosts of the next edges from `start` on; boosts from `end` on are 0."""
-    place = start[..., None] + jax.lax.broadcasted_iota(jnp.int32, (*start.shape, _CHUNK), start.ndim)
-    inside = place < end[..., None]
-    place = jnp.where(inside, place, 0)
-    return automata.tokens[place], jnp.where(inside, automata.boosts[place], 0.0)
+    edges = start[..., None] + jax.lax.broadcasted_iota(jnp.int32, (*start.shape, _CHUNK), start.ndim)
+    inside = edges < end[..., None]
+    edges = jnp.where(inside, edges, 0)
+    return automata.tokens[edges], jnp.where(inside, automata.boosts[edges], 0.0)

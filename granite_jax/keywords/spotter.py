@@ -1,13 +1,13 @@
-"""The acoustic gate: which keywords can have been spoken, by the encoder's CTC posteriors.
+"""The keyword spotter: scores which keywords may have been spoken, by the encoder's CTC posteriors.
 
-A keyword's score is that of the best CTC alignment of its characters to any span of frames: the sum of the
-log-probability of each frame's label less that of the frame's best label, divided by the number of characters. Greedy
-CTC text scores 0, whatever the utterance; what does not sound like any part of it, some nats a character less.
+A keyword's score is that of the best CTC alignment of its characters to any span of frames: the sum of each frame's
+log-probability of its label minus that of its best label, divided by the number of characters. The greedy CTC text of
+any utterance scores 0; a text that sounds like no part of it scores some nats per character less.
 
 The alignment of "abba" to seven frames, `_` the blank: a doubled character needs a blank between.
 
     frame    0 1 2 3 4 5 6        Columns of the recursion are the keyword's characters, each with the blank after it;
-    label        a b _ b a        the first character may begin at any frame, the last may end at any.
+    label        a b _ b a        the first character can begin at any frame, the last can end at any.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from granite_jax.array_types import CTCLogits, Lengths
 from granite_jax.model.ctc import BLANK
 
-MAX_KEYWORDS = 2048  # of one utterance
+MAX_KEYWORDS = 2048  # for one utterance
 WIDTH = 32  # characters of a keyword that are scored
 KEPT = 64  # best keywords of an utterance that are returned
 _SHORT = 12  # characters up to which keywords cost less
@@ -31,10 +31,10 @@ _CHUNK = 256  # keywords scored together
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeywordBatch:
-    """The keywords to score of each row.
+    """The keywords of each row to score.
 
     Fields:
-      labels: int16 `[b, m, w]`, CTC labels, zeros before them. Costs are least where short keywords come first.
+      labels: int16 `[b, m, w]`, CTC labels, zeros before them. Scoring is fastest if short keywords come first.
       counts: int32 `[b]`, keywords of each row.
     """
 
@@ -48,8 +48,8 @@ class SpottingScores:
     """The keywords of each row with the best scores, best first.
 
     Fields:
-      columns: int32 `[b, k]`, which candidates.
-      scores: float32 `[b, k]`, nats a character, at most 0; `-inf` where there are no more candidates.
+      columns: int32 `[b, k]`, index of each in `KeywordBatch.labels`.
+      scores: float32 `[b, k]`, nats per character, at most 0; `-inf` where there are no more keywords.
       starts, ends: int32 `[b, k]`, first frame of each, and the frame after its last.
     """
 
@@ -75,50 +75,50 @@ def score_keywords(logits: CTCLogits, lengths: Lengths, keywords: KeywordBatch) 
     frames = jnp.arange(logits.shape[1])[None, :, None] < lengths[:, None, None]
     relative = jnp.where(frames, logits - logits.max(axis=-1, keepdims=True), -jnp.inf)
     labels = keywords.labels.astype(jnp.int32)
-    last = lengths.max()
-    total = keywords.counts.max()
+    num_frames = lengths.max()
+    num_keywords = keywords.counts.max()
 
     def add(carry):
         start, scores = carry
         chunk = jax.lax.dynamic_slice_in_dim(labels, start, _CHUNK, axis=1)
-        found = jax.lax.cond(
+        chunk_scores = jax.lax.cond(
             (chunk[..., : WIDTH - _SHORT] > 0).any(),
-            lambda: _align(relative, last, chunk)[0],
-            lambda: _align(relative, last, chunk[..., -_SHORT:])[0],
+            lambda: _align(relative, num_frames, chunk)[0],
+            lambda: _align(relative, num_frames, chunk[..., -_SHORT:])[0],
         )
-        return start + _CHUNK, jax.lax.dynamic_update_slice_in_dim(scores, found, start, axis=1)
+        return start + _CHUNK, jax.lax.dynamic_update_slice_in_dim(scores, chunk_scores, start, axis=1)
 
     scores = jnp.where(labels[..., -1] < 0, 0.0, -jnp.inf)
-    scores = jax.lax.while_loop(lambda carry: carry[0] < total, add, (jnp.int32(0), scores))[1]
+    scores = jax.lax.while_loop(lambda carry: carry[0] < num_keywords, add, (jnp.int32(0), scores))[1]
     scores, columns = jax.lax.top_k(scores, KEPT)
     best = jnp.take_along_axis(labels, columns[..., None], axis=1)
-    _, starts, ends = _align(relative, jnp.where(total > 0, last, 0), best)
+    _, starts, ends = _align(relative, jnp.where(num_keywords > 0, num_frames, 0), best)
     return SpottingScores(columns.astype(jnp.int32), scores, starts, ends)
 
 
 def _align(
     relative: Float[Array, "b t c"], frames: Int[Array, ""], labels: Int[Array, "b k w"]
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]:
-    """Scores and spans of the labels' best alignments; `-inf` for no labels. What is not used is not computed."""
+    """Scores and spans of the labels' best alignments; `-inf` for no labels. Unused results are not computed."""
     real = labels > 0
 
-    def before(values, edge):
+    def previous(values, edge):
         return jnp.pad(values[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=edge)
 
-    repeated = labels == before(labels, 0)
+    repeated = labels == previous(labels, 0)
 
     def step(frame, carry):
-        # Of every character, and of the blank after it: the best score of an alignment that ends in it at this frame,
-        # and the frame at which that began. The zeros before a keyword are a state that costs nothing.
+        # For every character, and for the blank after it: the best score of an alignment that ends in it at this frame,
+        # and the frame at which that alignment began. The zeros before a keyword are a state without cost.
         (char, blank, best), (char_start, blank_start, start, end) = carry
-        now = jax.lax.dynamic_index_in_dim(relative, frame, axis=1, keepdims=False)
-        emitted = jnp.take_along_axis(now, labels.reshape(len(labels), -1), axis=1).reshape(labels.shape)
-        after_char = jnp.where(repeated, -jnp.inf, before(char, 0.0))
-        after_blank = before(blank, -jnp.inf)
+        frame_scores = jax.lax.dynamic_index_in_dim(relative, frame, axis=1, keepdims=False)
+        emitted = jnp.take_along_axis(frame_scores, labels.reshape(len(labels), -1), axis=1).reshape(labels.shape)
+        after_char = jnp.where(repeated, -jnp.inf, previous(char, 0.0))
+        after_blank = previous(blank, -jnp.inf)
         entered = jnp.maximum(after_char, after_blank)
         new = jnp.where(real, emitted + jnp.maximum(char, entered), 0.0)
-        silent = now[:, None, None, BLANK] + jnp.maximum(char, blank)
-        entry = jnp.where(after_char >= after_blank, before(char_start, frame), before(blank_start, 0))
+        silent = frame_scores[:, None, None, BLANK] + jnp.maximum(char, blank)
+        entry = jnp.where(after_char >= after_blank, previous(char_start, frame), previous(blank_start, 0))
         starts = jnp.where(real, jnp.where(char >= entered, char_start, entry), frame + 1)
         silent_start = jnp.where(char >= blank, char_start, blank_start)
         final, better = new[..., -1], (new[..., -1] > best) & real[..., -1]
@@ -130,9 +130,9 @@ def _align(
         )
 
     # Derived from an input, so that under shard_map the carry varies with it.
-    none = jnp.where(real, -jnp.inf, 0.0)
-    worst, zeros = none - jnp.inf, labels * 0
-    scores = (none, worst, worst[..., 0])
+    initial = jnp.where(real, -jnp.inf, 0.0)
+    worst, zeros = initial - jnp.inf, labels * 0
+    scores = (initial, worst, worst[..., 0])
     spans = (zeros, zeros, zeros[..., 0], zeros[..., 0])
     (_, _, best), (_, _, start, end) = jax.lax.fori_loop(0, frames, step, (scores, spans))
     return best / jnp.maximum(real.sum(axis=2), 1).astype(jnp.float32), start, end

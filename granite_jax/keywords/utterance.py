@@ -1,4 +1,4 @@
-"""The automaton of an utterance: the keywords that it can hold, boosted more where they were heard."""
+"""The automaton of an utterance: the keywords that it may contain, boosted more where they were heard."""
 
 import functools
 import itertools
@@ -29,15 +29,15 @@ def utterance_automaton(
         scaled = functools.partial(_scaled, share=1 - 0.5 * match.score / threshold)
         phrases += map(scaled, keywords.phrases(match.keyword))
         text = keywords.texts[match.keyword]
-        # Where the draft does not have it: what was heard before it.
+        # If the draft does not contain the keyword, its place is after the text heard before it.
         for place in places(draft, text) or places(
             f"{repair(labels[: match.start], matches, keywords.texts)} {text}", text
         ):
             placed += map(scaled, keywords.phrases(match.keyword, place))
-    # Of a text with very many, the first: `prepare` has made sure that there is room for the others.
+    # `prepare` made sure that all of `phrases` fit; of `placed`, the first that fit are used.
     lengths = itertools.accumulate((len(phrase.tokens) for phrase in (*phrases, *placed)), initial=4)
-    room = sum(length <= STATES for length in lengths) - 1
-    return build_automaton([*phrases, *placed][:room])
+    count = sum(length <= STATES for length in lengths) - 1
+    return build_automaton([*phrases, *placed][:count])
 
 
 def _scaled(phrase: Phrase, share: float) -> Phrase:

@@ -1,7 +1,7 @@
 """Model configuration: frozen dataclasses read from a Hugging Face `config.json`.
 
 Absent keys take the defaults of the `transformers` configuration classes, because `save_pretrained`
-leaves out what equals them. Anything that this implementation does not compute is refused by name.
+leaves out values equal to them. Anything that this implementation does not compute is refused by name.
 """
 
 import dataclasses
@@ -99,14 +99,14 @@ class Config:
         """Reads the dictionary of a Hugging Face `config.json` whose `model_type` is `granite_speech`.
 
         Raises:
-          CheckpointError: naming the key that is missing, ill-typed or asks for what is not implemented.
+          CheckpointError: naming the key that is missing, has a wrong type or asks for something not implemented.
         """
         _require(raw, "", "model_type", ("granite_speech",))
         window_size = _get(raw, "", "window_size", int, 15)
         downsample_rate = _get(raw, "", "downsample_rate", int, 5)
         if window_size < 1 or downsample_rate < 1 or window_size % downsample_rate:
             raise CheckpointError(
-                f"config: window_size {window_size} is no multiple of downsample_rate {downsample_rate}"
+                f"config: window_size {window_size} is not a multiple of downsample_rate {downsample_rate}"
             )
         config = cls(
             encoder=_encoder(_section(raw, "encoder_config")),
@@ -132,11 +132,11 @@ class Config:
             ),
             (
                 projector.hidden_size % projector.num_attention_heads != 0,
-                "projector_config.hidden_size is no multiple of num_attention_heads",
+                "projector_config.hidden_size is not a multiple of num_attention_heads",
             ),
             (
                 decoder.num_attention_heads % decoder.num_key_value_heads != 0,
-                "text_config.num_attention_heads is no multiple of num_key_value_heads",
+                "text_config.num_attention_heads is not a multiple of num_key_value_heads",
             ),
             (decoder.head_dim % 2 != 0, "text_config.head_dim is odd"),
             (not 0 <= self.audio_token_id < decoder.vocab_size, "audio_token_index is outside the vocabulary"),
@@ -160,7 +160,7 @@ class Config:
 
     @property
     def max_seconds(self) -> float:
-        """The longest audio whose embeddings leave a position for anything else."""
+        """The longest audio whose embeddings fit the language model's positions."""
         windows = self.decoder.max_position_embeddings // self.projector.num_queries
         return windows * self.projector.window_size * 2 * HOP / SAMPLING_RATE
 
@@ -189,15 +189,15 @@ def _encoder(raw: Mapping[str, Any]) -> EncoderConfig:
 
 
 def _projector(raw: Mapping[str, Any], window_size: int, num_queries: int) -> ProjectorConfig:
-    where = "projector_config."
-    _require(raw, where, "model_type", ("blip_2_qformer",))
-    _require(raw, where, "hidden_act", ("gelu",), default="gelu")
-    # Blip2QFormerConfig's own default is 2: layers without cross-attention are unequal and were never released.
-    _require(raw, where, "cross_attention_frequency", (1,), default=2)
-    _require(raw, where, "use_qformer_text_input", (False,), default=False)
+    prefix = "projector_config."
+    _require(raw, prefix, "model_type", ("blip_2_qformer",))
+    _require(raw, prefix, "hidden_act", ("gelu",), default="gelu")
+    # Blip2QFormerConfig's default is 2, which leaves every other layer without cross-attention; no release has that.
+    _require(raw, prefix, "cross_attention_frequency", (1,), default=2)
+    _require(raw, prefix, "use_qformer_text_input", (False,), default=False)
 
     def get(key: str, default: int) -> int:
-        return _positive(raw, where, key, default)
+        return _positive(raw, prefix, key, default)
 
     return ProjectorConfig(
         hidden_size=get("hidden_size", 768),
@@ -206,18 +206,18 @@ def _projector(raw: Mapping[str, Any], window_size: int, num_queries: int) -> Pr
         num_attention_heads=get("num_attention_heads", 12),
         intermediate_size=get("intermediate_size", 3072),
         hidden_act="gelu",
-        layer_norm_eps=_get(raw, where, "layer_norm_eps", float, 1e-12),
+        layer_norm_eps=_get(raw, prefix, "layer_norm_eps", float, 1e-12),
         window_size=window_size,
         num_queries=num_queries,
     )
 
 
 def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
-    where = "text_config."
-    _require(raw, where, "model_type", ("granite",))
-    _require(raw, where, "hidden_act", ("silu",), default="silu")
-    _require(raw, where, "attention_bias", (False,), default=False)
-    _require(raw, where, "mlp_bias", (False,), default=False)
+    prefix = "text_config."
+    _require(raw, prefix, "model_type", ("granite",))
+    _require(raw, prefix, "hidden_act", ("silu",), default="silu")
+    _require(raw, prefix, "attention_bias", (False,), default=False)
+    _require(raw, prefix, "mlp_bias", (False,), default=False)
     # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -226,7 +226,7 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
         )
 
     def get(key: str, default: int) -> int:
-        return _positive(raw, where, key, default)
+        return _positive(raw, prefix, key, default)
 
     hidden_size, num_heads = get("hidden_size", 4096), get("num_attention_heads", 32)
     tied = raw.get("tie_word_embeddings", top.get("tie_word_embeddings", False))
@@ -241,16 +241,16 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
         num_key_value_heads=get("num_key_value_heads", num_heads),
         head_dim=get("head_dim", hidden_size // num_heads),
         max_position_embeddings=get("max_position_embeddings", 2048),
-        rope_theta=_get(rope if "rope_theta" in rope else raw, where, "rope_theta", float, 10000.0),
-        rms_norm_eps=_get(raw, where, "rms_norm_eps", float, 1e-6),
+        rope_theta=_get(rope if "rope_theta" in rope else raw, prefix, "rope_theta", float, 10000.0),
+        rms_norm_eps=_get(raw, prefix, "rms_norm_eps", float, 1e-6),
         hidden_act="silu",
-        embedding_multiplier=_get(raw, where, "embedding_multiplier", float, 1.0),
-        attention_multiplier=_get(raw, where, "attention_multiplier", float, 1.0),
-        residual_multiplier=_get(raw, where, "residual_multiplier", float, 1.0),
-        logits_scaling=_get(raw, where, "logits_scaling", float, 1.0),
+        embedding_multiplier=_get(raw, prefix, "embedding_multiplier", float, 1.0),
+        attention_multiplier=_get(raw, prefix, "attention_multiplier", float, 1.0),
+        residual_multiplier=_get(raw, prefix, "residual_multiplier", float, 1.0),
+        logits_scaling=_get(raw, prefix, "logits_scaling", float, 1.0),
         tie_word_embeddings=bool(tied),
         bos_token_id=_token(raw, "bos_token_id", 1),
-        eos_token_id=_get(first_eos, where, "eos_token_id", int, 2),
+        eos_token_id=_get(first_eos, prefix, "eos_token_id", int, 2),
         pad_token_id=_token(raw, "pad_token_id", None),
     )
 
@@ -259,7 +259,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises CheckpointError naming the file."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or a number of 5,000 digits
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8 or JSON, or a number of 5,000 digits
         raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds {type(raw).__name__}, not a JSON object")
@@ -269,25 +269,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     section = raw.get(key)
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"config: {key} is missing or no object")
+        raise CheckpointError(f"config: {key} is missing or not an object")
     return section
 
 
-def _get(raw: Mapping[str, Any], where: str, key: str, kind: type, default: Any) -> Any:
+def _get(raw: Mapping[str, Any], prefix: str, key: str, kind: type, default: Any) -> Any:
     value = raw.get(key, default)
     accepted = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, accepted):
-        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not {kind.__name__}")
+        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not {kind.__name__}")
     if kind is float and not abs(value) <= sys.float_info.max:  # NaN, infinite, or an integer that no float can hold
-        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not a finite number")
+        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not a finite number")
     return kind(value)
 
 
-def _positive(raw: Mapping[str, Any], where: str, key: str, default: int) -> int:
-    value = _get(raw, where, key, int, default)
-    # No real model comes near the bound; beyond it shapes overflow before anything names the culprit.
+def _positive(raw: Mapping[str, Any], prefix: str, key: str, default: int) -> int:
+    value = _get(raw, prefix, key, int, default)
+    # No real model comes near the bound; larger values would overflow shapes before an error could name the key.
     if not 0 < value < 2**31:
-        raise CheckpointError(f"config: {where}{key} is {value!a:.80}, not a positive 32-bit integer")
+        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not a positive 32-bit integer")
     return value
 
 
@@ -295,9 +295,9 @@ def _token(raw: Mapping[str, Any], key: str, default: int | None) -> int | None:
     return None if raw.get(key, default) is None else _get(raw, "text_config.", key, int, default)
 
 
-def _require(raw: Mapping[str, Any], where: str, key: str, supported: tuple, default: Any = None) -> None:
+def _require(raw: Mapping[str, Any], prefix: str, key: str, supported: tuple, default: Any = None) -> None:
     value = raw.get(key, default)
     if value not in supported:
         raise CheckpointError(
-            f"config: {where}{key} {value!a:.80} is not supported, only {' or '.join(map(repr, supported))}"
+            f"config: {prefix}{key} {value!a:.80} is not supported, only {' or '.join(map(repr, supported))}"
         )

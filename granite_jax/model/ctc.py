@@ -41,7 +41,7 @@ def collapse(labels: Sequence[int] | np.ndarray) -> list[int]:
 
 
 def label_character(label: int) -> str:
-    """The character of a label. Labels 1-31 and those past the table name no printable character: empty."""
+    """The character of a label; empty for labels 1-31 and those past the table, which have none."""
     if 32 <= label < _KATAKANA_LABEL:
         return chr(label)
     if _KATAKANA_LABEL <= label < _NUM_LABELS:
@@ -68,7 +68,7 @@ def to_labels(text: str) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word, and the time in seconds from the first frame of its first character to the last one's last."""
+    """A word, and its times in seconds: from its first character's first frame to its last character's last."""
 
     text: str
     start: float
@@ -84,17 +84,17 @@ def align(logits: Float[np.ndarray, "t c"], labels: Sequence[int]) -> Int[np.nda
     states[1::2] = labels
     scores = np.asarray(logits, np.float64)
     scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-    can_skip = np.zeros(len(states), bool)  # a blank may be left out between two labels that differ
+    can_skip = np.zeros(len(states), bool)  # a path can skip the blank between two labels that differ
     can_skip[3::2] = states[3::2] != states[1:-2:2]
     best = np.full(len(states), -np.inf)
     best[:2] = 0.0
-    moves = np.zeros((len(scores), len(states)), np.int8)  # by how many states the best path to each came up
+    moves = np.zeros((len(scores), len(states)), np.int8)  # by how many states the best path to each state moved
     for frame, score in enumerate(scores):
         if frame:
-            one, two = (np.concatenate([np.full(n, -np.inf), best])[: len(best)] for n in (1, 2))
-            ways = np.stack([best, one, np.where(can_skip, two, -np.inf)])
-            moves[frame] = ways.argmax(axis=0)
-            best = ways.max(axis=0)
+            step, skip = (np.concatenate([np.full(n, -np.inf), best])[: len(best)] for n in (1, 2))
+            candidates = np.stack([best, step, np.where(can_skip, skip, -np.inf)])
+            moves[frame] = candidates.argmax(axis=0)
+            best = candidates.max(axis=0)
         best = best + score[states]
     state = len(states) - 2 + int(np.argmax(best[-2:])) if labels else 0
     if best[state] == -np.inf:
@@ -103,17 +103,17 @@ def align(logits: Float[np.ndarray, "t c"], labels: Sequence[int]) -> Int[np.nda
     for frame in reversed(range(len(scores))):
         path[frame] = state
         state -= int(moves[frame, state])
-    own = np.arange(1, len(states), 2)
-    return np.stack([np.searchsorted(path, own, side) for side in ("left", "right")], axis=1)
+    label_states = np.arange(1, len(states), 2)
+    return np.stack([np.searchsorted(path, label_states, side) for side in ("left", "right")], axis=1)
 
 
 def words(logits: Float[np.ndarray, "t c"], text: str) -> list[Word]:
-    """When each word of one utterance's text was spoken, by `align`. Raises ValueError as `to_labels` and `align`."""
-    spoken = text.split()
-    frames = align(logits, to_labels(" ".join(spoken)))
-    found, place = [], 0
-    for word in spoken:
-        start, end = frames[place, 0], frames[place + len(word) - 1, 1]
-        found.append(Word(word, float(start * FRAME_SECONDS), float(end * FRAME_SECONDS)))
-        place += len(word) + 1
-    return found
+    """Times each word of one utterance's text, by `align`. Raises ValueError as `to_labels` and `align` do."""
+    texts = text.split()
+    frames = align(logits, to_labels(" ".join(texts)))
+    timed, position = [], 0
+    for word in texts:
+        start, end = frames[position, 0], frames[position + len(word) - 1, 1]
+        timed.append(Word(word, float(start * FRAME_SECONDS), float(end * FRAME_SECONDS)))
+        position += len(word) + 1
+    return timed

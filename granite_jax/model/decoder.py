@@ -1,7 +1,7 @@
 """Granite language model and its KV cache.
 
-Reference: `GraniteForCausalLM` of transformers. One module computes prefill and decode steps alike: positions are per
-row, several tokens a step are allowed, and the cache is only read inside the layers.
+Reference: `GraniteForCausalLM` of transformers. One module computes both prefill and decode steps: positions are per
+row, a step can have several tokens, and the cache is only read inside the layers.
 
 The cache at a step of two tokens (row 0 holds 4 positions, row 1 holds 2; `.` unwritten or rolled back):
 
@@ -29,8 +29,8 @@ class KVCache:
     """Keys (rotated) and values of all layers.
 
     Fields:
-      k, v: `[l, b, k, s, h]`, the order in which attention reads them; slots from `lengths` on hold nothing of meaning.
-      lengths: int32 `[b]`, positions of each row. Rolling back is lowering it.
+      k, v: `[l, b, k, s, h]`, the order in which attention reads them; slots from `lengths` on are ignored.
+      lengths: int32 `[b]`, positions of each row. Rolling back lowers them.
     """
 
     k: Cache
@@ -39,7 +39,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that fit, `s`."""
+        """The most positions of a row, `s`."""
         return self.k.shape[3]
 
     def append(self, k: Cache, v: Cache) -> "KVCache":
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
 
         q = _rotate(split(self.q(h)), cos, sin).reshape(batch, groups, -1, steps, head_dim)
         k, v = _rotate(split(self.k(h)), cos, sin), split(self.v(h))
-        # Long prompts: a chunk of queries at a time, so that scores never take [p, p].
+        # A chunk of queries at a time, so that the scores of long prompts never take [p, p].
         chunks = [
             self._attend(
                 q[:, :, :, i : i + _QUERY_CHUNK], i, k[:, :, : i + _QUERY_CHUNK], v[:, :, : i + _QUERY_CHUNK], cached
@@ -120,25 +120,25 @@ class Attention(nnx.Module):
     def _attend(self, q: jax.Array, offset: int, k: jax.Array, v: jax.Array, cached: tuple | None) -> jax.Array:
         """Queries `[b, k, g, q, h]` that begin `offset` positions into the step, over the cache and `k`, `v`."""
 
-        def scored(keys, seen):
+        def scored(keys, mask):
             scores = jnp.einsum("bkgqh,bksh->bkgqs", q, keys, preferred_element_type=jnp.float32)
-            return jnp.where(seen, scores * self.config.attention_multiplier, -jnp.inf)
+            return jnp.where(mask, scores * self.config.attention_multiplier, -jnp.inf)
 
         def mixed(weights, values):
             return jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(values.dtype), values)
 
         causal = jnp.arange(k.shape[2])[None, :] <= offset + jnp.arange(q.shape[3])[:, None]
-        own = scored(k, causal)
+        current = scored(k, causal)
         if cached is None:
-            return mixed(jax.nn.softmax(own), v)
+            return mixed(jax.nn.softmax(current), v)
         cached_k, cached_v, lengths = cached
         filled = (jnp.arange(cached_k.shape[2])[None, :] < lengths[:, None])[:, None, None, None, :]
-        # One softmax over two places: the cache is never joined with the new keys, which would copy it.
+        # One softmax over two arrays: joining the cache with the new keys would copy it.
         past = scored(cached_k, filled)
-        peak = jnp.maximum(past.max(-1, keepdims=True), own.max(-1, keepdims=True))
-        past, own = jnp.exp(past - peak), jnp.exp(own - peak)
-        total = past.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-        return mixed(past / total, cached_v) + mixed(own / total, v)
+        peak = jnp.maximum(past.max(-1, keepdims=True), current.max(-1, keepdims=True))
+        past, current = jnp.exp(past - peak), jnp.exp(current - peak)
+        total = past.sum(-1, keepdims=True) + current.sum(-1, keepdims=True)
+        return mixed(past / total, cached_v) + mixed(current / total, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -184,7 +184,7 @@ class Decoder(nnx.Module):
 
         Args:
           embeddings: unscaled embeddings of tokens or audio.
-          cache: what precedes the step, or None if nothing does.
+          cache: the positions before the step, or None if there are none.
 
         Returns:
           Normed activations `[b, p, e]`, and the step's keys and values `[l, b, k, p, h]` for `KVCache.append`.

@@ -69,16 +69,16 @@ class BlockAttention(nnx.Module):
         relative = self.relative(distance + config.max_pos_emb)
         scores = jnp.einsum("bmqhd,bmkhd->bmhqk", q, k, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bmqhd,qkd->bmhqk", q, relative, preferred_element_type=jnp.float32)
-        seen = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, 1, 1, context)
+        mask = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, 1, 1, context)
         # A finite floor: blocks past the row's end see no key at all and must not become NaN.
-        scores = jnp.where(seen, scores * config.dim_head**-0.5, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores * config.dim_head**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(v.dtype)
         mixed = jnp.einsum("bmhqk,bmkhd->bmqhd", weights, v).reshape(batch, blocks * context, -1)
         return self.out(mixed[:, :frames])
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization by running statistics, or by those of the valid frames at hand."""
+    """Batch normalization by running statistics, or by those of the batch's valid frames."""
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones(channels))
@@ -137,7 +137,7 @@ def _shifted_products(padded: jax.Array, kernel: jax.Array, frames: int) -> jax.
 
 @jax.custom_vjp
 def trained_depthwise(x: Float[Array, "b t c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
-    """`depthwise` with a reverse-mode derivative that takes one pass; JAX derives one that takes a pass a tap."""
+    """`depthwise` with a reverse-mode derivative that takes one pass; the one JAX derives takes a pass per tap."""
     return depthwise(x, kernel)
 
 
@@ -150,8 +150,8 @@ def _depthwise_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array)
     before, after = _same_padding(kernel)
     padded = jnp.pad(gradient, ((0, 0), (after, before), (0, 0)))
     shifted = jnp.pad(x, ((0, 0), (before, after), (0, 0)))
-    of_kernel = [jnp.sum(shifted[:, i : i + frames] * gradient, axis=(0, 1)) for i in range(len(kernel))]
-    return _shifted_products(padded, kernel[::-1], frames), jnp.stack(of_kernel)
+    taps = [jnp.sum(shifted[:, i : i + frames] * gradient, axis=(0, 1)) for i in range(len(kernel))]
+    return _shifted_products(padded, kernel[::-1], frames), jnp.stack(taps)
 
 
 trained_depthwise.defvjp(_depthwise_forward, _depthwise_backward)

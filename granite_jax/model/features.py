@@ -1,8 +1,8 @@
 """Log-mel features on the device: waveform -> pairs of stacked log-mel frames.
 
-The same numbers as the reference's feature extractor (torchaudio's MelSpectrogram and the normalization of
-`GraniteSpeechFeatureExtractor`), computed for every row as if it were alone: reflection and the
-utterance's maximum are taken at the row's true end.
+Computes the same numbers as the reference's feature extractor (torchaudio's MelSpectrogram and the normalization of
+`GraniteSpeechFeatureExtractor`), for every row as if it were alone: the signal is reflected at the row's true end, and
+the maximum is that of its valid frames.
 """
 
 import jax
@@ -13,12 +13,12 @@ from granite_jax.array_types import Features, Lengths, Samples
 
 SAMPLING_RATE = 16_000  # Hz
 HOP = 160  # samples: 10 ms
-WINDOW = 400  # samples: 25 ms, centerd in the FFT
+WINDOW = 400  # samples: 25 ms, centered in the FFT
 FFT = 512
 NUM_MELS = 80
 MIN_SAMPLES = FFT // 2 + 1  # fewer cannot be reflected at the FFT's margin
 
-_MARGIN = WINDOW // 2  # the window is zero beyond it, so no more is read of the reflected signal
+_MARGIN = WINDOW // 2  # the window is zero beyond it, so no more of the reflected signal is read
 
 
 def num_frames(num_samples):
@@ -29,7 +29,7 @@ def num_frames(num_samples):
 def _mel_filters() -> np.ndarray:
     """Triangular HTK mel filters from 0 to 8 kHz, not area-normalized: float32 [FFT // 2 + 1, NUM_MELS].
 
-    Rounded at every step where torchaudio rounds: the edges of the narrow filters move the features by up to 1e-5.
+    Rounds at every step where torchaudio rounds: the edges of the narrow filters change the features by up to 1e-5.
     """
     top = np.float32(2595.0 * np.log10(1.0 + SAMPLING_RATE / 2 / 700.0))
     index, last = np.arange(NUM_MELS + 2, dtype=np.float32), np.float32(NUM_MELS + 1)
@@ -43,7 +43,7 @@ def _mel_filters() -> np.ndarray:
 
 
 def _fourier_basis() -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines under half of a periodic Hann window, from its center on: twice [_MARGIN, FFT // 2 + 1]."""
+    """Cosines and sines under half of a periodic Hann window, from its center on: both [_MARGIN, FFT // 2 + 1]."""
     time = np.arange(_MARGIN)[:, None]
     hann = 0.5 + 0.5 * np.cos(2.0 * np.pi * time / WINDOW)
     hann[0] /= 2.0  # the center is its own mirror image
@@ -80,10 +80,10 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     Matrix products take only the 400 samples under the window, and run on a TPU's matrix unit. Cosines are even and
     sines odd about the window's center, so sums and differences of mirrored samples halve the work.
 
-    In a quiet bin beside loud ones little is left of large terms, and float32's rounding shows: in the features up to
-    1e-4 by a plain product, 5e-5 by an FFT (the reference's too). So samples and basis are split into a coarse part of
-    8 bits and a rest. Coarse times coarse is exact, sums included, even of bfloat16 inputs; what involves a rest is
-    small, and so is its rounding.
+    In a quiet bin beside loud ones, large terms cancel and float32's rounding shows: in the features up to 1e-4 with a
+    plain product, 5e-5 with an FFT (also the reference's). So samples and basis are split into a coarse part of 8 bits
+    and a residual. Sums of coarse products are exact, even with bfloat16 inputs; products with a residual are small,
+    and so is their rounding.
     """
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(frames), axis=(1, 2), keepdims=True))
     scale = jnp.ldexp(1.0, jnp.frexp(peak)[1])  # a power of two, by which division is exact
@@ -92,9 +92,9 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     power = jnp.zeros(())
     for sign, basis in zip((1.0, -1.0), _fourier_basis(), strict=True):
         coarse_basis = np.round(basis * 256.0) / 256.0
-        folded, rest = (x[..., _MARGIN:] + sign * x[..., _MARGIN:0:-1] for x in (coarse, frames - coarse))
+        folded, residual = (x[..., _MARGIN:] + sign * x[..., _MARGIN:0:-1] for x in (coarse, frames - coarse))
         exact = jnp.matmul(folded, coarse_basis.astype(np.float32), precision=jax.lax.Precision.DEFAULT)
-        small = folded @ (basis - coarse_basis).astype(np.float32) + rest @ basis.astype(np.float32)
+        small = folded @ (basis - coarse_basis).astype(np.float32) + residual @ basis.astype(np.float32)
         power += (exact + small) ** 2
     return power * scale**2
 

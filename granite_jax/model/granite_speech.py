@@ -30,11 +30,11 @@ from granite_jax.model.decoder import Decoder, KVCache
 from granite_jax.model.encoder import Encoder, EncoderOutput
 from granite_jax.model.projector import Projector
 
-_LOGIT_ROWS = 256  # rows of the vocabulary's width that are held at once
+_LOGIT_ROWS = 256  # positions whose logits are held at once
 
 
 class Model(nnx.Module):
-    """The parts under the names that the parameter tree carries."""
+    """The three parts, named as in the parameter tree."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.encoder = Encoder(config.encoder, rngs)
@@ -142,7 +142,7 @@ def prefill(
       lengths: tokens of each prompt.
       audio: audio embeddings `[b, a, e]`, or None for text alone.
       capacity: positions of the cache, at least `p`; default `p`.
-      logit_positions: positions `[b, m]` whose logits are wanted; default each row's last. Only these are computed.
+      logit_positions: positions `[b, m]` whose logits are computed; default each row's last.
 
     Returns:
       float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
@@ -176,17 +176,17 @@ def prefill_reduced(
       lengths: tokens of each prompt alone.
       reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
       operand: arrays `[b, m]`; column i belongs to the position `lengths - 1 + i`.
-      counts: how many of the `m` positions of each row are wanted. What is returned for others means nothing.
+      counts: how many of the `m` positions of each row are needed. The results for others are arbitrary.
 
     Returns:
       The reduced arrays `[b, m]`, and the cache, `lengths` positions a row; the drafts are in the slots after these.
     """
     decoder: Decoder = _part(config, params, "decoder")
     hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
-    batch, wanted = jax.tree.leaves(operand)[0].shape
-    chunk = max(1, min(wanted, _LOGIT_ROWS // batch))
-    padded = -(-wanted // chunk) * chunk
-    operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - wanted))), operand)
+    batch, width = jax.tree.leaves(operand)[0].shape
+    chunk = max(1, min(width, _LOGIT_ROWS // batch))
+    padded = -(-width // chunk) * chunk
+    operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - width))), operand)
     positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded)[None, :], tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
@@ -195,17 +195,17 @@ def prefill_reduced(
         return reduce(decoder.logits(part(hidden)), jax.tree.map(part, operand))
 
     def add(carry):
-        start, found = carry
-        found = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1), found, reduced(start)
+        start, results = carry
+        results = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1), results, reduced(start)
         )
-        return start + chunk, found
+        return start + chunk, results
 
-    # The first chunk outside the loop: its arrays are the carry's, and without drafts it is the only one.
+    # The first chunk is outside the loop: its arrays begin the carry, and without drafts it is the only one.
     first = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - chunk))), reduced(jnp.int32(0)))
-    last, start = jnp.max(counts), jnp.max(counts * 0) + chunk
-    _, found = jax.lax.while_loop(lambda carry: carry[0] < last, add, (start, first))
-    return jax.tree.map(lambda x: x[:, :wanted], found), cache
+    end, start = jnp.max(counts), jnp.max(counts * 0) + chunk
+    _, results = jax.lax.while_loop(lambda carry: carry[0] < end, add, (start, first))
+    return jax.tree.map(lambda x: x[:, :width], results), cache
 
 
 def _run_prompts(
@@ -225,8 +225,8 @@ def _run_prompts(
         gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
         embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
     hidden, k, v = decoder(embeddings)
-    room = (capacity or tokens.shape[1]) - tokens.shape[1]
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) for x in (k, v))
+    padding = (capacity or tokens.shape[1]) - tokens.shape[1]
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
     return hidden, KVCache(k, v, lengths)
 
 
