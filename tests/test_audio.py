@@ -106,6 +106,33 @@ def test_channels_are_averaged_whichever_axis_they_are_on(axis):
     np.testing.assert_allclose(load_audio(np.stack([left, right], axis)).samples, (left + right) / 2, atol=1e-7)
 
 
+def test_the_audio_of_data_sets_is_taken(tmp_path):
+    # Given a recording as Hugging Face's `datasets` have it: decoded, as bytes, as a path, or as torchcodec's decoder
+    class Decoder:
+        def get_all_samples(self):
+            return type("AudioSamples", (), {"data": tone(2.0, 8000)[None], "sample_rate": 8000})
+
+    (tmp_path / "a.wav").write_bytes(data := encode(tone(2.0, 8000), 8000))
+    sources = [
+        {"path": "a.wav", "array": tone(2.0, 8000), "sampling_rate": 8000},
+        {"path": "a.wav", "bytes": data},
+        {"path": str(tmp_path / "a.wav"), "bytes": None},
+        Decoder(),
+        (tone(2.0, 8000), np.array(8000)),
+        (tone(2.0, 8000), np.float32(8000)),
+    ]
+    # When they are read, then all are the same audio, called by its path if it has one
+    for source in sources:
+        np.testing.assert_allclose(load_audio(source).samples, load_audio(data).samples, atol=1e-4)
+    assert [load_audio(source).name for source in sources[:4]] == ["a.wav", "a.wav", str(tmp_path / "a.wav"), "audio"]
+
+
+def test_a_file_object_at_its_end_is_read_from_its_beginning():
+    file = io.BytesIO()
+    sf.write(file, tone(), SAMPLE_RATE, format="WAV")
+    assert load_audio(file).duration == 1.0
+
+
 def test_samples_are_the_callers_no_more():
     samples = tone()
     audio = load_audio(samples)
@@ -262,7 +289,11 @@ def bad(samples, **options):
         (bad(np.zeros(400, complex)), "unsupported dtype complex128"),
         (bad(np.array(["a"] * 400)), "unsupported dtype <U1"),
         (bad(None), "unsupported NoneType"),
-        (bad({"array": [0.0]}), "unsupported dict"),
+        (bad({"samples": [0.0]}), 'a dict needs "array" and "sampling_rate"'),
+        (bad({"array": np.zeros(400, np.int16), "sampling_rate": "16000"}), "sampling rate must be between"),
+        (bad({"bytes": b"", "path": None}), "is empty"),
+        (bad((tone(), "16000")), "sampling rate must be between"),
+        (bad(np.full(400, 32_767, np.int32)), "convert 16-bit samples to int16"),
         (bad([[0.0], [0.0, 0.0]]), "cannot be made an array"),
         (bad(([[0.0], [0.0, 0.0]], 16_000)), "cannot be made an array"),
         (bad(np.float32(0)), "not []"),

@@ -25,6 +25,7 @@ from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import ProgressDisplay, line
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
+from granite_jax.inference.results import Transcript
 
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4},
@@ -88,6 +89,30 @@ def test_text_is_one_line_a_file(asr: Transcriber, loaded: list, recordings: lis
 
     # And for one file its text alone
     assert invoke("transcribe", recordings[1], "--max-new-tokens", "4").stdout == line(texts[1]) + "\n"
+
+
+def test_each_result_is_printed_as_soon_as_it_is_there(
+    asr: Transcriber, loaded: list, recordings: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    # Given results that come one by one
+    printed: list[str] = []
+
+    def stream(*_: Any, **__: Any) -> Any:
+        for text in ("one", "two"):
+            yield Transcript("a.wav", text)
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(asr, "stream", stream)
+    # When two files are transcribed, then each line is there before the next result is
+    with pytest.raises(SystemExit, match="0"):
+        cli.app(["transcribe", *recordings])
+    assert printed == ["a.wav: one\n", "a.wav: two\n"]
+
+
+def test_audio_is_called_as_it_was_given(loaded: list, recordings: list[str]) -> None:
+    path = f"{Path(recordings[0]).parent}/.//a.wav"
+    result = invoke("transcribe", path, "--format", "json", "--max-new-tokens", "1")
+    assert json.loads(result.stdout)["audio"] == path
 
 
 def test_json_is_one_object_a_line(asr: Transcriber, loaded: list, recordings: list[str]) -> None:

@@ -203,11 +203,11 @@ def test_scripts_without_spaces_need_none() -> None:
 
 def test_one_list_for_all_or_a_list_for_each() -> None:
     # Given one list, or none, then it is for all inputs
-    for shared in (["Kai", ("Zoe", 2)], [], ("Kai",)):
+    for shared in (["Kai", ("Zoe", 2)], [], ("Kai",), {"Zoe": 2.0}):
         assert lists_by_input(shared, 2) is None
     # Given a list for each, then each has its own, without repetitions
-    lists = lists_by_input([["Kai", "Kai"], None, []], 3)
-    assert lists == [["Kai", "Kai"], None, []]
+    lists = lists_by_input([["Kai", "Kai"], None, [], {"Zoe": 2}], 4)
+    assert lists == [("Kai", "Kai"), None, (), (("Zoe", 2),)]
     assert validated(["Kai", "Kai", ("Zoe", 2)], KeywordOptions()) == (("Kai", None), ("Zoe", 2.0))
     assert validated(("  New\u3000 York ",), KeywordOptions()) == (("New York", None),)
 

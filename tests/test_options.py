@@ -2,13 +2,16 @@
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import granite_jax as gj
 from granite_jax import batch, evaluation
 from granite_jax.batch.ray_data import Transcribe
+from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions, resolve
 
 
@@ -47,6 +50,22 @@ def test_drafts_are_for_raw_transcripts_alone() -> None:
     assert TranscribeOptions().drafting.drafts and TranscribeOptions().raw
     for fields in ({"task": "punctuate"}, {"prompt": "what?"}, {"speculative": False}):
         assert not TranscribeOptions(**fields).drafting.drafts
+
+
+def test_numbers_of_numpy_are_plain_numbers() -> None:
+    # Given options with NumPy's numbers, and keywords as a mapping
+    options = TranscribeOptions(
+        max_new_tokens=np.int64(9),
+        keyword_boost=np.float32(2.5),
+        keyword_gate=np.float64(-1),
+        keywords={"Kai": np.int8(3)},
+    )
+    # When they are written as JSON, as the identity of a job is, then they read as plain ones do
+    plain = TranscribeOptions(max_new_tokens=9, keyword_boost=2.5, keyword_gate=-1.0, keywords=[("Kai", 3)])
+    assert json.dumps(dataclasses.asdict(options)) == json.dumps(dataclasses.asdict(plain))
+    assert options == plain and ModelOptions(batch_size=np.int32(2)).batch_size == 2
+    with pytest.raises(GraniteError, match="not a positive number"):
+        ModelOptions(batch_size=np.int32(-1))
 
 
 def test_equal_options_are_one(tmp_path: Path) -> None:

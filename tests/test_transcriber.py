@@ -100,6 +100,14 @@ def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) ->
     assert asr.transcribe(path, max_new_tokens=8) == transcripts[0]
 
 
+def test_a_tuple_of_files_is_a_list(asr: Transcriber, tmp_path: Path) -> None:
+    paths = (str(tmp_path / "a.wav"), tmp_path / "b.wav")
+    for path in paths:
+        Path(path).write_bytes(wav(speech(1)))
+    transcripts = asr.transcribe(paths)
+    assert [transcript.audio for transcript in transcripts] == [str(path) for path in paths]
+
+
 def test_the_sampling_rate_is_that_of_arrays_alone(asr: Transcriber, tmp_path: Path) -> None:
     # Given a file at 8 kHz, the same array, and an array that comes with its own rate
     samples = speech(1.0)[::2]

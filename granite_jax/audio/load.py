@@ -10,7 +10,7 @@ import contextlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, BinaryIO
@@ -60,8 +60,9 @@ def load_audio(
     Args:
       source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...);
         an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
-        integers, which are scaled by the range of their type; a pair (array, sampling rate); or an Audio, which is
-        returned unchanged.
+        integers, which are scaled by the range of their type; a pair (array, sampling rate); the audio of a Hugging
+        Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or a decoder of torchcodec; or an
+        Audio, which is returned unchanged.
       sampling_rate: in Hz, of an array; default 16 kHz. For a file, it must agree with the file's own.
       name: of the audio in messages and outputs; by default the path, or "audio".
       max_seconds: the longest audio to accept, 4 hours by default.
@@ -75,8 +76,9 @@ def load_audio(
     """
     if isinstance(source, Audio):
         return source
-    name = name if name is not None else _default_name(source)
+    name = name if name is not None else path_of(source) or "audio"
     try:
+        source = _unpacked(source)
         limit = _check_limit(max_seconds)
         if isinstance(source, (str, os.PathLike)):
             decoded = _read_path(source, sampling_rate, limit)
@@ -92,9 +94,35 @@ def load_audio(
     return Audio(name, *decoded)
 
 
-def _default_name(source: Any) -> str:
+def path_of(source: Any) -> str | None:
+    """The path of a file, a file object or a data set's audio, if it has one."""
+    if isinstance(source, Mapping):
+        source = source.get("path")
     path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
-    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else "audio"
+    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
+
+
+def is_encoded(source: Any) -> bool:
+    """Whether a source is a file, in whatever form, which knows its own sampling rate."""
+    if isinstance(source, Mapping):
+        return "array" not in source
+    return isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(source, "read")
+
+
+def _unpacked(source: Any) -> Any:
+    """The path, bytes or (array, rate) in a data set's audio; anything else unchanged."""
+    if isinstance(source, Mapping):
+        if "array" in source:
+            return (source["array"], source["sampling_rate"]) if "sampling_rate" in source else source["array"]
+        encoded = source.get("bytes")
+        encoded = source.get("path") if encoded is None else encoded
+        if encoded is None:
+            raise AudioError('a dict needs "array" and "sampling_rate", or "bytes", or "path"')
+        return encoded
+    if hasattr(source, "get_all_samples"):
+        decoded = source.get_all_samples()
+        return decoded.data, decoded.sample_rate
+    return source
 
 
 def printable(name: str) -> str:
@@ -163,9 +191,12 @@ def load_segment(
 
 
 def _read_stream(stream: Any) -> bytes:
-    """Reads the remaining bytes of a binary file object, which need not be seekable."""
+    """Reads the remaining bytes of a binary file object, which need not be seekable; all of it if it is at its end."""
     try:
         data = stream.read(_MAX_STREAM_BYTES + 1)
+        if not data and hasattr(stream, "seekable") and stream.seekable():  # written, and not rewound
+            stream.seek(0)
+            data = stream.read(_MAX_STREAM_BYTES + 1)
     except Exception as error:  # The caller's own object: whatever it raises, this input cannot be read.
         raise AudioError(f"cannot be read ({one_line(error)})") from error
     if not isinstance(data, (bytes, bytearray)):
@@ -180,8 +211,8 @@ def _read_stream(stream: Any) -> bytes:
 
 def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
     """Splits (array, rate), as `soundfile.read` returns it; a bare array is at `sampling_rate`."""
-    is_pair = isinstance(source, tuple) and len(source) == 2
-    if not (is_pair and isinstance(source[1], Real) and not isinstance(source[0], Real)):
+    is_pair = isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], Real)
+    if not (is_pair and np.ndim(source[1]) == 0):
         return source, SAMPLE_RATE if sampling_rate is None else check_rate(sampling_rate)
     rate = check_rate(source[1])
     if sampling_rate is not None and check_rate(sampling_rate) != rate:
@@ -194,7 +225,7 @@ def _from_array(source: Any, rate: float, limit: float) -> Decoded:
         array = np.asarray(source)
     except Exception as error:  # Ragged lists, tensors on a device, objects whose __array__ fails.
         raise AudioError(f"{type(source).__name__} cannot be made an array ({one_line(error)})") from error
-    _check_dtype(array.dtype, source)
+    _check_dtype(array, source)
     if array.ndim not in (1, 2):
         raise AudioError(f"expected an array of shape [n] or [n, channels], not {list(array.shape)}")
     frames = array[:, None] if array.ndim == 1 else array if array.shape[0] > array.shape[1] else array.T
@@ -208,7 +239,10 @@ def _from_array(source: Any, rate: float, limit: float) -> Decoded:
     return Decoded(resample((mixer(scale(block)) for block in blocks), rate, limit), ("one-channel",))
 
 
-def _check_dtype(dtype: np.dtype, source: Any) -> None:
+def _check_dtype(array: np.ndarray, source: Any) -> None:
+    dtype = array.dtype
+    if dtype == np.int32 and array.size and 0 < (peak := int(np.abs(array.astype(np.int64)).max())) < 1 << 15:
+        raise AudioError(f"int32 samples that reach only {peak} of 2,147,483,647: convert 16-bit samples to int16")
     # NumPy turns a list of 16-bit samples into int64; scaled by the range of int64, they would be silence.
     if dtype.kind == "f" or dtype.name == "bfloat16" or (dtype.kind in "iu" and dtype.itemsize <= 4):
         return

@@ -27,7 +27,7 @@ def check_rate(rate: Any) -> float:
     """The rate in Hz as a float; AudioError unless it is a number within `RATE_LIMITS`."""
     low, high = RATE_LIMITS
     try:
-        value = float("nan") if isinstance(rate, (bool, str)) else float(rate)
+        value = float("nan") if isinstance(rate, (bool, str, bytes)) else float(rate)
     except (TypeError, ValueError, OverflowError):
         value = float("nan")
     if not low <= value <= high:

@@ -21,11 +21,13 @@ _LOG_SECONDS = 60.0  # between two lines of progress without a terminal
 class ProgressDisplay:
     """Shows a command's progress: a bar on a terminal; elsewhere a line a minute, for logs."""
 
-    def __init__(self, action: str):
+    def __init__(self, action: str, *, prints_results: bool = False):
         """
         Args:
           action: what the command does, as in "transcribing".
+          prints_results: whether results go to stdout meanwhile. There is no bar between them on a terminal.
         """
+        hidden = not console.is_terminal or (prints_results and sys.stdout.isatty())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -33,7 +35,7 @@ class ProgressDisplay:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self._bar = Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False)
         self._task = self._bar.add_task(escape(action), total=None, note="")
         self._action = action
 

@@ -1,12 +1,11 @@
 """`granite-jax transcribe`."""
 
 import dataclasses
-import itertools
 import json
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,12 +14,13 @@ from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
+if TYPE_CHECKING:
+    from granite_jax.inference.results import Transcript
+
 
 @takes_options
 def transcribe(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)
-    ],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)],
     model: ModelOptions,
     options: TranscribeOptions,
     format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
@@ -33,35 +33,25 @@ def transcribe(
 ) -> None:
     """Transcribe or translate audio files.
 
-    Prints one line a file: the text (after the file's name, if there are several), or a JSON object with audio, text,
-    tokens, duration, confidence, ctc_text, stats, draft, accepted_spans and flags. Files that fail, and those whose
-    text is doubtful, are reported on stderr, one line each. The exit status is 0 if all succeeded, 1 if some did not, 2
-    if nothing could be tried.
+    Prints one line a file, in order, as soon as its result is there: the text (after the file's name, if there are
+    several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans
+    and flags. Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status
+    is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
-    from granite_jax.inference.results import FLAGS
     from granite_jax.inference.transcriber import Transcriber
 
     try:
         plots = None if plot is None else _plots_for(plot, files)
         asr = Transcriber.from_options(model)
-        with ProgressDisplay("transcribing") as display:
-            counter = itertools.count(1)
-            transcripts = asr.transcribe(
-                list(files), options, on_error="return", progress=lambda _: display.show(next(counter), len(files))
-            )
+        transcripts = []
+        with ProgressDisplay("transcribing", prints_results=True) as display:
+            for transcript in asr.stream(files, options, on_error="return"):
+                transcripts.append(transcript)
+                _print(transcript, format, with_name=len(files) > 1)
+                display.show(len(transcripts), len(files))
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None
-    for transcript in transcripts:
-        if transcript.error is not None:
-            fail(transcript.error)
-        elif format == "json":
-            fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
-            print(json.dumps(fields, ensure_ascii=False))
-        else:
-            print(line(f"{transcript.audio}: {transcript.text}" if len(files) > 1 else transcript.text))
-            for flag in transcript.flags:
-                fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
     if any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
     if plots is not None and plot is not None:
@@ -80,7 +70,21 @@ def transcribe(
             fail(f"{plot}: characters are missing, no font here has them")
 
 
-def _plots_for(plot: Path, files: list[Path]) -> ModuleType:
+def _print(transcript: "Transcript", format: Format, with_name: bool) -> None:
+    from granite_jax.inference.results import FLAGS
+
+    if transcript.error is not None:
+        fail(transcript.error)
+    elif format == "json":
+        fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
+        print(json.dumps(fields, ensure_ascii=False), flush=True)
+    else:
+        print(line(f"{transcript.audio}: {transcript.text}" if with_name else transcript.text), flush=True)
+        for flag in transcript.flags:
+            fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
+
+
+def _plots_for(plot: Path, files: list[str]) -> ModuleType:
     """The plotting module. Raises GraniteError, before anything is transcribed, if it cannot plot this."""
     if len(files) > 1:
         raise GraniteError(f"--plot draws one file, not {len(files)}")

@@ -12,8 +12,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from granite_jax.errors import GraniteError, PromptError
-from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn
+from granite_jax.errors import GraniteError
+from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn, keyword_entries, plain_number
 from granite_jax.text.tasks import instruction
 
 Parallel = Literal["shard_map", "pmap"]
@@ -52,6 +52,7 @@ class ModelOptions:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        _make_numbers_plain(self)
         for name in ("model_parallel", "batch_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -120,7 +121,8 @@ class TranscribeOptions:
       ctc_threshold: in relaxed modes, in nats: a CTC text is final if all of its frames have less entropy.
       verify_threshold: in relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
       keywords: up to 2,048 names and terms that may be spoken, in the letter case that the text should have (raw
-        transcripts are always lower case). An entry is a text, or a pair (text, boost).
+        transcripts are always lower case). An entry is a text, or a pair (text, boost). A
+        mapping from texts to boosts is accepted, too.
       keyword_boost: nats added to the last token of a keyword. The first gets a quarter, and all tokens get more where
         the CTC head has heard the keyword. The default is measured (benchmarks/keywords.py); 0 adds nothing.
       keyword_gate: nats per character, below 0: keywords to which the CTC head gives a lower score are left out, so
@@ -144,13 +146,12 @@ class TranscribeOptions:
     keywords_in: KeywordsIn = "decoder"
 
     def __post_init__(self) -> None:
+        _make_numbers_plain(self)
         instruction(self.task, target_language=self.target_language, prompt=self.prompt)
         limit = self.max_new_tokens
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise GraniteError(f"max_new_tokens is {limit!r:.60}, not a positive number")
-        if isinstance(self.keywords, str) or not isinstance(self.keywords, Sequence):
-            raise PromptError(f"keywords must be a list of strings, not {self.keywords!r:.60}")
-        object.__setattr__(self, "keywords", tuple(self.keywords))
+        object.__setattr__(self, "keywords", keyword_entries(self.keywords))
         _ = self.drafting, self.biasing  # raise an error if a field is invalid
 
     @property
@@ -169,6 +170,12 @@ class TranscribeOptions:
         """How keywords are used."""
         lower_case = None if self.prompt is not None else self.task == "transcribe"
         return KeywordOptions.from_fields(self.keyword_boost, self.keyword_gate, self.keywords_in, lower_case)
+
+
+def _make_numbers_plain(options: Any) -> None:
+    """Replaces NumPy scalars, which are not JSON, by Python numbers."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, plain_number(getattr(options, field.name)))
 
 
 def resolve(

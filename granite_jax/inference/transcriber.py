@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from granite_jax.audio.load import Audio, load_audio, printable
+from granite_jax.audio.load import Audio, is_encoded, load_audio, path_of, printable
 from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import ContextError, GraniteError
@@ -26,7 +26,7 @@ from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.results import Emissions, Transcript
 from granite_jax.inference.sharding import DeviceList, DeviceMesh
 from granite_jax.keywords.lists import Keywords, lists_by_input, prepare, validated
-from granite_jax.keywords.options import Entry
+from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
@@ -164,7 +164,7 @@ class Transcriber:
         options: TranscribeOptions | None = None,
         *,
         sampling_rate: int | None = None,
-        keywords: Sequence[Entry] | Sequence[list[Entry] | None] | None = None,
+        keywords: KeywordList | Sequence[KeywordList | None] | None = None,
         draft: str | Sequence[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         progress: Callable[[int], None] | None = None,
@@ -174,10 +174,11 @@ class Transcriber:
 
         Args:
           audio: a path, a binary file object, bytes, a float or integer array (16 kHz, or of `sampling_rate`; `[n]`,
-            `[n, channels]` or `[channels, n]`), a pair (array, sampling rate), or a list of these.
+            `[n, channels]` or `[channels, n]`), a pair (array, sampling rate), a Hugging Face data set's audio (a dict
+            or a decoder), or a list of these.
           options: what to write, and how.
           sampling_rate: in Hz, for arrays that come without one.
-          keywords: as in `TranscribeOptions`; or a list with a list of keywords (or None) for each input.
+          keywords: as in `TranscribeOptions`; or a list with such a list (or None) for each input.
           draft: for lossless mode and any task: a text that may share passages with the result, or a list with a text
             (or None) for each input.
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
@@ -195,10 +196,12 @@ class Transcriber:
           AudioError: naming an input that is not readable, too short or not finite.
           ContextError: naming an input that does not fit the model's positions with its prompt and new tokens.
         """
-        sources = audio if isinstance(audio, list) else [audio]
-        keyword_lists = None if keywords is None else lists_by_input(keywords, len(sources))
-        if keywords is not None and keyword_lists is None:
-            fields["keywords"] = tuple(keywords)
+        is_list = isinstance(audio, list) or _is_tuple_of_files(audio)
+        sources = list(audio) if is_list else [audio]
+        entries = None if keywords is None else keyword_entries(keywords)
+        keyword_lists = None if entries is None else lists_by_input(entries, len(sources))
+        if entries is not None and keyword_lists is None:
+            fields["keywords"] = entries
         stream = self.stream(
             sources,
             options,
@@ -213,7 +216,7 @@ class Transcriber:
             transcripts.append(transcript)
             if progress is not None:
                 progress(1)
-        return transcripts if isinstance(audio, list) else transcripts[0]
+        return transcripts if is_list else transcripts[0]
 
     @accepts(TranscribeOptions)
     def stream(
@@ -288,7 +291,7 @@ class Transcriber:
         return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in arrays))
 
     def _load(self, source: Any, rate: int | None, name: str) -> Audio:
-        if isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read"):
+        if is_encoded(source):
             rate = None  # files have their own
         try:
             return load_audio(source, sampling_rate=rate, name=name, max_seconds=self.config.max_seconds)
@@ -361,8 +364,10 @@ def enable_compilation_cache() -> None:
             jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
 
 
+def _is_tuple_of_files(audio: Any) -> bool:
+    return isinstance(audio, tuple) and bool(audio) and all(isinstance(source, str | os.PathLike) for source in audio)
+
+
 def _name(source: Any, index: int) -> str:
-    if isinstance(source, str | os.PathLike):
-        return os.fspath(source) if isinstance(os.fspath(source), str) else repr(source)
-    name = getattr(source, "name", None)
-    return name if isinstance(name, str) else f"audio[{index}]"
+    path = path_of(source)
+    return f"audio[{index}]" if path is None else path

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords import spotter
 from granite_jax.keywords.automaton import STATES, KeywordAutomaton, Phrase, build_automaton
-from granite_jax.keywords.options import Entry, KeywordOptions, check_boost
+from granite_jax.keywords.options import Entry, KeywordOptions, check_boost, keyword_entries
 from granite_jax.keywords.phrases import Place, phrases_of
 from granite_jax.model import ctc
 from granite_jax.text.chat_template import check_text
@@ -23,24 +23,22 @@ MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
 
 
-def lists_by_input(keywords: Iterable[Any], inputs: int) -> list[list[Entry] | None] | None:
+def lists_by_input(keywords: Any, inputs: int) -> list[tuple[Entry, ...] | None] | None:
     """A caller's `keywords=` as one list (or None) per input; None if it is a list for all inputs.
 
     Raises:
       PromptError: it is not a list.
       GraniteError: some entries are lists and others are not, or there are not as many as inputs.
     """
-    if isinstance(keywords, str) or not isinstance(keywords, Iterable):
-        raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    entries = list(keywords)
-    listed = [entry is None or isinstance(entry, list) for entry in entries]
+    entries = keyword_entries(keywords)
+    listed = [entry is None or isinstance(entry, list | Mapping) for entry in entries]
     if not any(listed):
         return None
     if not all(listed):
         raise GraniteError("keywords is a list of keywords for all inputs, or a list with a list for every input")
     if len(entries) != inputs:
         raise GraniteError(f"keywords has {len(entries)} lists for {inputs} inputs")
-    return entries
+    return [None if entry is None else keyword_entries(entry) for entry in entries]
 
 
 def read_keywords(path: Path) -> list[Entry]:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from granite_jax.errors import GraniteError
+import numpy as np
+
+from granite_jax.errors import GraniteError, PromptError
 
 BOOST = 8.0  # nats: measured by benchmarks/keywords.py
 THRESHOLD = -1.2  # nats per character: measured likewise
@@ -13,6 +16,7 @@ MAX_BOOST = 50.0
 KeywordsIn = Literal["decoder", "prompt", "both"]
 Entry = str | tuple[str, float | None]
 """A keyword, or a pair of a keyword and its boost."""
+KeywordList = Sequence[Entry] | Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +58,30 @@ class KeywordOptions:
         return cls(boost, threshold, keywords_in != "decoder", keywords_in != "prompt", lower_case)
 
 
+def keyword_entries(keywords: Any) -> tuple[Entry, ...]:
+    """A caller's list of keywords, or mapping from keywords to boosts, as entries.
+
+    Raises:
+      PromptError: it is neither.
+    """
+    if isinstance(keywords, Mapping):
+        keywords = [(text, boost) for text, boost in keywords.items()]
+    elif isinstance(keywords, str | bytes) or not isinstance(keywords, Iterable):
+        raise PromptError(f"keywords must be a list of strings, not {keywords!r:.60}")
+    return tuple(
+        (entry[0], plain_number(entry[1])) if isinstance(entry, tuple) and len(entry) == 2 else entry
+        for entry in keywords
+    )
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy scalar as a Python number; anything else unchanged."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def check_boost(name: str, value: Any) -> float:
     """Returns a boost in nats. Raises GraniteError with its `name` if it is out of range."""
+    value = plain_number(value)
     if not _is_number(value) or not 0 <= value <= MAX_BOOST:
         raise GraniteError(f"{name} is {value!r:.60}, not a number of nats from 0 to {MAX_BOOST:g}")
     return float(value)
