@@ -93,9 +93,9 @@ def export(
     write_config(hf_dir, configuration(checkpoint, chosen))
 
 
-def _write_index(hf_dir: Path, files: Mapping[str, list["_Entry"]]) -> None:
-    total = sum(entry.nbytes for file in files.values() for entry in file)
-    weight_map = {entry.name: name for name, file in files.items() for entry in file}
+def _write_index(hf_dir: Path, shards: Mapping[str, list["_Entry"]]) -> None:
+    total = sum(entry.nbytes for shard in shards.values() for entry in shard)
+    weight_map = {entry.name: name for name, shard in shards.items() for entry in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (hf_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

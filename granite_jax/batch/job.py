@@ -79,7 +79,7 @@ class Summary:
       shard, num_shards: the worker's share.
       parts: number of parts in the share; `resumed_parts` of these were committed before this run, `parts_of_others` by
         another worker during it.
-      entries, transcribed, failed: numbers of entries in the share, once it is finished.
+      entries, transcribed, failed: numbers of entries in the share, or in this run if it was stopped.
       audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
       stopped: whether it was asked to stop before its share was done; the next run does the rest.
     """
@@ -332,7 +332,7 @@ class _Worker:
             resumed_parts=len(share) - len(pending),
             parts_of_others=parts_of_others,
             entries=self.progress.entries,
-            transcribed=self.progress.entries - failed,
+            transcribed=(self.progress.done if stopped else self.progress.entries) - failed,
             failed=failed,
             audio_seconds=round(self.progress.audio_seconds, 3),
             wall_seconds=round(self.progress.seconds, 3),

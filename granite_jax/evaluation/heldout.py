@@ -55,6 +55,14 @@ class DemoHeldout(tfds.core.GeneratorBasedBuilder):
             yield index, {"id": clip["id"], "audio": samples, "text": clip["text"], "keywords": clip["names"]}
 
 
+def _digest(clips: Path) -> str:
+    """Identifies the contents of all files of a directory."""
+    digest = hashlib.sha256()
+    for path in sorted(clips.iterdir()):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
     """The directory of the prepared data set; prepares it if it is not there yet.
 
@@ -63,8 +71,7 @@ def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
       clips: default `CLIPS`.
     """
     clips = clips or CLIPS
-    digest = hashlib.sha256((clips / "heldout.jsonl").read_bytes()).hexdigest()[:12]
-    directory = directory or cache_directory() / "tfds" / digest
+    directory = directory or cache_directory() / "tfds" / _digest(clips)
     builder = DemoHeldout(clips, data_dir=str(directory), file_format="array_record")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # hides its progress
         builder.download_and_prepare()

@@ -93,7 +93,7 @@ def evaluate(
     """Transcribes sets and compares them with their references; continues an earlier run that was interrupted.
 
     An utterance that fails counts as an empty hypothesis; one whose reference has no words is not counted. With
-    another normalizer or other keyword lists, a directory is scored again but not transcribed again.
+    another normalizer, or keyword lists that only score, a directory is scored again but not transcribed again.
 
     Args:
       sets: as in `datasets.open_sets`.

@@ -348,7 +348,7 @@ class Engine:
             automata = dataclasses.replace(self.programs.devices.put(batched), starts=batched.starts)
             cached = automata, distinct  # references to `distinct` keep the ids from being reused
             if len(distinct) <= 1:
-                self._pools = {} if len(self._pools) > _MAX_CACHED_LISTS else self._pools
+                self._pools = {} if len(self._pools) >= _MAX_CACHED_LISTS else self._pools
                 self._pools[key] = cached
         return cached[0]
 
@@ -358,6 +358,8 @@ class Engine:
             state = self._decode(bucket, rows, audio)
         except FullError:
             # The rows have different long lists that cannot be scored. Each list fits alone, so halve the batch.
+            if len(rows) == 1:
+                raise
             half = len(rows) // 2
             yield from self._dispatch(bucket, rows[:half], audio)
             rolled = self.programs.devices.shard_rows(np.roll(np.asarray(audio), -half, axis=0))

@@ -155,7 +155,7 @@ def _limit(chip: Any) -> int:
         match = re.search(r"available HBM \((\d+\.?\d*)G\)|of (\d+\.?\d*)G hbm", str(error))
         if match:
             return int(float(match[1] or match[2]) * 2**30)
-    return 0
+    raise GraniteError("this TPU compiler does not say how much memory a chip has")
 
 
 def _compile(lowered: Any) -> Any:
@@ -190,7 +190,7 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
         cache_bytes=cache_bytes,
         # Keys alone, or values alone, are half of the cache.
         cache_copies=sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
-        vocabulary_positions=max(_sizes(rf"= f32\[([\d,]*{vocabulary}[\d,]*)\]", text), default=0) // vocabulary,
+        vocabulary_positions=max(_sizes(rf"= f32\[((?:\d+,)*{vocabulary}(?:,\d+)*)\]", text), default=0) // vocabulary,
         collectives=len(re.findall(collectives, text)),
     )
 

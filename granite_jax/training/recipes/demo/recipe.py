@@ -16,6 +16,7 @@ to WORK/demo and belongs in `checkpoints/demo`.
 """
 
 import collections
+import hashlib
 import itertools
 import json
 import time
@@ -159,9 +160,11 @@ def encoder(work: Work, start: Start = "demo") -> None:
     _save(work / "encoder-params", params)
 
 
-def encode_corpus(config: Config, params: Any, corpus: Corpus, path: Path) -> np.ndarray:
+def encode_corpus(config: Config, params: Any, corpus: Corpus, work: Path) -> np.ndarray:
     """Encoder activations of every utterance, one after another, float16 `[frames, d]` in a memory-mapped file."""
     starts = frame_starts(corpus)
+    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))).hexdigest()
+    path = work / f"hidden-{digest[:12]}.f16"
     marker = path.with_suffix(".done")
     shape = (int(starts[-1]), config.encoder.hidden_dim)
     if marker.exists():
@@ -193,7 +196,7 @@ def decoder(work: Work, start: Start = "demo") -> None:
     corpus = Corpus.open(work / "train")
     tokenizer = pretrained.open_checkpoint(start).tokenizer()
     frozen = _restore(work / "encoder-params", {"encoder": loaded["encoder"]})
-    hidden, starts = encode_corpus(config, frozen, corpus, work / "hidden.f16"), frame_starts(corpus)
+    hidden, starts = encode_corpus(config, frozen, corpus, work), frame_starts(corpus)
     buckets = batches.make_buckets(corpus.lengths, DECODER_FRAMES)
     optimizer = make_optimizer(DECODER_PEAK, DECODER_STEPS, WARMUP)
     params = {name: loaded[name] for name in ("projector", "decoder")}
