@@ -1,8 +1,6 @@
 """Eight emulated CPU devices, a compilation cache between runs, and array types checked at run time."""
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis
 import jax
-from flax import nnx
 from jaxtyping import install_import_hook
 from xdist.scheduler import LoadScopeScheduling
 
@@ -22,21 +19,6 @@ DEVICES = 8
 CHECKED = ["array_types", "model", "inference.programs", "decoding"]
 
 install_import_hook([f"granite_jax.{module}" for module in CHECKED], "array_checks.check_signature")
-
-
-def _promoting(function: Callable) -> Callable:
-    """A function of a library that relies on implicit changes of dtype, under JAX's own rules for these."""
-
-    @functools.wraps(function)
-    def promoting(*args, **kwargs):
-        with jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return promoting
-
-
-# It takes the float32 mean from bfloat16 activations.
-nnx.LayerNorm.__call__ = _promoting(nnx.LayerNorm.__call__)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,11 +29,11 @@ class Draft:
     @property
     def inside(self) -> Bool[Array, "b n"]:
         """Positions that hold a token."""
-        return jnp.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
+        return jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :] < self.lengths[:, None]
 
     def window(self, cursor: Lengths, width: int) -> Tokens:
         """The `width` tokens from `cursor` on; those past the end are arbitrary."""
-        positions = jnp.minimum(cursor[:, None] + jnp.arange(width)[None, :], self.tokens.shape[1] - 1)
+        positions = jnp.minimum(cursor[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], self.tokens.shape[1] - 1)
         return jnp.take_along_axis(self.tokens, positions, axis=1)
 
 
@@ -55,7 +55,7 @@ def nearest_token(draft: Draft, expected: Lengths, token: Lengths) -> Lengths:
     draft  "call | dak|f|iki | now"     the decoder wrote "iki" for " dak": goes on at " now";
                                         if it had written " dag", which does not occur: at "f"
     """
-    positions = jnp.arange(draft.tokens.shape[1])[None, :]
+    positions = jnp.arange(draft.tokens.shape[1], dtype=jnp.int32)[None, :]
     offset = positions - expected[:, None]
     matches = draft.inside & (draft.tokens == token[:, None])
     rank = jnp.where(matches, 2 * jnp.abs(offset) + (offset < 0).astype(jnp.int32), jnp.iinfo(jnp.int32).max)

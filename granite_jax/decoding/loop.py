@@ -75,7 +75,9 @@ class DraftProposal:
 def with_end(draft: Draft, end_of_text: int) -> Tokens:
     """The draft's tokens and end-of-text after the last: int32 `[b, n + 1]`."""
     tokens = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
-    return jnp.where(jnp.arange(tokens.shape[1])[None, :] == draft.lengths[:, None], end_of_text, tokens)
+    return jnp.where(
+        jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :] == draft.lengths[:, None], end_of_text, tokens
+    )
 
 
 def verify(logits: Logits, proposal: DraftProposal, selector: Selector) -> VerifierOutput:
@@ -142,7 +144,9 @@ def decode(
         states, _ = selector.walk(state.selector_states, proposals, jnp.int32(width))
         logits, cache = step(jnp.concatenate([state.last_token[:, None], proposals], axis=1), state.cache)
         selection = selector.select(logits, states)
-        agrees = (proposals == selection.tokens[:, :-1]) & (jnp.arange(width)[None, :] < state.proposable[:, None])
+        agrees = (proposals == selection.tokens[:, :-1]) & (
+            jnp.arange(width, dtype=jnp.int32)[None, :] < state.proposable[:, None]
+        )
         # Rolled back at once, so that finished rows stay where they are and never run past the capacity.
         cache = cache.rolled_back(state.cache.lengths)
         return accept(dataclasses.replace(state, cache=cache), selection, count_leading(agrees), states)
@@ -157,7 +161,7 @@ def decode(
     zeros = jnp.zeros_like(max_new_tokens)
     start = DecodeState(
         tokens=jnp.zeros((len(zeros), max_out_length), jnp.int32) + zeros[:, None],
-        log_probs=jnp.zeros((len(zeros), max_out_length)) + zeros[:, None].astype(jnp.float32),
+        log_probs=jnp.zeros((len(zeros), max_out_length), jnp.float32) + zeros[:, None].astype(jnp.float32),
         draft_positions=jnp.full((len(zeros), max_out_length), -1, jnp.int32) + zeros[:, None],
         num_tokens=zeros,
         max_new_tokens=max_new_tokens,
@@ -187,7 +191,7 @@ def greedy_decode(
 ) -> DecodeState:
     """`decode` without drafts, from the logits of the last prompt position."""
     zeros = jnp.zeros_like(max_new_tokens)
-    draft, thresholds = Draft(zeros[:, None], zeros), jnp.where(zeros == 0, jnp.inf, 0.0)
+    draft, thresholds = Draft(zeros[:, None], zeros), jnp.where(zeros == 0, jnp.float32(jnp.inf), 0.0)
     selector = GreedySelector(zeros, end_of_text, tuple(suppress_tokens))
     proposal = jax.tree.map(lambda x: x[:, :1], DraftProposal.from_draft(draft, selector))
     verified = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1))), verify(logits, proposal, selector))
@@ -210,9 +214,9 @@ def accept_draft(
     likelihoods = jnp.exp(jnp.minimum(verified.draft_log_probs + verified.draft_boosts, 0))
     relaxed = jnp.isfinite(thresholds)[:, None]
     acceptable = jnp.where(relaxed, likelihoods > thresholds[:, None], proposed == verified.tokens)
-    acceptable &= jnp.arange(proposed.shape[1])[None, :] <= draft.lengths[:, None]
+    acceptable &= jnp.arange(proposed.shape[1], dtype=jnp.int32)[None, :] <= draft.lengths[:, None]
     num_accepted = count_leading(acceptable)
-    accepted = jnp.arange(proposed.shape[1])[None, :] < num_accepted[:, None]
+    accepted = jnp.arange(proposed.shape[1], dtype=jnp.int32)[None, :] < num_accepted[:, None]
     tokens = jnp.where(accepted, proposed, verified.tokens)
     selection = Selection(tokens, jnp.where(accepted, verified.draft_log_probs, verified.log_probs))
     return selection, jnp.minimum(num_accepted, draft.lengths)

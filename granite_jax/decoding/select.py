@@ -65,7 +65,7 @@ class Selector(Protocol):
 
 def suppress(logits: Logits, tokens: Sequence[int]) -> Logits:
     """Sets the logits of `tokens` to minus infinity."""
-    suppressed = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(tokens, jnp.int32))
+    suppressed = jnp.isin(jnp.arange(logits.shape[-1], dtype=jnp.int32), jnp.array(tokens, jnp.int32))
     return jnp.where(suppressed, -jnp.inf, logits)
 
 

@@ -92,11 +92,11 @@ class DecodeState:
           the tokens, and is not appended. `cursor` has moved past the accepted proposals.
         """
         width = selection.tokens.shape[1]
-        step = jnp.arange(width)[None, :]
+        step = jnp.arange(width, dtype=jnp.int32)[None, :]
         limit = jnp.where(self.finished, 0, jnp.minimum(num_accepted + 1, self.max_new_tokens - self.num_tokens))
         ends = (selection.tokens == end_of_text) & (step < limit[:, None])
         count = jnp.minimum(limit, jnp.where(ends, step, width).min(axis=1))
-        offset = jnp.arange(self.tokens.shape[1])[None, :] - self.num_tokens[:, None]
+        offset = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :] - self.num_tokens[:, None]
         inside, source = (offset >= 0) & (offset < count[:, None]), jnp.clip(offset, 0, width - 1)
 
         def appended(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -138,7 +138,7 @@ class Programs:
         selector = self._selector(keywords)
         # A draft is no longer than its row's `max_new_tokens`, which fit the capacity together with the prompt.
         width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
-        draft_positions = jnp.arange(width)[None, :] - lengths[:, None]
+        draft_positions = jnp.arange(width, dtype=jnp.int32)[None, :] - lengths[:, None]
         in_draft = (draft_positions >= 0) & (draft_positions < draft.lengths[:, None])
         drafted = jnp.take_along_axis(draft.tokens, jnp.clip(draft_positions, 0, draft.tokens.shape[1] - 1), axis=1)
         prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))

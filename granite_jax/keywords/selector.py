@@ -41,10 +41,10 @@ class KeywordSelector:
         def add(carry):
             start, boosts = carry
             tokens, edge_boosts = _edges(automata, start, automata.first[roots + 1])
-            return start + _CHUNK, boosts.at[jnp.arange(len(roots))[:, None], tokens].max(edge_boosts)
+            return start + _CHUNK, boosts.at[jnp.arange(len(roots), dtype=jnp.int32)[:, None], tokens].max(edge_boosts)
 
         begin, end = automata.first[roots], automata.first[roots + 1]
-        boosts = jnp.zeros((1, vocabulary)) + begin[:, None].astype(jnp.float32) * 0.0
+        boosts = jnp.zeros((1, vocabulary), jnp.float32) + begin[:, None].astype(jnp.float32) * 0.0
         boosts = jax.lax.while_loop(lambda carry: (carry[0] < end).any(), add, (begin, boosts))[1]
         return cls(automata, boosts, end_of_text, suppress_tokens)
 

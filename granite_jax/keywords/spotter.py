@@ -72,7 +72,7 @@ def make_keyword_batch(rows: Sequence[np.ndarray | None]) -> KeywordBatch:
 
 def score_keywords(logits: CTCLogits, lengths: Lengths, keywords: KeywordBatch) -> SpottingScores:
     """Scores every keyword against its row's `lengths` valid frames."""
-    frames = jnp.arange(logits.shape[1])[None, :, None] < lengths[:, None, None]
+    frames = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :, None] < lengths[:, None, None]
     relative = jnp.where(frames, logits - logits.max(axis=-1, keepdims=True), -jnp.inf)
     labels = keywords.labels.astype(jnp.int32)
     num_frames = lengths.max()
@@ -88,7 +88,7 @@ def score_keywords(logits: CTCLogits, lengths: Lengths, keywords: KeywordBatch) 
         )
         return start + _CHUNK, jax.lax.dynamic_update_slice_in_dim(scores, chunk_scores, start, axis=1)
 
-    scores = jnp.where(labels[..., -1] < 0, 0.0, -jnp.inf)
+    scores = jnp.where(labels[..., -1] < 0, jnp.float32(0.0), -jnp.inf)
     scores = jax.lax.while_loop(lambda carry: carry[0] < num_keywords, add, (jnp.int32(0), scores))[1]
     scores, columns = jax.lax.top_k(scores, KEPT)
     best = jnp.take_along_axis(labels, columns[..., None], axis=1)
@@ -130,7 +130,7 @@ def _align(
         )
 
     # Derived from an input, so that under shard_map the carry varies with it.
-    initial = jnp.where(real, -jnp.inf, 0.0)
+    initial = jnp.where(real, jnp.float32(-jnp.inf), 0.0)
     worst, zeros = initial - jnp.inf, labels * 0
     scores = (initial, worst, worst[..., 0])
     spans = (zeros, zeros, zeros[..., 0], zeros[..., 0])

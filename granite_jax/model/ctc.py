@@ -21,7 +21,7 @@ _KATAKANA_LABEL, _KATAKANA_START, _NUM_LABELS = 256, 0x30A1, 348
 
 def best_labels(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b t"]:
     """The best label of every frame, int32; BLANK past each row's `lengths` valid frames."""
-    valid = jnp.arange(logits.shape[1])[None, :] < lengths[:, None]
+    valid = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
     return jnp.where(valid, jnp.argmax(logits, axis=-1), BLANK).astype(jnp.int32)
 
 
@@ -29,7 +29,7 @@ def frame_entropy(logits: CTCLogits, lengths: Lengths) -> Float[Array, "b t"]:
     """Entropy of every frame's label distribution in nats, float32; 0 past each row's valid frames."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
-    return jnp.where(jnp.arange(logits.shape[1])[None, :] < lengths[:, None], entropy, 0.0)
+    return jnp.where(jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None], entropy, 0.0)
 
 
 def collapse(labels: Sequence[int] | np.ndarray) -> list[int]:

@@ -48,7 +48,7 @@ class KVCache:
         def write(cache, new):
             # One dynamic-update-slice a row: a scatter would copy the cache (see benchmarks/compiled.py).
             for row in range(new.shape[1]):
-                start = (0, row, 0, self.lengths[row], 0)
+                start = [jnp.asarray(index, jnp.int32) for index in (0, row, 0, self.lengths[row], 0)]
                 cache = jax.lax.dynamic_update_slice(cache, new[:, row : row + 1].astype(cache.dtype), start)
             return cache
 
@@ -64,7 +64,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: int, epsilon: float):
         self.epsilon = epsilon
-        self.scale = nnx.Param(jnp.ones(width))
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, h: Hidden) -> Hidden:
         wide = h.astype(jnp.float32)
@@ -127,12 +127,15 @@ class Attention(nnx.Module):
         def mixed(weights, values):
             return jnp.einsum("bkgqs,bksh->bkgqh", weights.astype(values.dtype), values)
 
-        causal = jnp.arange(k.shape[2])[None, :] <= offset + jnp.arange(q.shape[3])[:, None]
+        causal = (
+            jnp.arange(k.shape[2], dtype=jnp.int32)[None, :]
+            <= offset + jnp.arange(q.shape[3], dtype=jnp.int32)[:, None]
+        )
         current = scored(k, causal)
         if cached is None:
             return mixed(jax.nn.softmax(current), v)
         cached_k, cached_v, lengths = cached
-        filled = (jnp.arange(cached_k.shape[2])[None, :] < lengths[:, None])[:, None, None, None, :]
+        filled = (jnp.arange(cached_k.shape[2], dtype=jnp.int32)[None, :] < lengths[:, None])[:, None, None, None, :]
         # One softmax over two arrays: joining the cache with the new keys would copy it.
         past = scored(cached_k, filled)
         peak = jnp.maximum(past.max(-1, keepdims=True), current.max(-1, keepdims=True))
@@ -191,7 +194,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         h = embeddings * config.embedding_multiplier
-        positions = jnp.arange(h.shape[1])[None] + (0 if cache is None else cache.lengths[:, None])
+        positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None] + (0 if cache is None else cache.lengths[:, None])
         cos, sin = self._rotary(jnp.broadcast_to(positions, h.shape[:2]))
         definition, layers = nnx.split(self.layers, graph=False)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
 from granite_jax.model.config import EncoderConfig
+from granite_jax.model.layer_norm import LayerNorm
 
 
 @jax.tree_util.register_dataclass
@@ -32,7 +33,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         width = config.hidden_dim * config.feedforward_mult
-        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
         self.up = nnx.Linear(config.hidden_dim, width, rngs=rngs)
         self.down = nnx.Linear(width, config.hidden_dim, rngs=rngs)
 
@@ -46,7 +47,7 @@ class BlockAttention(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.config = config
         inner = config.num_heads * config.dim_head
-        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
         self.q = nnx.Linear(config.hidden_dim, inner, use_bias=False, rngs=rngs)
         self.kv = nnx.LinearGeneral(config.hidden_dim, (2, inner), use_bias=False, rngs=rngs)
         self.out = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
@@ -65,7 +66,7 @@ class BlockAttention(nnx.Module):
         h = jnp.pad(self.norm(h), ((0, 0), (0, padding), (0, 0)))
         keys, values = jnp.moveaxis(self.kv(h), -2, 0)
         q, k, v = split(self.q(h)), split(keys), split(values)
-        distance = jnp.arange(context)[:, None] - jnp.arange(context)[None, :]
+        distance = jnp.arange(context, dtype=jnp.int32)[:, None] - jnp.arange(context, dtype=jnp.int32)[None, :]
         relative = self.relative(distance + config.max_pos_emb)
         scores = jnp.einsum("bmqhd,bmkhd->bmhqk", q, k, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bmqhd,qkd->bmhqk", q, relative, preferred_element_type=jnp.float32)
@@ -81,10 +82,10 @@ class BatchNorm(nnx.Module):
     """Batch normalization by running statistics, or by those of the batch's valid frames."""
 
     def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones(channels))
-        self.bias = nnx.Param(jnp.zeros(channels))
-        self.mean = nnx.BatchStat(jnp.zeros(channels))
-        self.var = nnx.BatchStat(jnp.ones(channels))
+        self.scale = nnx.Param(jnp.ones(channels, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(channels, jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros(channels, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(channels, jnp.float32))
 
     def __call__(self, x: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
         statistics = BatchStatistics(self.mean[...].astype(jnp.float32), self.var[...].astype(jnp.float32))
@@ -104,7 +105,7 @@ class ConvolutionModule(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.config = config
         inner, kernel = config.inner_dim, config.conv_kernel_size
-        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
         self.up = nnx.LinearGeneral(config.hidden_dim, (2, inner), rngs=rngs)
         self.depthwise = nnx.Param(jax.random.normal(rngs.params(), (kernel, inner)) * kernel**-0.5)
         self.batch_norm = BatchNorm(inner)
@@ -165,7 +166,7 @@ class ConformerBlock(nnx.Module):
         self.attention = BlockAttention(config, rngs)
         self.convolution = ConvolutionModule(config, rngs)
         self.ff2 = FeedForward(config, rngs)
-        self.norm = nnx.LayerNorm(config.hidden_dim, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
 
     def __call__(self, h: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
         h += 0.5 * self.ff1(h)
@@ -209,7 +210,7 @@ class Encoder(nnx.Module):
 
         `train` normalizes by the batch's own statistics; `capture_layers` keeps every block's output.
         """
-        valid = jnp.arange(features.shape[1])[None, :] < lengths[:, None]
+        valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)
 
         def block(h, layer_and_index):
@@ -220,7 +221,9 @@ class Encoder(nnx.Module):
             return h, (captured, statistics)
 
         h = self.input(features)
-        h, (captured, statistics) = jax.lax.scan(block, h, (layers, jnp.arange(self.config.num_layers)))
+        h, (captured, statistics) = jax.lax.scan(
+            block, h, (layers, jnp.arange(self.config.num_layers, dtype=jnp.int32))
+        )
         return EncoderOutput(h, captured, statistics)
 
     def _self_condition(self, h: Activations) -> Activations:

@@ -62,16 +62,19 @@ def log_mel(samples: Samples, lengths: Lengths) -> Features:
       float32 features `[b, num_frames(n), 160]`, two log-mel frames of 80 to an encoder frame; row `i` holds
       `num_frames(lengths[i])` of them, zeros follow. Within 1e-5 of the reference's formula in exact arithmetic.
     """
+    samples, lengths = jnp.asarray(samples, jnp.float32), jnp.asarray(lengths, jnp.int32)
     with jax.default_matmul_precision("highest"):
         mel = _power_spectrum(_frames(samples, lengths)) @ _mel_filters()
     log = jnp.log10(jnp.maximum(mel, 1e-10))
-    valid = jnp.arange(log.shape[1])[None, :] < (lengths // HOP + 1)[:, None]
+    valid = jnp.arange(log.shape[1], dtype=jnp.int32)[None, :] < (lengths // HOP + 1)[:, None]
     # The maximum includes an odd last frame, which stacking then drops.
     peak = jnp.max(jnp.where(valid[..., None], log, -jnp.inf), axis=(1, 2), keepdims=True)
     log = jnp.maximum(log, peak - 8.0) / 4.0 + 1.0
     batch, mel_frames, _ = log.shape
     stacked = log[:, : mel_frames // 2 * 2].reshape(batch, mel_frames // 2, 2 * NUM_MELS)
-    return jnp.where((jnp.arange(mel_frames // 2)[None, :] < num_frames(lengths)[:, None])[..., None], stacked, 0.0)
+    return jnp.where(
+        (jnp.arange(mel_frames // 2, dtype=jnp.int32)[None, :] < num_frames(lengths)[:, None])[..., None], stacked, 0.0
+    )
 
 
 def _power_spectrum(frames: jax.Array) -> jax.Array:
@@ -86,10 +89,10 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     and so is their rounding.
     """
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(frames), axis=(1, 2), keepdims=True))
-    scale = jnp.ldexp(1.0, jnp.frexp(peak)[1])  # a power of two, by which division is exact
+    scale = jnp.ldexp(jnp.ones_like(peak), jnp.frexp(peak)[1])  # a power of two, by which division is exact
     frames /= scale
     coarse = jnp.round(frames * 128.0) / 128.0
-    power = jnp.zeros(())
+    power = jnp.zeros((), jnp.float32)
     for sign, basis in zip((1.0, -1.0), _fourier_basis(), strict=True):
         coarse_basis = np.round(basis * 256.0) / 256.0
         folded, residual = (x[..., _MARGIN:] + sign * x[..., _MARGIN:0:-1] for x in (coarse, frames - coarse))
@@ -112,6 +115,6 @@ def _reflect(row: jax.Array, length: jax.Array) -> jax.Array:
     """Reflects one waveform at its start and at its true end, `_MARGIN` samples each; zeros follow."""
     row = jnp.pad(row, (0, _MARGIN))
     tail = jax.lax.dynamic_slice(row, (length - 1 - _MARGIN,), (_MARGIN,))[::-1]
-    row = jnp.where(jnp.arange(len(row)) < length, row, 0.0)
+    row = jnp.where(jnp.arange(len(row), dtype=jnp.int32) < length, row, 0.0)
     row = jax.lax.dynamic_update_slice(row, tail, (length,))
     return jnp.concatenate([row[1 : _MARGIN + 1][::-1], row])

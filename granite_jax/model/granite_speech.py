@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -70,15 +71,23 @@ def compute_dtype(params: Params, dtype: DTypeLike | None) -> jnp.dtype:
 
 
 def _float32_means_float32(function):
-    """Sets the highest matmul precision while `function` is traced for float32 activations."""
+    """Sets the highest matmul precision while `function` is traced for float32 activations.
+
+    Takes integers of 64 bits, which NumPy and JAX's x64 mode make of lengths and tokens, as 32 bits.
+    """
 
     @functools.wraps(function)
     def wrapped(config, params, *args, dtype: DTypeLike | None = None, **kwargs):
         chosen = compute_dtype(params, dtype)
+        args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
         with jax.default_matmul_precision("highest" if chosen == jnp.float32 else "default"):
             return function(config, params, *args, dtype=chosen, **kwargs)
 
     return wrapped
+
+
+def _narrowed(leaf: Any) -> Any:
+    return leaf.astype(jnp.int32) if getattr(leaf, "dtype", None) == np.int64 else leaf
 
 
 @_float32_means_float32
@@ -187,7 +196,7 @@ def prefill_reduced(
     chunk = max(1, min(width, _LOGIT_ROWS // batch))
     padded = -(-width // chunk) * chunk
     operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - width))), operand)
-    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded)[None, :], tokens.shape[1] - 1)
+    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded, dtype=jnp.int32)[None, :], tokens.shape[1] - 1)
     hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
     def reduced(start: jax.Array) -> Any:
@@ -221,7 +230,7 @@ def _run_prompts(
     is_audio = tokens == config.audio_token_id
     embeddings = decoder.embed(jnp.where(is_audio, 0, tokens)).astype(dtype)
     if audio is not None:
-        index = jnp.clip(jnp.cumsum(is_audio, axis=1) - 1, 0, audio.shape[1] - 1)
+        index = jnp.clip(jnp.cumsum(is_audio, axis=1, dtype=jnp.int32) - 1, 0, audio.shape[1] - 1)
         gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
         embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
     hidden, k, v = decoder(embeddings)

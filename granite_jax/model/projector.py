@@ -10,6 +10,7 @@ from flax import nnx
 
 from granite_jax.array_types import Activations, AudioEmbeddings, Lengths
 from granite_jax.model.config import ProjectorConfig
+from granite_jax.model.layer_norm import LayerNorm
 
 
 class MultiHeadAttention(nnx.Module):
@@ -22,7 +23,7 @@ class MultiHeadAttention(nnx.Module):
         self.k = nnx.Linear(context_dim, width, rngs=rngs)
         self.v = nnx.Linear(context_dim, width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x `[..., queries, width]`, context `[..., keys, context_dim]` -> `[..., queries, width]`."""
@@ -46,7 +47,7 @@ class QFormerLayer(nnx.Module):
         self.cross_attention = MultiHeadAttention(config, config.encoder_hidden_size, rngs)
         self.up = nnx.Linear(width, config.intermediate_size, rngs=rngs)
         self.down = nnx.Linear(config.intermediate_size, width, rngs=rngs)
-        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, window: jax.Array) -> jax.Array:
         x = self.self_attention(x, x)
@@ -61,7 +62,7 @@ class Projector(nnx.Module):
         self.config = config
         width = config.hidden_size
         self.query = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_queries, width)))
-        self.norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs)
+        self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
         self.layers = nnx.vmap(lambda rngs: QFormerLayer(config, rngs), graph=False)(
             rngs.split(config.num_hidden_layers)
         )
@@ -72,7 +73,7 @@ class Projector(nnx.Module):
         config = self.config
         batch, frames, width = h.shape
         windows = -(-frames // config.window_size)
-        h = jnp.where((jnp.arange(frames)[None, :] < lengths[:, None])[..., None], h, 0)
+        h = jnp.where((jnp.arange(frames, dtype=jnp.int32)[None, :] < lengths[:, None])[..., None], h, 0)
         h = jnp.pad(h, ((0, 0), (0, windows * config.window_size - frames), (0, 0)))
         h = h.reshape(batch, windows, config.window_size, width)
         x = self.norm(self.query[...].astype(h.dtype))
