@@ -1,11 +1,14 @@
 """Error rates and scores against those counted by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from granite_jax.evaluation.metrics import (
     GAP,
     Counts,
+    Scores,
     align_words,
     difference,
     keyword_counts,
@@ -30,6 +33,21 @@ def test_error_rates_are_those_counted_by_hand() -> None:
     # And without keywords there are no such rates, nor where no keyword is said
     assert score(references, hypotheses).b_wer is None
     assert score(references, hypotheses, [[], []]).b_wer is None
+
+
+def test_references_without_words_have_no_rates() -> None:
+    # Given references none of which has a word, when scored, then there is no rate; beside others, they count
+    assert score(["", "[music]"], ["a", ""], [["a"], []]) == Scores()
+    assert score(["", "one two"], ["a", "one two"]).wer.rate == 50.0
+
+
+@pytest.mark.parametrize("apostrophe", ["\u2019", "\u2018", "\u02bc", "\uff07"])
+@pytest.mark.parametrize("name", ["english", "basic", "lowercase"])
+def test_typographic_apostrophes_are_apostrophes(apostrophe: str, name: Any) -> None:
+    # Given a text with either apostrophe, and a keyword with one, when compared, then nothing is wrong
+    references, hypotheses = [f"don{apostrophe}t go to o'hare"], [f"don't go to o{apostrophe}hare"]
+    scores = score(references, hypotheses, [["o'hare"]], normalizer(name))
+    assert scores.wer.rate == scores.b_wer.rate == 0.0
 
 
 @pytest.mark.parametrize(

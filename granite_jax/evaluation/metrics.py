@@ -22,6 +22,7 @@ from granite_jax.evaluation.normalize import normalizer
 RESAMPLES = 2_000
 _CHUNK = 1 << 22  # utterances that are drawn at a time
 _TOKENIZERS = {"ja": "ja-mecab", "zh": "zh"}
+_APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u02bc\uff07"), "'")
 GAP = ""  # the counterpart of a word that has none: no word is empty
 
 
@@ -50,12 +51,14 @@ class Scores:
 
     Fields:
       wer, cer: word and character error rate.
-      b_wer, u_wer: error rates of the words in the utterance's keyword list, and of all others; None without such
-        words or lists. An inserted word counts toward the group that it belongs to.
+      b_wer, u_wer: error rates of the words in the utterance's keyword list, and of all others. An inserted word counts
+        toward the group that it belongs to.
+
+    A rate is None if the references have no such words.
     """
 
-    wer: Rate
-    cer: Rate
+    wer: Rate | None = None
+    cer: Rate | None = None
     b_wer: Rate | None = None
     u_wer: Rate | None = None
 
@@ -69,7 +72,7 @@ def score(
     """Compares hypotheses with references, neither of which is normalized yet.
 
     Args:
-      references: texts that have words when normalized.
+      references: texts; those without words when normalized have only insertions.
       keywords: for each utterance, the words or multi-word names that B-WER counts.
       normalize: default Whisper's English normalizer.
     """
@@ -84,7 +87,7 @@ def count(
     normalize: Callable[[str], str] | None = None,
 ) -> dict[str, Counts]:
     """Counts of `wer`, `cer` and, with keywords, `b_wer` and `u_wer`; a metric without reference words is left out."""
-    normalize = normalize or normalizer("english")
+    normalize = _with_plain_apostrophes(normalize or normalizer("english"))
     references, hypotheses = (
         [" ".join(normalize(text).split()) for text in texts] for texts in (references, hypotheses)
     )
@@ -96,6 +99,10 @@ def count(
         words = [{word for keyword in listed for word in normalize(keyword).split()} for listed in keywords]
         by_metric["b_wer"], by_metric["u_wer"] = keyword_counts(references, hypotheses, words)
     return {metric: counts for metric, counts in by_metric.items() if counts.total.any()}
+
+
+def _with_plain_apostrophes(normalize: Callable[[str], str]) -> Callable[[str], str]:
+    return lambda text: normalize(text.translate(_APOSTROPHES))
 
 
 def _count(output: jiwer.WordOutput | jiwer.CharacterOutput) -> Counts:
