@@ -327,8 +327,8 @@ class Engine:
             if (keywords := request.keywords) is not None:
                 threshold = biasing.threshold
                 matches = [] if threshold is None else filter_matches(keywords, scores, i, labels[i], threshold)
-                drafted = repair(labels[i], matches, keywords.texts)
-                spotted = tuple(keywords.texts[match.keyword] for match in matches)
+                drafted = repair(labels[i], matches, keywords)
+                spotted = tuple(keywords.texts[m.keyword] for m in matches if m.keyword in keywords.whole)
                 automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
             draft = request.draft
             if draft is None:

@@ -21,6 +21,7 @@ from granite_jax.text.tokenizer import Tokenizer
 MAX_KEYWORDS = spotter.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
+_SPOKEN_PUNCTUATION = "&%@#/*"
 
 
 def lists_by_input(keywords: Any, inputs: int) -> list[tuple[Entry, ...] | None] | None:
@@ -100,6 +101,8 @@ class Keywords:
         boosts. Computed on demand, because few keywords are heard.
       scored: indices of the keywords that can be scored, shortest first: the spotter's columns.
       labels: int16 `[len(scored), spotter.WIDTH]`, their CTC labels, zeros before them.
+      whole: indices of the keywords that are scored to the last letter. Of others only a part was heard: they bias
+        decoding, but are not written into drafts.
       always: indices of the keywords that are used whatever is heard.
     """
 
@@ -107,6 +110,7 @@ class Keywords:
     phrases: Callable[..., tuple[Phrase, ...]]
     scored: tuple[int, ...]
     labels: np.ndarray
+    whole: frozenset[int]
     always: tuple[int, ...]
 
     @functools.cached_property
@@ -129,7 +133,11 @@ def prepare(
         text, boost = entries[keyword]
         return tuple(phrases_of(text, place, options.boost if boost is None else boost, options.lower_case, tokenizer))
 
-    labels = [ctc_labels(text, num_labels) if options.threshold is not None else [] for text, _ in entries]
+    spellings = [ctc_labels(text, num_labels) if options.threshold is not None else ([], False) for text, _ in entries]
+    labels = [spelling for spelling, _ in spellings]
+    whole = frozenset(
+        i for i, (spelling, is_whole) in enumerate(spellings) if is_whole and len(spelling) <= spotter.WIDTH
+    )
     scored = sorted((i for i in range(len(entries)) if labels[i]), key=lambda i: len(labels[i][: spotter.WIDTH]))
     matrix = np.zeros((len(scored), spotter.WIDTH), np.int16)
     for row, i in enumerate(scored):
@@ -142,16 +150,17 @@ def prepare(
     if num_tokens + 4 > STATES:
         raise PromptError(f"{len(entries)} keywords may take {num_tokens} tokens, at most {STATES - 4} are accepted")
     draft_texts = tuple(text.lower() if options.lower_case else text for text, _ in entries)
-    return Keywords(draft_texts, phrases, tuple(scored), matrix, always)
+    return Keywords(draft_texts, phrases, tuple(scored), matrix, whole, always)
 
 
-def ctc_labels(text: str, num_labels: int) -> list[int]:
-    """The CTC labels by which a keyword is scored: those of its letters, in lower case, with spaces between words.
+def ctc_labels(text: str, num_labels: int) -> tuple[list[int], bool]:
+    """The CTC labels by which a keyword is scored, and whether these are of all that is spoken of it.
 
-    Accents and widths of letters without a label are dropped, hiragana become katakana, hyphens separate words. Digits,
-    punctuation and other scripts are left out and not scored; the result can be empty.
+    The labels are those of its letters, in lower case, with spaces between words. Accents and widths of letters without
+    a label are dropped, hiragana become katakana, hyphens separate words. Digits, symbols and other scripts, which are
+    spoken, and punctuation are left out and not scored; there can be no labels.
     """
-    characters = []
+    characters, is_whole = [], True
     for character in unicodedata.normalize("NFKC", text).lower():
         if "\u3041" <= character <= "\u3096":
             character = chr(ord(character) + 0x60)
@@ -162,12 +171,16 @@ def ctc_labels(text: str, num_labels: int) -> list[int]:
                     characters.append(label)
                     break
         else:
-            separates = character.isspace() or unicodedata.category(character) in ("Pd", "Pc")
+            category = unicodedata.category(character)
+            is_whole &= category[0] not in "LNS" and character not in _SPOKEN_PUNCTUATION
+            separates = character.isspace() or category in ("Pd", "Pc")
             if separates and characters and characters[-1] != ord(" "):
                 characters.append(ord(" "))
     while characters and characters[-1] == ord(" "):
         characters.pop()
-    return characters if any(label not in (ord(" "), ord("'")) for label in characters) else []
+    if all(label in (ord(" "), ord("'")) for label in characters):
+        return [], False
+    return characters, is_whole
 
 
 def _label(character: str, num_labels: int) -> list[int]:

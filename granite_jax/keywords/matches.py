@@ -63,16 +63,15 @@ def _overlap(match: KeywordMatch, other: KeywordMatch) -> bool:
     return 2 * shared > min(match.end - match.start, other.end - other.start)
 
 
-def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], texts: Sequence[str]) -> str:
+def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], keywords: Keywords) -> str:
     """The greedy CTC text with the words that fill a keyword's span replaced by the keyword.
 
     Args:
       labels: best label of every frame, `[t]`, of one utterance.
-      matches: best first; of several at one place, the first is used.
-      texts: as in `Keywords`.
+      matches: best first; of several at one place, the first is used. Those that were not scored whole are not.
     """
     words = _words(labels)
-    for match in matches:
+    for match in (match for match in matches if match.keyword in keywords.whole):
         inside = [
             i
             for i, (_, start, end, _) in enumerate(words)
@@ -83,7 +82,7 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], texts: Sequence[
         first, last = inside[0], inside[-1]
         fits = abs(words[first][1] - match.start) <= _SLACK and abs(words[last][2] - match.end) <= _SLACK
         if fits and not any(words[i][3] for i in inside):
-            words[first : last + 1] = [(texts[match.keyword], words[first][1], words[last][2], True)]
+            words[first : last + 1] = [(keywords.texts[match.keyword], words[first][1], words[last][2], True)]
     return " ".join(text for text, *_ in words)
 
 

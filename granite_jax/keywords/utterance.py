@@ -24,15 +24,13 @@ def utterance_automaton(
         return keywords.always_automaton if keywords.always else None
     phrases = [phrase for keyword in keywords.always for phrase in keywords.phrases(keyword)]
     placed: list[Phrase] = []
-    draft = repair(labels, matches, keywords.texts)
+    draft = repair(labels, matches, keywords)
     for match in matches:
         scaled = functools.partial(_scaled, share=1 - 0.5 * match.score / threshold)
         phrases += map(scaled, keywords.phrases(match.keyword))
         text = keywords.texts[match.keyword]
         # If the draft does not contain the keyword, its place is after the text heard before it.
-        for place in places(draft, text) or places(
-            f"{repair(labels[: match.start], matches, keywords.texts)} {text}", text
-        ):
+        for place in places(draft, text) or places(f"{repair(labels[: match.start], matches, keywords)} {text}", text):
             placed += map(scaled, keywords.phrases(match.keyword, place))
     # `prepare` made sure that all of `phrases` fit; of `placed`, the first that fit are used.
     lengths = itertools.accumulate((len(phrase.tokens) for phrase in (*phrases, *placed)), initial=4)
