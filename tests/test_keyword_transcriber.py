@@ -104,7 +104,9 @@ def test_repaired_drafts_are_the_result_where_no_language_model_runs(
     pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a gate that lets a keyword pass, and a draft of which it takes all words' place
-    monkeypatch.setattr("granite_jax.inference.engine.repair", lambda labels, heard, texts: texts[heard[0].keyword])
+    monkeypatch.setattr(
+        "granite_jax.inference.engine.repair", lambda labels, heard, keywords: keywords.texts[heard[0].keyword]
+    )
 
     # When every CTC text is final
     found = pipeline.run(keywords=["Kai"], keyword_gate=-1e4, speculative="relaxed", ctc_threshold=100.0)
@@ -118,11 +120,11 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
     # Given a file of keywords, and a transcriber that notes what it is asked for
     asked: list[TranscribeOptions] = []
 
-    def transcribe(files, options, **_):
+    def stream(files, options, **_):
         asked.append(options)
-        return [gj.Transcript("a.wav", "text", (1,), 1.0)]
+        yield gj.Transcript("a.wav", "text", (1,), 1.0)
 
-    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
+    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(stream=stream))
     (tmp_path / "names.txt").write_text("\ufeffKai\nZoe\t2.5\n", encoding="utf-8")
 
     # When run with keywords, then they arrive
