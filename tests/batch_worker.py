@@ -22,7 +22,7 @@ from granite_jax.text.tasks import Capabilities, instruction
 
 
 class StandIn:
-    """Takes `seconds` an utterance. Records the batches it was given."""
+    """Takes `seconds` an utterance. Records the batches and the keywords it was given."""
 
     def __init__(self, seconds: float = 0.0):
         self.read_ahead = 32
@@ -30,6 +30,7 @@ class StandIn:
         self.capabilities = Capabilities()
         self.seconds = seconds
         self.calls: list[tuple[int, TranscribeOptions]] = []
+        self.keywords: list[list[Any]] = []
 
     def transcribe(
         self,
@@ -46,6 +47,7 @@ class StandIn:
         for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
             time.sleep(self.seconds)
             named = list(options.keywords if listed is None else listed)
+            self.keywords.append(named)
             digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {named}".encode())
             stats = {"route": "greedy"}
             results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, 0.5, "heard", stats))

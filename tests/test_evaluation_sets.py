@@ -29,7 +29,7 @@ from granite_jax.evaluation.keyword_lists import read_keyword_lists
         ("[1]", "line of entry 1: not a JSON object"),
         ("[" * 100_000, "line of entry 1: nested too deeply"),
         ('{"audio": "' + MAX_LINE * "x" + '"}', "line of entry 1: longer than"),
-        ('{"audio": "b.wav", "text": "t", "duration": NaN}', "entry 1: duration must be"),
+        ('{"audio": "b.wav", "text": "t", "duration": true}', "entry 1: duration must be"),
     ],
 )
 def test_a_manifest_with_one_bad_line_is_refused(tmp_path: Path, line: Any, message: str) -> None:

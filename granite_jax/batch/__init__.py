@@ -10,5 +10,6 @@ In short:
 
 from granite_jax.batch.job import Progress, Summary, run
 from granite_jax.batch.merge import merge
+from granite_jax.batch.parts import Shard, choose_shard
 
-__all__ = ["Progress", "Summary", "merge", "run"]
+__all__ = ["Progress", "Shard", "Summary", "choose_shard", "merge", "run"]

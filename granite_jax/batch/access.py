@@ -105,7 +105,7 @@ class AudioStorage:
             protocol = scheme(name)
         if (protocol or "file") not in self.protocols:
             allowed = ", ".join(self.protocols)
-            raise AudioError(f"protocol {protocol or 'file'!r:.40} is not allowed, only {allowed}")
+            raise AudioError(f"protocol {protocol or 'file'!r:.40} is not allowed, only {allowed} (--allow sets them)")
         if protocol is not None:
             if protocol == "https":
                 check_host(name)
@@ -115,8 +115,13 @@ class AudioStorage:
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
             raise AudioError(f"cannot be read ({one_line(error)})") from error
         if not path.is_relative_to(self._directory):
-            raise AudioError(f"is not below {self._directory}, the root that was given")
+            raise AudioError(f"is not below {self._directory} (--root sets the directory that files must be below)")
         return str(path)
+
+    @property
+    def resolved_root(self) -> str:
+        """The root as an absolute path without links, or as a URL without a slash at its end."""
+        return str(self._directory) if scheme(self.root) is None else self.root.rstrip("/")
 
     @functools.cached_property
     def _directory(self) -> Path:

@@ -25,6 +25,7 @@ import granite_jax
 from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
 from granite_jax.batch.manifest import Entry, Manifest, is_listing, listing, root_of, split_tfds
+from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, committed, part_name, weights_identity
 from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, reading
 from granite_jax.batch.store import LocalStore, Store, open_store
@@ -143,8 +144,8 @@ def run(
 
     Args:
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
-        `target_language` or `to`, `keywords`, `prompt`), a directory, a glob, or `tfds:DIRECTORY#SPLIT`; the first
-        three may be URLs.
+        `target_language` or `to`, `keywords`, `prompt`) or the same in another form (`manifest_files`), a directory, a
+        glob, or `tfds:DIRECTORY#SPLIT`; all but the last may be URLs.
       out: directory, or URL of gs or s3.
       model: which model runs and where, or the name of its checkpoint. Results do not depend on devices or batch size,
         so a job may be resumed with others.
@@ -180,7 +181,8 @@ def run(
     checkpoint = open_checkpoint(model_options.checkpoint, model_options.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-jax-")))
-        scanned = Manifest.scan(_local_manifest(source, access, store, work), part_size, job_options)
+        lines = to_json_lines(_local_manifest(source, access, store, work), source, work)
+        scanned = Manifest.scan(lines, part_size, job_options, source)
         description = {
             "version": granite_jax.__version__,
             "weights": weights_identity(checkpoint) if checkpoint else transcriber[1] if transcriber else "",
@@ -189,6 +191,8 @@ def run(
             "manifest": {"sha256": scanned.sha256, "source": source if is_listing(source) else ""},
             "entries": scanned.entries,
             "part_size": part_size,
+            "root": access.resolved_root,
+            "allow": sorted(access.protocols),
         }
         if keyword_lists:
             if len(keyword_lists) != scanned.entries:

@@ -19,6 +19,8 @@ from granite_jax.audio.load import printable
 from granite_jax.batch.access import AudioStorage, scheme
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import TranscribeOptions
+from granite_jax.keywords.options import Entry as Keyword
+from granite_jax.keywords.options import check_boost, keyword_entries
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
 """File name suffixes of the audio in a directory."""
@@ -48,7 +50,7 @@ class Entry:
     offset: float = 0.0
     duration: float | None = None
     options: TranscribeOptions | None = None
-    keywords: tuple[str, ...] | None = None
+    keywords: tuple[Keyword, ...] | None = None
     error: str | None = None
 
 
@@ -65,8 +67,9 @@ class Manifest:
     signature: tuple[int, ...] = field(repr=False)
 
     @classmethod
-    def scan(cls, path: Path, part_size: int, options: TranscribeOptions) -> "Manifest":
-        """Reads the file once. Raises GraniteError if it cannot be read or has no entries."""
+    def scan(cls, path: Path, part_size: int, options: TranscribeOptions, name: str | None = None) -> "Manifest":
+        """Reads the file once. Raises GraniteError, with the `name`, if it cannot be read or has no entries."""
+        name = printable(name or str(path))
         if part_size < 1:
             raise GraniteError(f"part_size is {part_size}, not a positive number")
         offsets, entries = [], 0
@@ -80,9 +83,9 @@ class Manifest:
                         offsets.append(offset)
                     entries += 1
         except OSError as error:
-            raise GraniteError(f"{path}: cannot be read ({error.strerror or error})") from error
+            raise GraniteError(f"{name}: cannot be read ({error.strerror or error})") from error
         if not entries:
-            raise GraniteError(f"{path}: has no entries")
+            raise GraniteError(f"{name}: has no entries")
         return cls(path, part_size, options, entries, digest, tuple(offsets), signature)
 
     @property
@@ -123,7 +126,10 @@ def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> En
 
 def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:
     """Parses the fields of a line; unknown ones are ignored because NeMo's manifests have many."""
+    fields = {key: value for key, value in fields.items() if value == value}  # NaN is how tables lack a value
     identity = fields.get("id")
+    if isinstance(identity, float) and identity.is_integer():
+        identity = int(identity)  # a table's column of numbers
     name = str(identity) if isinstance(identity, str | int) and len(str(identity)) <= MAX_TEXT else str(index)
     try:
         if identity is not None and name != str(identity):
@@ -148,23 +154,48 @@ def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) 
 
 def _changed_options(fields: dict[str, Any]) -> dict[str, Any]:
     """The line's task, target language and prompt: if it has any of them, they replace all three of the job's."""
-    if "to" in fields and "target_language" in fields:
-        raise GraniteError("has both target_language and to")
-    names = ("task", "to" if "to" in fields else "target_language", "prompt")
-    task, language, prompt = (_text(fields, name) for name in names)
+    languages = [name for name in ("target_language", "to", "target_lang") if name in fields]
+    tasks = [name for name in ("task", "taskname") if name in fields]
+    for names in (languages, tasks):
+        if len(names) > 1:
+            raise GraniteError(f"has both {names[0]} and {names[1]}")
+    task, language, prompt = (_text(fields, name) for name in (*(tasks or ["task"]), *(languages or ["to"]), "prompt"))
     if task is language is prompt is None:
         return {}
+    if tasks == ["taskname"] or languages == ["target_lang"]:
+        task, language = _nemo_task(fields, task, language)
     task = task or ("translate" if language else "transcribe")
     return {"task": task, "target_language": language, "prompt": prompt}
 
 
-def _keywords(fields: dict[str, Any]) -> tuple[str, ...] | None:
+def _nemo_task(fields: dict[str, Any], task: str | None, language: str | None) -> tuple[str, str | None]:
+    """Task and target language of NeMo's `taskname`, `source_lang`, `target_lang` and `pnc` (Canary's manifests)."""
+    source = _text(fields, "source_lang")
+    if task in ("ast", "s2t_translation") or (task is None and source is not None and language not in (source, None)):
+        return "translate", language
+    if task in ("asr", None):
+        if language is not None and source is not None and language != source:
+            raise GraniteError(f"taskname {task!r} has source_lang {source!r:.20} and target_lang {language!r:.20}")
+        punctuated = fields.get("pnc") in (True, "yes", "pnc", "True", "true", 1)
+        return ("punctuate" if punctuated else "transcribe"), None
+    return task, language
+
+
+def _keywords(fields: dict[str, Any]) -> tuple[Keyword, ...] | None:
+    """A list of texts or pairs [text, boost], or an object from texts to boosts."""
     keywords = fields.get("keywords")
     if keywords is None:
         return None
-    if not isinstance(keywords, list) or not all(isinstance(word, str) and len(word) <= MAX_TEXT for word in keywords):
-        raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
-    return tuple(keywords)
+    if isinstance(keywords, list):
+        keywords = [tuple(entry) if isinstance(entry, list) and len(entry) == 2 else entry for entry in keywords]
+    entries = keyword_entries(keywords)
+    for entry in entries:
+        text, boost = entry if isinstance(entry, tuple) else (entry, None)
+        if not isinstance(text, str) or len(text) > MAX_TEXT:
+            raise GraniteError(f"keywords must be a list of strings, not {keywords!r:.60}")
+        if boost is not None:
+            check_boost(f"the boost of keyword {text!r:.40}", boost)
+    return entries
 
 
 def _text(fields: dict[str, Any], key: str) -> str | None:

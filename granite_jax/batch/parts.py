@@ -120,7 +120,7 @@ def claim_output_dir(store: Store, description: Mapping[str, Any]) -> str:
         different = [key for key in sorted(existing | requested) if existing.get(key) != requested.get(key)]
         if different:
             changes = "; ".join(
-                f"{key} was {existing.get(key)!r:.60}, is {requested.get(key)!r:.60}" for key in different
+                f"{key} was {existing.get(key)!r:.200}, is {requested.get(key)!r:.200}" for key in different
             )
             raise GraniteError(f"the output directory holds results of another job: {changes}")
     return fingerprint_of(description)

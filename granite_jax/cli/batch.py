@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from granite_jax.cli import failures
+from granite_jax.cli.failures import MaxFailures
 from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import ProgressDisplay, fail, line, terminated
 from granite_jax.errors import GraniteError
@@ -58,26 +60,34 @@ def run(
         Literal["threads", "processes"], typer.Option(help="processes survive files that kill a decoder")
     ] = "threads",
     num_readers: Annotated[int, typer.Option(min=1, help="threads or processes")] = 16,
+    max_failures: MaxFailures = None,
 ) -> None:
     """Transcribe a manifest, or one shard of it; the same command again resumes.
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
     errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
-    failed; 1 if results could not be written, and 143 after SIGTERM, which abandons the current part: run again; 2 if
-    the job cannot be run.
+    failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after
+    SIGTERM, which abandons the current part: run again; 2 if the job cannot be run.
     """
     from granite_jax import batch
 
     try:
+        failures.max_failures(max_failures, 0)
+        share = batch.choose_shard(shard, num_shards)
+        if share.count > 1 and shard is None:
+            fail(
+                f"the environment makes this worker shard {share.index} of {share.count} "
+                "(--shard 0 --num-shards 1 transcribes everything)"
+            )
         with terminated() as stop, ProgressDisplay("transcribing") as display:
             summary = batch.run(
                 manifest,
                 out,
                 model,
                 options,
-                shard=shard,
-                num_shards=num_shards,
+                shard=share.index,
+                num_shards=share.count,
                 part_size=part_size,
                 root=root,
                 allow=tuple(allow or ("file", "gs", "s3")),
@@ -95,7 +105,10 @@ def run(
     if summary.stopped:
         fail(f"stopped by SIGTERM; run again to resume {out}")
         raise typer.Exit(128 + signal.SIGTERM)
+    if not summary.parts:
+        fail(f"shard {summary.shard} of {summary.num_shards} has no parts: there are fewer parts than shards")
     print(line(f"{out}: {summary.transcribed} of {summary.entries} utterances, {summary.failed} failed"))
+    failures.check_failures(summary.failed, summary.entries, max_failures)
 
 
 @app.command()

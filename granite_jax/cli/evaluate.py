@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from granite_jax.cli import failures
 from granite_jax.cli.batch import show_job
+from granite_jax.cli.failures import MaxFailures
 from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import ProgressDisplay, fail, terminated
 from granite_jax.errors import GraniteError
@@ -48,20 +50,24 @@ def evaluate(
     root: Annotated[
         str | None, typer.Option(help="directory that local files must be below; default: the manifest's directory")
     ] = None,
+    max_failures: MaxFailures = None,
     format: Annotated[Literal["md", "json"], typer.Option(help="Markdown tables, or one JSON object")] = "md",
 ) -> None:
     """Transcribe sets and compare with their references; the same command again resumes.
 
     Prints the tables, and writes them with all numbers to DIR: results.md, results.json, SET/utterances.jsonl. The exit
-    status is 0 if all sets are done, even if single utterances failed: they count as if nothing had been heard. It is 1
-    if results could not be written, and 143 after SIGTERM: run again; 2 if the evaluation cannot be run.
+    status is 0 if all sets are done, even if single utterances failed: they count as if nothing had been heard. It is 3
+    if more failed than --max-failures allows; 1 if results could not be written, and 143 after SIGTERM: run again; 2 if
+    the evaluation cannot be run.
     """
     try:
         from granite_jax import evaluation
     except ModuleNotFoundError as error:
         fail(f"eval needs pip install 'granite-jax[eval]' ({error})")
         raise typer.Exit(2) from None
+    failed, utterances = 0, 0
     try:
+        failures.max_failures(max_failures, 0)
         if compare is not None:
             if sets:
                 raise GraniteError("--compare takes two finished runs and no SET arguments")
@@ -90,6 +96,7 @@ def evaluate(
                 raise typer.Exit(143)
             text = evaluation.to_markdown(results)
             failed = sum(set_results["failed"] for set_results in results["sets"])
+            utterances = sum(set_results["utterances"] for set_results in results["sets"])
             if failed:
                 fail(f"{failed} utterances failed, and count as if nothing had been heard: see {out}/*/errors.jsonl")
     except GraniteError as error:
@@ -99,3 +106,4 @@ def evaluate(
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
     print(json.dumps(results, ensure_ascii=False) if format == "json" else text, end="\n" if format == "json" else "")
+    failures.check_failures(failed, utterances, max_failures)

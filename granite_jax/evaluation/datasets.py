@@ -148,7 +148,10 @@ def _utterance(line: bytes, index: int, first_indices: dict[Any, int], access: A
         first = first_indices.setdefault(key, index)
         if first != index:
             raise GraniteError(f"entry {index}: has the {kind} of entry {first}, and would count twice")
-    return Utterance(entry.id, text, entry.keywords, _seconds(entry, access))
+    words = None
+    if entry.keywords is not None:
+        words = tuple(keyword if isinstance(keyword, str) else keyword[0] for keyword in entry.keywords)
+    return Utterance(entry.id, text, words, _seconds(entry, access))
 
 
 def _seconds(entry: Entry, access: AudioStorage) -> float | None:

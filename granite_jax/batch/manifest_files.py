@@ -1,0 +1,219 @@
+"""Manifests in other forms than JSON lines: recognized by their content, and rewritten as JSON lines.
+
+| content | each entry |
+| --- | --- |
+| a JSON array | an object, or the name of an audio file |
+| CSV or TSV with a header | a row; `keywords` are separated by semicolons, or a JSON list |
+| Parquet (extra `parquet`) | a row |
+| lines of text | the name of an audio file |
+
+Any of them can be compressed by gzip, or be in UTF-16.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from granite_jax.audio.load import printable
+from granite_jax.batch.access import scheme
+from granite_jax.batch.manifest import AUDIO_SUFFIXES
+from granite_jax.errors import GraniteError
+
+_AUDIO_COLUMNS = ("audio", "audio_filepath")
+_NUMBERS = ("offset", "duration")
+_HEAD = 1 << 16  # bytes by which content is recognized
+_MAX_BYTES = 1 << 34  # of a compressed manifest's content
+_MAX_JSON = 1 << 31  # bytes of a JSON array, which is read as a whole
+_FOREIGN = {
+    b"PK\x03\x04": "a spreadsheet or ZIP archive",
+    b"%PDF": "a PDF",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite database",
+    b"ARROW1": "an Arrow file",
+    b"\x28\xb5\x2f\xfd": "compressed by Zstandard",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"version https://git-lfs.github.com": "a Git LFS pointer: the file itself is not here (git lfs pull)",
+}
+_AUDIO = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b".snd", b"caff")
+
+
+def to_json_lines(path: Path, name: str, work: Path) -> Path:
+    """Returns a file of JSON lines with the entries of a manifest: `path` itself, if it is one.
+
+    Args:
+      name: of the manifest, for messages.
+      work: directory for what is written.
+
+    Raises:
+      GraniteError: the file is not a manifest, named by what it seems to be, or it is damaged.
+      OSError: reading or writing failed.
+    """
+    try:
+        _read_head(path)
+    except OSError as error:
+        raise GraniteError(f"{printable(name)}: cannot be read ({error.strerror or error})") from None
+    try:
+        path = _decompressed(path, work)
+        head = _read_head(path)
+        if (kind := _foreign(head)) is not None:
+            raise GraniteError(f"is {kind}, not a manifest")
+        if head.startswith(b"PAR1"):
+            return _write(_parquet_rows(path), work)
+        encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        if encoding == "utf-8-sig" and head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{":
+            if _is_one_object(head, path):
+                raise GraniteError("is one JSON object over several lines, not an object a line")
+            return path
+        with open(path, encoding=encoding, newline="") as text:
+            return _write(_entries(text, path.stat().st_size), work)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise GraniteError(f"{printable(name)}: is damaged ({error})") from None
+    except (UnicodeError, csv.Error, GraniteError) as error:
+        raise GraniteError(f"{printable(name)}: {error}") from None
+
+
+def _decompressed(path: Path, work: Path) -> Path:
+    if not _read_head(path).startswith(b"\x1f\x8b"):
+        return path
+    target, size = work / "decompressed", 0
+    with gzip.open(path, "rb") as source, open(target, "wb") as file:
+        while block := source.read(1 << 20):
+            size += file.write(block)
+            if size > _MAX_BYTES:
+                raise GraniteError(f"holds more than {_MAX_BYTES >> 30} GiB")
+    return target
+
+
+def _read_head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_HEAD)
+
+
+def _foreign(head: bytes) -> str | None:
+    """What a file that is not a manifest seems to be, if that is known."""
+    if head.startswith(_AUDIO):
+        return "audio (granite-jax transcribe takes audio files)"
+    known = next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
+    has_mark = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return known or ("binary data" if b"\0" in head and not has_mark and not head.startswith(b"PAR1") else None)
+
+
+def _is_one_object(head: bytes, path: Path) -> bool:
+    """Whether the first line is the beginning of an object that later lines complete."""
+    first = head.removeprefix(codecs.BOM_UTF8).lstrip().splitlines()[0]
+    if first.rstrip() != b"{":
+        return False
+    with open(path, "rb") as file:
+        try:
+            return isinstance(json.loads(file.read(_MAX_JSON).decode("utf-8-sig")), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _entries(text: TextIO, size: int) -> Iterator[Any]:
+    """The entries of a JSON array, JSON lines in UTF-16, a table, or a list of names."""
+    head = text.read(_HEAD)
+    lines = io.StringIO(head).readlines()
+    first = next((line.strip() for line in lines if line.strip()), "")
+    text.seek(0)
+    if first.startswith("["):
+        yield from _array(text, size)
+    elif first.startswith("{"):
+        yield from (json.loads(line) for line in text if line.strip())
+    elif (delimiter := _delimiter(first)) is not None:
+        yield from _table_rows(text, delimiter)
+    elif first.lower().endswith(AUDIO_SUFFIXES) or scheme(first) is not None:
+        yield from ({"audio": line.strip()} for line in text if line.strip())
+    elif first:
+        raise GraniteError(
+            "is not a manifest: its first line is not a JSON object, a header with a column named audio or "
+            f"audio_filepath, or the name of an audio file, but {first!a:.60}"
+        )
+
+
+def _array(text: TextIO, size: int) -> Iterator[dict[str, Any]]:
+    if size > _MAX_JSON:
+        raise GraniteError(f"is a JSON array of more than {_MAX_JSON >> 30} GiB: write an object a line instead")
+    try:
+        entries = json.load(text)
+    except (ValueError, RecursionError) as error:
+        raise GraniteError(f"is not a readable JSON array ({error})") from None
+    for entry in entries:
+        yield {"audio": entry} if isinstance(entry, str) else entry
+
+
+def _delimiter(header: str) -> str | None:
+    """What separates the columns of a table with this header; None if it is not the header of a manifest."""
+    for delimiter in "\t,;|":
+        columns = [column.strip().strip('"') for column in header.split(delimiter)]
+        if any(column in _AUDIO_COLUMNS for column in columns):
+            return delimiter
+    return None
+
+
+def _table_rows(text: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(csv.DictReader(text, delimiter=delimiter, skipinitialspace=True), start=1):
+        if None in row:
+            raise GraniteError(f"row {number} has more columns than the header")
+        yield {key.strip(): _cell(key.strip(), value.strip()) for key, value in row.items() if value and value.strip()}
+
+
+def _cell(key: str, value: str) -> Any:
+    """A cell's value; one that is not understood stays a string, which its entry's check then names."""
+    if key in _NUMBERS:
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if key == "keywords":
+        if value[0] in "[{":
+            try:
+                return json.loads(value)
+            except ValueError:
+                return value
+        return [keyword.strip() for keyword in value.split(";") if keyword.strip()]
+    return value
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise GraniteError("is Parquet, which needs pip install 'granite-jax[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = list(file.schema_arrow.names)
+            if not any(column in _AUDIO_COLUMNS for column in columns):
+                raise GraniteError(f"has no column named audio or audio_filepath, only {', '.join(columns)[:200]}")
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise GraniteError(f"is damaged Parquet ({error})") from None
+
+
+def _write(entries: Iterable[Any], work: Path) -> Path:
+    target = work / "entries.jsonl"
+    with open(target, "w", encoding="utf-8") as file:
+        for entry in entries:
+            if isinstance(entry, Mapping):
+                entry = {key: value for key, value in entry.items() if not _is_missing(value)}
+            file.write(json.dumps(entry, default=_as_text) + "\n")
+    return target
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _as_text(value: Any) -> str:
+    """A value that JSON does not have. Bytes become no text, which is no name of a file, as the entry's check says."""
+    return "" if isinstance(value, bytes) else str(value)

@@ -1,0 +1,162 @@
+"""Manifests as people have them: tables, arrays, lists, compressed; and what is no manifest."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+from batch_jobs import RATE, results, run, text_of, tone, write_lines
+
+from granite_jax import GraniteError
+from granite_jax.batch.manifest import parse_entry
+from granite_jax.batch.manifest_files import to_json_lines
+from granite_jax.inference.options import TranscribeOptions
+
+NAMES = ("a/1.wav", "a/3.wav", "b/2.wav")
+OBJECTS = [{"audio": name} for name in NAMES]
+
+
+def _table(delimiter: str, column: str = "audio") -> str:
+    return "".join(
+        f"{delimiter.join((column, 'speaker'))}\n" if i < 0 else f"{NAMES[i]}{delimiter}x\n" for i in range(-1, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(OBJECTS),
+        json.dumps(OBJECTS, indent=1),
+        json.dumps(NAMES),
+        "\n".join(NAMES),
+        "\ufeff" + "\r\n".join(NAMES) + "\r\n",
+        _table(","),
+        _table("\t"),
+        _table(";", "audio_filepath"),
+        '"audio"\n' + "".join(f'"{name}"\n' for name in NAMES),
+        "audio, id\n" + "".join(f"{name}, {i}\n\n" for i, name in enumerate(NAMES)),
+        "".join(json.dumps(entry) + "\n" for entry in OBJECTS),
+    ],
+)
+@pytest.mark.parametrize("form", ["plain", "gzip", "utf-16", "utf-16 and gzip"])
+def test_every_form_of_a_manifest_has_the_same_entries(corpus: Path, tmp_path: Path, content: str, form: str) -> None:
+    # Given a manifest in some form, whatever its name
+    data = content.removeprefix("\ufeff").encode("utf-16") if "utf-16" in form else content.encode()
+    manifest = corpus / "manifest.dat"
+    manifest.write_bytes(gzip.compress(data) if "gzip" in form else data)
+    # When it is run, then its files are transcribed, in order
+    run(manifest, tmp_path / "out")
+    assert [(line["audio"], line["text"]) for line in results(tmp_path / "out")] == [
+        (name, text_of(corpus / name)) for name in NAMES
+    ]
+
+
+def test_a_table_has_all_fields_of_a_manifest(tmp_path: Path) -> None:
+    # Given a table with every kind of column, and cells that are empty
+    table = (
+        "audio,offset,duration,id,keywords,to\n"
+        "a.wav,1.5,2,x,Zelgad; New York,\n"
+        'b.wav,,,7,"[[""Kai"", 3.5], ""Zoe""]",fr\n'
+        'c.wav,,,,"{""Kai"": 2}",\n'
+    )
+    (tmp_path / "t.csv").write_text(table)
+    # When it is read
+    lines = to_json_lines(tmp_path / "t.csv", "t.csv", tmp_path).read_text().splitlines()
+    first, second, third = (parse_entry(json.loads(line), i, TranscribeOptions()) for i, line in enumerate(lines))
+    # Then every entry has what its row says
+    assert (first.offset, first.duration, first.id, first.keywords) == (1.5, 2.0, "x", ("Zelgad", "New York"))
+    assert (second.id, second.keywords, second.options.target_language) == ("7", (("Kai", 3.5), "Zoe"), "fr")
+    assert (third.id, third.keywords, third.duration) == ("2", (("Kai", 2),), None)
+
+
+def _wav(path: Path) -> bytes:
+    soundfile.write(path / "x.wav", tone(0.1), RATE)
+    return (path / "x.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_wav, "is audio (granite-jax transcribe takes audio files), not a manifest"),
+        (b"PK\x03\x04" + bytes(60), "is a spreadsheet or ZIP archive, not a manifest"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a Git LFS pointer"),
+        (bytes(range(256)), "is binary data, not a manifest"),
+        (b'{\n "audio": "a/1.wav"\n}\n', "is one JSON object over several lines"),
+        (b"name,path\nx,a/1.wav\n", "its first line is not a JSON object, a header with a column named audio"),
+        (b"transcripts of Monday\n", "its first line is not a JSON object"),
+        (b"[1, 2", "is not a readable JSON array"),
+        (b"audio,id\na.wav,1,2\n", "row 1 has more columns than the header"),
+        (gzip.compress(b'{"audio": "a"}\n' * 99)[:-20], "is damaged"),
+        (b"\xff\xfe\x00\xd8", "utf-16"),
+        (b"audio\n\xff\xfe.wav\n", "can't decode"),
+        (b"", "has no entries"),
+        (b"[]", "has no entries"),
+        (b"audio,id\n", "has no entries"),
+    ],
+)
+def test_what_is_no_manifest_is_named(corpus: Path, tmp_path: Path, content: Any, message: str) -> None:
+    # Given a file that is no manifest, when it is run, then the error says what it seems to be, and nothing is written
+    path = corpus / "given"
+    path.write_bytes(content(tmp_path) if callable(content) else content)
+    with pytest.raises(GraniteError) as caught:
+        run(path, tmp_path / "out")
+    assert message in str(caught.value) and "given" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("part-*"))
+
+
+def test_parquet_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "m.parquet").write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+    with pytest.raises(GraniteError, match=r"m\.parquet: is Parquet, which needs pip install 'granite-jax\[parquet\]'"):
+        run(tmp_path / "m.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "task", "language"),
+    [
+        ({"taskname": "asr", "source_lang": "de", "target_lang": "de"}, "transcribe", None),
+        ({"taskname": "asr", "source_lang": "en", "target_lang": "en", "pnc": "yes"}, "punctuate", None),
+        ({"taskname": "asr", "pnc": "no"}, "transcribe", None),
+        ({"taskname": "ast", "source_lang": "en", "target_lang": "fr", "pnc": "yes"}, "translate", "fr"),
+        ({"taskname": "s2t_translation", "source_lang": "de", "target_lang": "en"}, "translate", "en"),
+        ({"source_lang": "en", "target_lang": "ja"}, "translate", "ja"),
+        ({"source_lang": "en", "target_lang": "en"}, "transcribe", None),
+        ({"target_lang": "en"}, "transcribe", None),
+    ],
+)
+def test_the_fields_of_nemo_are_understood(fields: dict[str, Any], task: str, language: str | None) -> None:
+    entry = parse_entry({"audio_filepath": "a.wav", **fields}, 0, TranscribeOptions())
+    assert entry.error is None
+    assert (entry.options.task, entry.options.target_language) == (task, language)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"taskname": "asr", "task": "transcribe"}, "has both task and taskname"),
+        ({"target_lang": "fr", "to": "fr"}, "has both to and target_lang"),
+        ({"taskname": "asr", "source_lang": "en", "target_lang": "fr"}, "taskname 'asr' has source_lang 'en'"),
+        ({"taskname": "diarize"}, "unknown task 'diarize'"),
+        ({"keywords": {"Kai": "loud"}}, "the boost of keyword 'Kai' is 'loud'"),
+        ({"keywords": [["Kai", 99]]}, "the boost of keyword 'Kai' is 99"),
+        ({"id": 1.5}, "id must be a short string or a number"),
+    ],
+)
+def test_what_is_wrong_in_a_line_is_named(fields: dict[str, Any], message: str) -> None:
+    entry = parse_entry({"audio": "a.wav", **fields}, 0, TranscribeOptions())
+    assert entry.error is not None and message in entry.error
+
+
+@pytest.mark.parametrize(("identity", "expected"), [(1.0, "1"), (float("nan"), "5"), (None, "5"), (7, "7"), ("x", "x")])
+def test_ids_of_tables_are_ids(identity: Any, expected: str) -> None:
+    assert parse_entry({"audio": "a.wav", "id": identity}, 5, TranscribeOptions()).id == expected
+
+
+def test_boosts_of_a_manifest_reach_the_model(corpus: Path, tmp_path: Path) -> None:
+    # Given lines with keywords, when they are run, then each is transcribed with its own boosts
+    lines = [{"audio": "a/1.wav", "keywords": {"Kai": 2}}, {"audio": "a/3.wav", "keywords": [["Zoe", 3.5], "Ada"]}]
+    _, asr = run(write_lines(corpus / "m.jsonl", *lines), tmp_path / "out")
+    assert asr.keywords == [[("Kai", 2)], [("Zoe", 3.5), "Ada"]]
