@@ -20,7 +20,7 @@ from batch_worker import DeadlyReader
 from granite_jax import GraniteError, batch
 from granite_jax.batch.access import AudioStorage, check_host
 from granite_jax.batch.manifest import Manifest
-from granite_jax.batch.reading import Reader, Source, reading
+from granite_jax.batch.reading import Reader, Source, Task, reading
 from granite_jax.errors import AudioError
 from granite_jax.inference.options import TranscribeOptions
 
@@ -166,7 +166,15 @@ def test_processes_survive_files_that_kill_them(corpus: Path) -> None:
     manifest = Manifest.scan(write_lines(corpus / "m.jsonl", *({"audio": n} for n in names)), 4, ASK)
     reader = DeadlyReader(AudioStorage(str(corpus)), 10.0)
     # When they are read by processes, then each other file is read, in order, and these two have an error
-    with time_limit(120), reading(Source(manifest, range(manifest.parts)), reader, "processes", 1) as reads:
+    with (
+        time_limit(120),
+        reading(
+            Source(manifest, [Task(part, manifest.indices(part)) for part in range(manifest.parts)]),
+            reader,
+            "processes",
+            1,
+        ) as reads,
+    ):
         found = list(reads)
     assert [read.entry.audio for read in found] == names
     assert {read.entry.audio: read.error for read in found if read.audio is None} == {

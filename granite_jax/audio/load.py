@@ -32,6 +32,10 @@ _BLOCK_FRAMES = 1 << 16
 _MAX_STREAM_BYTES = 1 << 31
 
 
+class AccessError(AudioError):
+    """The audio is missing, forbidden or out of reach: nothing is known of its content."""
+
+
 @dataclass(frozen=True, eq=False)
 class Audio:
     """One utterance.
@@ -155,21 +159,21 @@ def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit:
 
 @contextlib.contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a regular file; raises AudioError, without the name, if opening or reading it fails."""
+    """Opens a regular file; raises AccessError, without the name, if opening or reading it fails."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
-            raise AudioError("is a directory")
+            raise AccessError("is a directory")
         if not stat.S_ISREG(mode):  # Opening a pipe would wait for a writer.
-            raise AudioError("is not a regular file")
+            raise AccessError("is not a regular file")
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
-        raise AudioError("no such file") from None
+        raise AccessError("no such file") from None
     except (OSError, ValueError) as error:
         if isinstance(error, AudioError):
             raise
-        raise AudioError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise AccessError(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def load_segment(

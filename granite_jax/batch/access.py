@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 
-from granite_jax.audio.load import open_regular, printable
+from granite_jax.audio.load import AccessError, open_regular, printable
 from granite_jax.audio.resample import one_line
 from granite_jax.errors import AudioError, GraniteError
 
@@ -92,20 +92,20 @@ class AudioStorage:
     def resolve(self, name: str) -> str:
         """The absolute path or URL of a name. Raises AudioError if it is not allowed."""
         if "::" in name and "://" in name:
-            raise AudioError("is a chained URL, which is not allowed")
+            raise AccessError("is a chained URL, which is not allowed")
         protocol = scheme(name)
         if protocol == "file":
             name, protocol = without_file_scheme(name), None
             if not name.startswith("/"):
-                raise AudioError("is a file URL of another machine")
+                raise AccessError("is a file URL of another machine")
         if protocol is None and scheme(self.root) is not None:
             if name.startswith("/") or ".." in name.split("/"):
-                raise AudioError(f"is a path that leads out of {self.root}")
+                raise AccessError(f"is a path that leads out of {self.root}")
             name = f"{self.root.rstrip('/')}/{name}"
             protocol = scheme(name)
         if (protocol or "file") not in self.protocols:
             allowed = ", ".join(self.protocols)
-            raise AudioError(f"protocol {protocol or 'file'!r:.40} is not allowed, only {allowed} (--allow sets them)")
+            raise AccessError(f"protocol {protocol or 'file'!r:.40} is not allowed, only {allowed} (--allow sets them)")
         if protocol is not None:
             if protocol == "https":
                 check_host(name)
@@ -113,9 +113,9 @@ class AudioStorage:
         try:
             path = (self._directory / name).resolve()
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long
-            raise AudioError(f"cannot be read ({one_line(error)})") from error
+            raise AccessError(f"cannot be read ({one_line(error)})") from error
         if not path.is_relative_to(self._directory):
-            raise AudioError(f"is not below {self._directory} (--root sets the directory that files must be below)")
+            raise AccessError(f"is not below {self._directory} (--root sets the directory that files must be below)")
         return str(path)
 
     @property
@@ -165,20 +165,20 @@ def check_host(url: str) -> None:
     try:
         from yarl import URL  # the client's own parser: another one could disagree about the host
     except ImportError:
-        raise AudioError("protocol https needs pip install 'granite-jax[remote]'") from None
+        raise AccessError("protocol https needs pip install 'granite-jax[remote]'") from None
     try:
         parsed = URL(url)
         host = parsed.host
     except ValueError as error:
-        raise AudioError(f"is not a URL ({one_line(error)})") from None
+        raise AccessError(f"is not a URL ({one_line(error)})") from None
     if parsed.scheme != "https" or not host or parsed.user is not None:
-        raise AudioError("is not a plain https URL")
+        raise AccessError("is not a plain https URL")
     # To the C library, 2852039166, 0177.0.0.1 and 127.1 are addresses, too; only the plain form is allowed.
     if re.fullmatch(r"[0-9.]+|.*:.*|0x[0-9a-f.x]*", host.lower()):
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(host).is_global:
                 return
-        raise AudioError(f"host {host} is not on the public Internet")
+        raise AccessError(f"host {host} is not on the public Internet")
 
 
 def check_address(url: str) -> None:
@@ -189,9 +189,9 @@ def check_address(url: str) -> None:
     try:
         addresses = socket.getaddrinfo(parsed.host, parsed.port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise AudioError(f"host {parsed.host} is not found ({one_line(error.strerror)})") from None
+        raise AccessError(f"host {parsed.host} is not found ({one_line(error.strerror)})") from None
     if not all(ipaddress.ip_address(address[0]).is_global for *_, address in addresses):
-        raise AudioError(f"host {parsed.host} is not on the public Internet")
+        raise AccessError(f"host {parsed.host} is not on the public Internet")
 
 
 async def _guarded_client(loop: Any = None, **options: Any) -> Any:

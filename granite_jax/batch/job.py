@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from typing import Any
 import granite_jax
 from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
-from granite_jax.batch.manifest import Entry, Manifest, is_listing, listing, root_of, split_tfds
+from granite_jax.batch.committed import committed_parts, part_name, read_part
+from granite_jax.batch.manifest import Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.manifest_files import to_json_lines
-from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, committed, part_name, weights_identity
-from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, reading
+from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
+from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, reading
 from granite_jax.batch.store import LocalStore, Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
@@ -80,6 +81,7 @@ class Summary:
       shard, num_shards: the worker's share.
       parts: number of parts in the share; `resumed_parts` of these were committed before this run, `parts_of_others` by
         another worker during it.
+      retried: number of entries that had failed and were tried again.
       entries, transcribed, failed: numbers of entries in the share, or in this run if it was stopped.
       audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
       stopped: whether it was asked to stop before its share was done; the next run does the rest.
@@ -91,6 +93,7 @@ class Summary:
     parts: int
     resumed_parts: int
     parts_of_others: int
+    retried: int
     entries: int
     transcribed: int
     failed: int
@@ -107,9 +110,9 @@ class _Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Loaded entries of one part that have the same options."""
+    """Loaded entries of one task that have the same options."""
 
-    part: int
+    task: Task
     options: TranscribeOptions | None = None
     loaded: Sequence[LoadedEntry] = ()
 
@@ -131,14 +134,18 @@ def run(
     num_readers: int = 16,
     storage_options: dict[str, dict[str, Any]] | None = None,
     keyword_lists: Sequence[Sequence[Keyword] | None] = (),
+    retry_failed: bool = False,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **fields: Any,
 ) -> Summary:
     """Transcribes a manifest, or one shard of it, into a directory; resumes an interrupted run.
 
+    A run also tries again what failed in an earlier one because the audio was out of reach.
+
     The directory gets `part-*.jsonl` with a line for each utterance, in the manifest's order: `index`, `id`, `audio`,
-    and `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error`;
+    and `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error`
+    (and `transient`, if it was one of access); lines of retries in files beside them (`committed`);
     `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
     the parts.
 
@@ -159,6 +166,7 @@ def run(
       readers, num_readers: threads, or processes, which survive files that crash a decoder.
       storage_options: arguments of fsspec's file systems, by protocol.
       keyword_lists: a list of keywords for each entry of the manifest (None: use those of its line or the options).
+      retry_failed: try everything again that failed.
       progress: called when some utterances are done.
       stop: polled often; True ends the run and drops its current part.
       fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
@@ -209,6 +217,7 @@ def run(
             progress,
             stop,
             keyword_lists,
+            retry_failed,
         )
 
         def load() -> Transcriber:
@@ -307,24 +316,26 @@ class _Worker:
     report: Callable[[Progress], None] | None
     stop: Callable[[], bool] | None
     keyword_lists: Sequence[Sequence[Keyword] | None] = ()
+    retry_failed: bool = False
     progress: Progress = dataclasses.field(default_factory=Progress)
     _started: float = dataclasses.field(default=0.0, init=False)
+    _previous: dict[int, bytes] = dataclasses.field(default_factory=dict, init=False)  # lines of retried entries
 
     def run(
         self, load: Callable[[], Transcriber], reader: Callable[[Transcriber], Reader], kind: Kind, num_readers: int
     ) -> Summary:
         share = self.shard.parts(self.manifest.parts)
-        resumed = committed(self.store, self.fingerprint)
-        pending = [part for part in share if part not in resumed]
-        sizes = {part: len(self.manifest.indices(part)) for part in share}
-        self.progress.entries = sum(sizes.values())
-        self.progress.resumed = self.progress.entries - sum(sizes[part] for part in pending)
+        retries = committed_parts(self.store, self.fingerprint)
+        pending = [Task(part, self.manifest.indices(part)) for part in share if part not in retries]
+        tasks = pending + [task for part in share if part in retries for task in self._retries(part, retries[part])]
+        self.progress.entries = sum(len(self.manifest.indices(part)) for part in share)
+        self.progress.resumed = self.progress.entries - sum(len(task.indices) for task in tasks)
         parts_of_others, stopped = 0, False
-        if pending:
+        if tasks:
             asr = load()
             try:
-                with reading(Source(self.manifest, pending), reader(asr), kind, num_readers) as loaded:
-                    parts_of_others = self._transcribe_parts(asr, pending, loaded)
+                with reading(Source(self.manifest, tasks), reader(asr), kind, num_readers) as loaded:
+                    parts_of_others = self._transcribe_tasks(asr, tasks, loaded)
             except _Stopped:
                 stopped = True
         failed = self._write_errors(share) if not stopped else self.progress.failed
@@ -335,6 +346,7 @@ class _Worker:
             parts=len(share),
             resumed_parts=len(share) - len(pending),
             parts_of_others=parts_of_others,
+            retried=sum(len(task.indices) for task in tasks if task.retry),
             entries=self.progress.entries,
             transcribed=(self.progress.done if stopped else self.progress.entries) - failed,
             failed=failed,
@@ -345,19 +357,34 @@ class _Worker:
             stopped=stopped,
         )
         name = self.shard.name("summary", ".json")
-        if not stopped and (pending or not self.store.exists(name)):  # keep that of the run that did the work
+        if not stopped and (tasks or not self.store.exists(name)):  # keep that of the run that did the work
             path = self.work / name
             path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
             self.store.replace(name, path)
         return summary
 
-    def _transcribe_parts(self, asr: Transcriber, pending: list[int], loaded: Iterator[LoadedEntry]) -> int:
-        """Transcribes and commits parts; returns how many another worker committed first."""
+    def _retries(self, part: int, retries: int) -> list[Task]:
+        """The next retry of a committed part, if entries of it failed that are to be tried again."""
+        lines = read_part(self.store, self.fingerprint, part, retries, self.manifest.indices(part))
+        failed = [line for line in lines if line.failed and (self.retry_failed or line.fields.get("transient"))]
+        for line in failed:
+            self._previous[line.fields["index"]] = line.data
+        return [Task(part, [line.fields["index"] for line in failed], retries + 1)] if failed else []
+
+    def _commit(self, task: Task, lines: Mapping[int, bytes]) -> bool:
+        """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
+        if task.retry and all(lines[index] == self._previous[index] for index in task.indices):
+            return True
+        data = b"".join(lines[index] for index in task.indices)
+        return self.store.create(part_name(task.part, self.fingerprint, task.retry), data)
+
+    def _transcribe_tasks(self, asr: Transcriber, tasks: list[Task], loaded: Iterator[LoadedEntry]) -> int:
+        """Transcribes and commits tasks; returns how many another worker committed first."""
         # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
         self._started = time.monotonic()
         parts_of_others, lines = 0, {}
-        chunks = self._chunks(pending, loaded, asr.read_ahead)
+        chunks = self._chunks(tasks, loaded, asr.read_ahead)
         with ThreadPoolExecutor(1) as committer, ThreadPoolExecutor(1) as prefetcher:
             commit, next_chunk = committer.submit(bool, True), prefetcher.submit(next, chunks, None)
             while True:
@@ -369,31 +396,30 @@ class _Worker:
                 next_chunk = prefetcher.submit(next, chunks, None)
                 parts_of_others += not chunk.loaded
                 lines |= self._transcribe(asr, chunk)
-                indices = self.manifest.indices(chunk.part)
-                if len(lines) == len(indices):
-                    data = b"".join(lines[index] for index in indices)
-                    parts_of_others, lines = parts_of_others + (not commit.result()), {}
-                    commit = committer.submit(self.store.create, part_name(chunk.part, self.fingerprint), data)
+                if len(lines) == len(chunk.task.indices):
+                    parts_of_others += not commit.result()
+                    commit = committer.submit(self._commit, chunk.task, lines)
+                    lines = {}
             if lines:
-                raise RuntimeError(f"part {pending[-1]}: only {len(lines)} entries were read")
+                raise RuntimeError(f"part {tasks[-1].part}: only {len(lines)} entries were read")
             return parts_of_others + (not commit.result())
 
-    def _chunks(self, pending: list[int], loaded_entries: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
-        """Yields the chunks of parts, and an empty one for a part that another worker has committed in the meantime.
+    def _chunks(self, tasks: list[Task], loaded_entries: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
+        """Yields the chunks of tasks, and an empty one for a task that another worker has committed in the meantime.
 
         The first chunk has `size` entries, so that the device starts soon; later ones have more because the device is
         idle for a moment between two chunks.
         """
         chunk_size = size
-        for part in pending:
-            entries = itertools.islice(loaded_entries, len(self.manifest.indices(part)))
-            if self.store.exists(part_name(part, self.fingerprint)):
+        for task in tasks:
+            entries = itertools.islice(loaded_entries, len(task.indices))
+            if self.store.exists(part_name(task.part, self.fingerprint, task.retry)):
                 for _ in entries:
                     self._check_stop()
-                yield _Chunk(part)
+                yield _Chunk(task)
             for options, group in itertools.groupby(entries, key=lambda loaded: loaded.entry.options):
                 while chunk := self._take(group, chunk_size):
-                    yield _Chunk(part, options, chunk)
+                    yield _Chunk(task, options, chunk)
                     chunk_size = _LATER_CHUNK_FACTOR * size
 
     def _take(self, entries: Iterator[LoadedEntry], size: int) -> list[LoadedEntry]:
@@ -415,19 +441,20 @@ class _Worker:
             self._report()
 
         transcripts = transcribe_group(asr, chunk.options or self.options, chunk.loaded, advance, self.keyword_lists)
-        entries = [loaded.entry for loaded in chunk.loaded]
-        lines = {entry.index: self._line(entry, transcripts[entry.index]) for entry in entries}
+        lines = {loaded.entry.index: self._line(loaded, transcripts[loaded.entry.index]) for loaded in chunk.loaded}
         self._report()  # `_line` has added failures and seconds of audio
         return lines
 
-    def _line(self, entry: Entry, transcript: Transcript) -> bytes:
+    def _line(self, loaded: LoadedEntry, transcript: Transcript) -> bytes:
         """An utterance's line; nothing in it depends on the run."""
+        entry = loaded.entry
         fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
         if entry.offset:
             fields["offset"] = entry.offset
         if transcript.error is not None:
             self.progress.failed += 1
             fields["error"] = transcript.error
+            fields |= {"transient": True} if loaded.is_transient else {}
         else:
             self.progress.audio_seconds += transcript.duration
             fields |= {key: getattr(transcript, key) for key in _FIELDS}
@@ -447,12 +474,13 @@ class _Worker:
     def _write_errors(self, share: range) -> int:
         """Writes the failed entries of a share's parts; returns their number."""
         failed, path = 0, self.work / "errors.jsonl"
+        retries = committed_parts(self.store, self.fingerprint)
         with open(path, "wb") as errors:
             for part in share:
-                with self.store.open(part_name(part, self.fingerprint)) as lines:
-                    for line in lines:
-                        if "error" in json.loads(line):
-                            errors.write(line)
-                            failed += 1
+                indices = self.manifest.indices(part)
+                for line in read_part(self.store, self.fingerprint, part, retries.get(part, 0), indices):
+                    if line.failed:
+                        errors.write(line.data)
+                        failed += 1
         self.store.replace(self.shard.name("errors", ".jsonl"), path)
         return failed

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from granite_jax.batch.access import scheme
-from granite_jax.batch.parts import committed, fingerprint_of, part_name, read_job
+from granite_jax.batch.committed import committed_parts, read_part
+from granite_jax.batch.parts import fingerprint_of, read_job
 from granite_jax.batch.store import Store, open_store
 from granite_jax.errors import GraniteError
 
@@ -18,6 +19,8 @@ def merge(
     out: str | os.PathLike[str], *, storage_options: dict[str, dict[str, Any]] | None = None
 ) -> dict[str, int | float | str]:
     """Writes `transcripts.jsonl` and `errors.jsonl`, in the manifest's order, and `merged.json`, a summary of the job.
+
+    Of entries that were retried, the last result counts.
 
     Returns:
       The summary: `fingerprint`, `parts`, `entries`, `transcribed`, `failed`, `audio_seconds`.
@@ -41,13 +44,13 @@ def _merge(store: Store) -> dict[str, int | float | str]:
     if not isinstance(entries, int) or not isinstance(size, int) or entries < 1 or size < 1:
         raise GraniteError("job.json does not say how many entries there are")
     parts = range(-(-entries // size))
-    committed_parts = committed(store, fingerprint)
-    missing = [part for part in parts if part not in committed_parts]
+    retries = committed_parts(store, fingerprint)
+    missing = [part for part in parts if part not in retries]
     if missing:
         shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
         raise GraniteError(f"{len(missing)} of {len(parts)} parts are missing: {shown}; run the job again")
-    if len(committed_parts) > len(parts):
-        raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {max(committed_parts)}")
+    if len(retries) > len(parts):
+        raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {max(retries)}")
     failed, seconds = 0, 0.0
     with tempfile.TemporaryDirectory(prefix="granite-jax-") as work:
         transcripts_path, errors_path, summary_path = (
@@ -55,18 +58,11 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         )
         with open(transcripts_path, "wb") as transcripts, open(errors_path, "wb") as errors:
             for part in parts:
-                name = part_name(part, fingerprint)
-                expected = iter(range(part * size, min(entries, (part + 1) * size)))
-                with store.open(name) as lines:
-                    for line in lines:
-                        fields = _fields(line, name, next(expected, None))
-                        is_error = "error" in fields
-                        (errors if is_error else transcripts).write(line)
-                        failed += is_error
-                        seconds += fields.get("duration", 0.0)
-                missing_entry = next(expected, None)
-                if missing_entry is not None:
-                    raise GraniteError(f"{name} ends before entry {missing_entry}: delete it and run the job again")
+                indices = range(part * size, min(entries, (part + 1) * size))
+                for line in read_part(store, fingerprint, part, retries[part], indices):
+                    (errors if line.failed else transcripts).write(line.data)
+                    failed += line.failed
+                    seconds += line.fields.get("duration", 0.0)
         result = {
             "fingerprint": fingerprint,
             "parts": len(parts),
@@ -79,18 +75,3 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         for path in (transcripts_path, errors_path, summary_path):
             store.replace(path.name, path)
     return result
-
-
-def _fields(line: bytes, name: str, expected: int | None) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-        index = fields["index"]
-        is_valid = line.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fields, index, is_valid = {}, None, False
-    if not is_valid:
-        raise GraniteError(f"{name} is damaged where entry {expected} should be: delete it and run the job again")
-    if index != expected:
-        position = "its end" if expected is None else f"entry {expected}"
-        raise GraniteError(f"{name} has entry {index} where {position} should be: delete it and run the job again")
-    return fields

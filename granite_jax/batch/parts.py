@@ -16,7 +16,6 @@ from granite_jax.checkpoint.tree import flatten
 from granite_jax.errors import GraniteError
 
 JOB = "job.json"
-_PART = re.compile(r"part-(\d{6,})-([0-9a-f]{12})\.jsonl")
 _MAX_JOB = 1 << 20
 # Files besides the weights that affect transcripts.
 _COMPANIONS = (
@@ -77,23 +76,6 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
         problem = "is not set" if value is None else f"is {value!r:.40}, not a number"
         raise GraniteError(f"the environment asks for a shard, but {name} {problem}")
     return int(value)
-
-
-def part_name(part: int, fingerprint: str) -> str:
-    """The file name of a part, which contains the job's fingerprint."""
-    return f"part-{part:06}-{fingerprint}.jsonl"
-
-
-def committed(store: Store, fingerprint: str) -> set[int]:
-    """Numbers of the committed parts. Raises GraniteError if one of them belongs to another job."""
-    parts = set()
-    for name in store.names():
-        match = _PART.fullmatch(name)
-        if match and match[2] != fingerprint:
-            raise GraniteError(f"{name} is of another job than {JOB} beside it")
-        if match:
-            parts.add(int(match[1]))
-    return parts
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:

@@ -1,6 +1,9 @@
 """Audio of a job's entries, read ahead of the device by Grain's threads or processes, in order."""
 
+import bisect
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -11,7 +14,7 @@ from typing import Any, Literal
 
 import grain
 
-from granite_jax.audio.load import Audio, load_audio, load_segment, printable
+from granite_jax.audio.load import AccessError, Audio, load_audio, load_segment, printable
 from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.manifest import Entry, Manifest
@@ -24,11 +27,17 @@ _READ_AHEAD_PER_PROCESS = 4  # entries that a process reads ahead
 
 @dataclass(frozen=True)
 class LoadedEntry:
-    """An entry and its audio, or why there is none."""
+    """An entry and its audio, or why there is none.
+
+    Fields:
+      is_transient: whether the error is one of access, which a later run may not meet: the file is missing, forbidden
+        or out of reach, or its reader was killed.
+    """
 
     entry: Entry
     audio: Audio | None = None
     error: str | None = None
+    is_transient: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,12 @@ class Reader:
         try:
             return LoadedEntry(entry, retried(lambda: self._load(entry)))
         except FileNotFoundError:
-            return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file")
+            return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file", is_transient=True)
         except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
-            reason = str(error) if isinstance(error, GraniteError) else f"cannot be read ({_reason(error)})"
-            return LoadedEntry(entry, error=f"{printable(entry.audio)}: {reason}")
+            is_known = isinstance(error, GraniteError)
+            reason = str(error) if is_known else f"cannot be read ({_reason(error)})"
+            is_transient = not is_known or isinstance(error, AccessError)
+            return LoadedEntry(entry, error=f"{printable(entry.audio)}: {reason}", is_transient=is_transient)
 
     def _load(self, entry: Entry) -> Audio:
         if entry.audio.startswith("tfds:"):
@@ -83,37 +94,59 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What is committed in one step: a part, or a retry of its failed entries.
+
+    Fields:
+      part: its number.
+      indices: of its entries, in ascending order.
+      retry: the number of the retry, from 1 on; 0 for the part itself.
+    """
+
+    part: int
+    indices: Sequence[int]
+    retry: int = 0
+
+
+@dataclass(frozen=True)
 class Source:
-    """The entries of some parts of a manifest, in ascending order; only the last part can be smaller."""
+    """The entries of some tasks, one task after another; those of a task are grouped by options."""
 
     manifest: Manifest
-    parts: Sequence[int]
-    _cache: "_PartCache" = field(default_factory=lambda: _PartCache(), repr=False, compare=False)
+    tasks: Sequence[Task]
+    _cache: "_TaskCache" = field(default_factory=lambda: _TaskCache(), repr=False, compare=False)
 
     def __len__(self) -> int:
-        return (len(self.parts) - 1) * self.manifest.part_size + len(self.manifest.indices(self.parts[-1]))
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Entry:
-        part_index, position = divmod(int(index), self.manifest.part_size)
-        return self._cache.get(self.manifest, self.parts[part_index])[position]
+        number = bisect.bisect_right(self._ends, int(index))
+        start = self._ends[number - 1] if number else 0
+        return self._cache.get(self.manifest, self.tasks[number])[int(index) - start]
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        return list(itertools.accumulate(len(task.indices) for task in self.tasks))
 
 
-class _PartCache:
-    """The entries of the three parts read last."""
+class _TaskCache:
+    """The entries of the three tasks read last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._parts: dict[int, list[Entry]] = {}
+        self._tasks: dict[tuple[int, int], list[Entry]] = {}
 
     def __reduce__(self) -> Any:
-        return _PartCache, ()
+        return _TaskCache, ()
 
-    def get(self, manifest: Manifest, part: int) -> list[Entry]:
+    def get(self, manifest: Manifest, task: Task) -> list[Entry]:
+        key = task.part, task.retry
         with self._lock:
-            if part not in self._parts:
-                self._parts = dict([*self._parts.items()][-2:])
-                self._parts[part] = manifest.read(part)
-            return self._parts[part]
+            if key not in self._tasks:
+                self._tasks = dict([*self._tasks.items()][-2:])
+                indices = set(task.indices) if task.retry else task.indices
+                self._tasks[key] = [entry for entry in manifest.read(task.part) if entry.index in indices]
+            return self._tasks[key]
 
 
 @contextlib.contextmanager
@@ -178,6 +211,7 @@ def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[LoadedEntr
                 try:
                     yield pool.submit(reader, entry).result()
                 except BrokenProcessPool:
-                    yield LoadedEntry(entry, error=f"{printable(entry.audio)}: killed the process that read it, twice")
+                    error = f"{printable(entry.audio)}: killed the process that read it, twice"
+                    yield LoadedEntry(entry, error=error, is_transient=True)
                     process_needed = True
                     break

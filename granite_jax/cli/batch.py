@@ -61,8 +61,13 @@ def run(
     ] = "threads",
     num_readers: Annotated[int, typer.Option(min=1, help="threads or processes")] = 16,
     max_failures: MaxFailures = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="try all failed utterances again, not only those out of reach")
+    ] = False,
 ) -> None:
     """Transcribe a manifest, or one shard of it; the same command again resumes.
+
+    It also retries audio that was out of reach.
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
@@ -93,6 +98,7 @@ def run(
                 allow=tuple(allow or ("file", "gs", "s3")),
                 readers=readers,
                 num_readers=num_readers,
+                retry_failed=retry_failed,
                 progress=functools.partial(show_job, display),
                 stop=stop,
             )

@@ -1,0 +1,102 @@
+"""What workers have committed: parts, and retries of their failed entries.
+
+    part-000007-FINGERPRINT.jsonl       a line for each entry of part 7
+    part-000007-FINGERPRINT.r1.jsonl    lines for some of its failed entries, from a first retry
+    part-000007-FINGERPRINT.r2.jsonl    ... and from a second one
+
+Nothing that is committed changes. An entry's result is its line in the latest of these files that has one.
+"""
+
+import contextlib
+import json
+import re
+from typing import Any, NamedTuple
+
+from granite_jax.batch.store import Store
+from granite_jax.errors import GraniteError
+
+_ADVICE = ": delete it and run the job again"
+_PART = re.compile(r"part-(\d{6,9})-([0-9a-f]{12})(?:\.r([1-9]\d{0,5}))?\.jsonl")
+
+
+class Line(NamedTuple):
+    """The line of an entry: its parsed fields and its bytes."""
+
+    fields: dict[str, Any]
+    data: bytes
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is an error in place of a transcript."""
+        return "error" in self.fields
+
+
+def part_name(part: int, fingerprint: str, retry: int = 0) -> str:
+    """The file name of a part, or of one of its retries, which contains the job's fingerprint."""
+    suffix = f".r{retry}" if retry else ""
+    return f"part-{part:06}-{fingerprint}{suffix}.jsonl"
+
+
+def committed_parts(store: Store, fingerprint: str) -> dict[int, int]:
+    """The number of the last retry of every committed part, 0 for none.
+
+    Raises:
+      GraniteError: a file belongs to another job.
+    """
+    retries: dict[int, int] = {}
+    parts = set()
+    for name in store.names():
+        match = _PART.fullmatch(name)
+        if match is None:
+            continue
+        if match[2] != fingerprint:
+            raise GraniteError(f"{name} is of another job than job.json beside it")
+        part, retry = int(match[1]), int(match[3] or 0)
+        retries[part] = max(retry, retries.get(part, 0))
+        if not retry:
+            parts.add(part)
+    return {part: retries[part] for part in parts}
+
+
+def read_part(store: Store, fingerprint: str, part: int, retries: int, indices: range) -> list[Line]:
+    """The latest line of every entry of a part, in order.
+
+    Raises:
+      GraniteError: a file is damaged, or holds an entry twice or not at all.
+    """
+    name = part_name(part, fingerprint)
+    expected = iter(indices)
+    lines = [_checked(data, name, next(expected, None)) for data in _read(store, name)]
+    missing = next(expected, None)
+    if missing is not None:
+        raise GraniteError(f"{name} ends before entry {missing}{_ADVICE}")
+    for retry in range(1, retries + 1):
+        name = part_name(part, fingerprint, retry)
+        with contextlib.suppress(FileNotFoundError):  # deleted by hand: the entries are as they were before
+            for data in _read(store, name):
+                line = _checked(data, name)
+                if line.fields["index"] not in indices:
+                    raise GraniteError(f"{name} has entry {line.fields['index']} of another part{_ADVICE}")
+                lines[line.fields["index"] - indices.start] = line
+    return lines
+
+
+def _read(store: Store, name: str) -> list[bytes]:
+    with store.open(name) as file:
+        return list(file)
+
+
+def _checked(data: bytes, name: str, *expected: int | None) -> Line:
+    """Parses a line. Raises GraniteError if it is damaged, or not of the `expected` entry, None for no entry."""
+    try:
+        fields = json.loads(data)
+        is_valid = data.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
+        is_valid &= isinstance(fields["index"], int)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fields, is_valid = {}, False
+    position = "its end" if expected == (None,) else f"entry {expected[0]}" if expected else "an entry"
+    if not is_valid:
+        raise GraniteError(f"{name} is damaged where {position} should be{_ADVICE}")
+    if expected and fields["index"] != expected[0]:
+        raise GraniteError(f"{name} has entry {fields['index']} where {position} should be{_ADVICE}")
+    return Line(fields, data)
