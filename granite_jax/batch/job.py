@@ -28,7 +28,7 @@ from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.manifest import Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
-from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, reading
+from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, check_processes, reading
 from granite_jax.batch.store import LocalStore, Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
@@ -182,6 +182,8 @@ def run(
         raise GraniteError(f"protocol {unknown[0]!r:.40} is not supported, only {', '.join(KNOWN)}")
     if num_readers < 1:
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
+    if readers == "processes":
+        check_processes()
     storage = storage_options or {}
     audio_root = root_of(source) if root is None else without_file_scheme(os.fspath(root))
     access = AudioStorage(audio_root, tuple(allow), tuple(storage.items()))

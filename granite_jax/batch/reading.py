@@ -5,6 +5,8 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -147,6 +149,24 @@ class _TaskCache:
                 indices = set(task.indices) if task.retry else task.indices
                 self._tasks[key] = [entry for entry in manifest.read(task.part) if entry.index in indices]
             return self._tasks[key]
+
+
+def check_processes() -> None:
+    """Starts a process that does nothing.
+
+    Raises:
+      GraniteError: it cannot start, because it runs the calling script again, whose calls have no main guard.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # this is that process, and the script has come here again
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(os.getpid).result()
+    except BrokenProcessPool:
+        raise GraniteError(
+            "reader processes cannot start: a script that uses them must be a file, and do its work below "
+            '`if __name__ == "__main__":` (or use readers="threads")'
+        ) from None
 
 
 @contextlib.contextmanager
