@@ -7,6 +7,7 @@ import numpy as np
 
 from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files, orbax
+from granite_jax.checkpoint.backend import start_jax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.convert import adapter as adapters
@@ -39,7 +40,9 @@ def open_directory(directory: Path) -> Checkpoint:
 
     Raises:
       CheckpointError: naming the directory and what is wrong with it.
+      BackendError: JAX, which Orbax and the weights need, cannot start.
     """
+    start_jax()
     path = files.find(directory, CONFIG)
     if path is None:
         raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")

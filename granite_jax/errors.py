@@ -13,6 +13,10 @@ class PromptError(GraniteError):
     """A task, language, prompt, keyword or chat template is not usable."""
 
 
+class BackendError(GraniteError):
+    """JAX cannot start the platform that it is to compute on."""
+
+
 class CheckpointError(GraniteError):
     """A checkpoint or one of its files is missing, damaged or of the wrong kind."""
 

@@ -32,6 +32,7 @@ def open_checkpoint(source: str | PathLike[str], revision: str | None = None) ->
 
     Raises:
       CheckpointError: naming the directory and what is wrong with it.
+      BackendError: JAX, which Orbax and the weights need, cannot start.
     """
     directory = local_directory(source, revision)
     return open_directory(_converted_snapshot(str(source), revision) if directory is None else directory)

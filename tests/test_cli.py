@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hf_fixture
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -113,6 +114,23 @@ def test_audio_is_called_as_it_was_given(loaded: list, recordings: list[str]) ->
     path = f"{Path(recordings[0]).parent}/.//a.wav"
     result = invoke("transcribe", path, "--format", "json", "--max-new-tokens", "1")
     assert json.loads(result.stdout)["audio"] == path
+
+
+@pytest.mark.parametrize("command", [["transcribe", "a.wav"], ["inspect", "demo"], ["convert", "demo", "out"]])
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize\nbackend 'tpu': in use"), AssertionError()])
+def test_a_platform_that_cannot_start_is_one_line(
+    command: list[str], error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given JAX on a platform whose plugin fails
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    # When a command needs it, then there is one line with the reason and what can be done, and nothing was tried
+    result = invoke(*command)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "granite-jax: JAX cannot start" in result.stderr and "JAX_PLATFORMS=cpu" in result.stderr
+    assert (" ".join(str(error).split()) or "AssertionError") in result.stderr
 
 
 def test_json_is_one_object_a_line(asr: Transcriber, loaded: list, recordings: list[str]) -> None:

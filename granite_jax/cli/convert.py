@@ -7,7 +7,7 @@ import typer
 
 from granite_jax.cli import options
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
-from granite_jax.errors import GraniteError
+from granite_jax.errors import BackendError, GraniteError
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
             )
     except (GraniteError, OSError) as error:
         fail(str(error))
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, BackendError) else 1) from None
     parts = ", ".join(f"{part} {count:,}" for part, count in report.parameters.items())
     sizes = f"{report.tensors} tensors, {parts} parameters, {report.dtype}, {report.bytes:,} bytes"
     print(line(f"{destination}: {sizes}, {report.seconds:.1f} s{', verified' if verify else ''}"))

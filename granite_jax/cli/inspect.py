@@ -7,7 +7,7 @@ import typer
 
 from granite_jax.cli import options
 from granite_jax.cli.terminal import fail, line
-from granite_jax.errors import GraniteError
+from granite_jax.errors import BackendError, GraniteError
 
 
 def inspect(
@@ -26,6 +26,6 @@ def inspect(
         description = describe(open_checkpoint(checkpoint, revision), verify=verify)
     except GraniteError as error:
         fail(str(error))
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, BackendError) else 1) from None
     for text in [json.dumps(description)] if format == "json" else to_lines(description):
         print(line(text))
