@@ -18,7 +18,5 @@ def start_jax() -> None:
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         platform = f"the platform {platforms!r}" if platforms else "a platform"
         reason = one_line(error) or type(error).__name__
-        raise BackendError(
-            f"JAX cannot start {platform} ({reason}): is its plugin installed, and does no other process use the device? "
-            "JAX_PLATFORMS=cpu computes on the CPU"
-        ) from None
+        advice = "is its plugin installed, and the device free? JAX_PLATFORMS=cpu computes on the CPU"
+        raise BackendError(f"JAX cannot start {platform} ({reason}): {advice}") from None
