@@ -72,6 +72,16 @@ def test_sets_that_are_none_are_named(tmp_path: Path) -> None:
             open_sets(specs)
 
 
+def test_names_of_any_script_are_names_of_directories(tmp_path: Path) -> None:
+    # Given sets whose names have no Latin letter, or no letter at all
+    manifest = write_recordings(tmp_path)
+    names = ("会議", "講演", "Звонки", "Été 1", "!!!", "???", "a/../b")
+    # When they are opened together, then each has a directory of its own, below the run's
+    directories = [opened.directory for opened in open_sets([f"{name}={manifest}" for name in names])]
+    assert directories[:4] == ["会議", "講演", "звонки", "été-1"]
+    assert len(set(directories)) == len(names) and not any("/" in name or ".." in name for name in directories)
+
+
 def test_sets_of_tfds_need_an_extra_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given no TensorFlow, when TFDS's own LibriSpeech is asked for, then the extra is named
     monkeypatch.setitem(sys.modules, "tensorflow", None)

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import re
+import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +69,9 @@ class EvaluationSet:
 
     @property
     def directory(self) -> str:
-        """Name of the directory of the set's results."""
-        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.name).strip("-").lower() or "set"
+        """Name of the directory of the set's results: the letters and digits of its name, of any script."""
+        name = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", self.name)).strip("-").lower()[:80]
+        return name or f"set-{zlib.crc32(self.name.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def open_sets(specs: Sequence[str], root: str | None = None) -> list[EvaluationSet]:
