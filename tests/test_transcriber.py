@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
 from granite_jax.audio.load import Audio
-from granite_jax.inference.buckets import Bucket, default_buckets
+from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio
 from granite_jax.inference.transcriber import enable_compilation_cache
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.text.tasks import Capabilities
+from granite_jax.text.tasks import Capabilities, instruction
 
 RATE = 16_000
 POSITIONS = 384  # of the model: 38.4 seconds of audio
@@ -220,6 +220,19 @@ def test_what_reading_noticed_is_flagged(asr: Transcriber) -> None:
     assert asr.transcribe(opposed).tokens == asr.transcribe(wav(samples)).tokens
 
 
+def test_errors_and_limits_agree(asr: Transcriber) -> None:
+    # Given the longest audio that fits with the default number of new tokens, and that which fits with one
+    prompt = asr.template.tokens(asr.tokenizer, instruction())
+    length = len(prompt.prefix) + len(prompt.suffix)
+    for new_tokens in (None, 1):
+        longest = longest_audio(asr.config, length, new_tokens)
+        # When a little more is given, then the error names both, and only the longer one is refused
+        with pytest.raises(ContextError, match=r"at most \d+ s fit the model, \d+ s with max_new_tokens=1") as caught:
+            asr.transcribe(speech(longest + 0.02), max_new_tokens=new_tokens)
+        assert f"at most {longest:.0f} s fit the model" in str(caught.value)
+        asr.transcribe(speech(longest), max_new_tokens=new_tokens)
+
+
 def test_buckets_of_the_callers_own_are_a_limit_too(asr: Transcriber) -> None:
     # Given buckets for five seconds only, when audio is longer, then the error does not blame the model
     small = like(asr, batch_size=1, buckets=[Bucket(1, 5 * RATE, 120, 160)])
@@ -315,7 +328,7 @@ def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
     (transcript,) = asr.transcribe([speech(1)], prompt=prompt, max_new_tokens=6)
 
     # Then it is transcribed as with a bucket made for it
-    length = asr._prompt_length(asr._prompt(prompt), Audio("", speech(1)))
+    length = asr._prompt_length(asr._prompt(prompt)) + asr._engine.num_audio_tokens(Audio("", speech(1)))
     assert length > asr.buckets[0].prompt
     fitting = like(asr, batch_size=1, buckets=[Bucket(1, 4 * 4800, length, length + 6)])
     assert fitting.transcribe([speech(1)], prompt=prompt, max_new_tokens=6)[0].tokens == transcript.tokens

@@ -17,8 +17,8 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
 
     Returns:
       `directory`, `kind`, `dtype`; `parameters` and `bytes` by part and in `total`; `tasks` and `languages` (targets of
-      translation); `limits`: `positions` of the language model, `seconds` of audio that fit them, `vocabulary` and
-      `ctc_labels`; `adapter`, None or rank, alpha and targets; `config`; `verified`.
+      translation); `limits`: `positions` of the language model, `vocabulary` and `ctc_labels`; `adapter`, None or rank,
+      alpha and targets; `config`; `verified`.
 
     Raises:
       CheckpointError: naming what is damaged, missing, unexpected or misshapen.
@@ -43,7 +43,6 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
         "languages": list(capabilities.languages) if "translate" in capabilities.tasks else [],
         "limits": {
             "positions": config.decoder.max_position_embeddings,
-            "seconds": config.max_seconds,
             "vocabulary": config.decoder.vocab_size,
             "ctc_labels": config.encoder.output_dim,
         },
@@ -56,7 +55,11 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
 
 
 def to_lines(description: dict[str, Any]) -> list[str]:
-    """Formats a description as readable lines."""
+    """Formats a description as readable lines.
+
+    Its limits have two more: `seconds` of audio that fit the positions with the default number of new tokens, and
+    `seconds_with_one_token`.
+    """
     limits, adapter = description["limits"], description["adapter"]
     lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}"]
     for part, count in description["parameters"].items():
@@ -65,8 +68,10 @@ def to_lines(description: dict[str, Any]) -> list[str]:
     lines += [
         f"  tasks      {', '.join(description['tasks'])}",
         f"  languages  {languages or 'no translation'}",
-        f"  limits     {limits['positions']:,} positions, {limits['seconds']:.0f} s of audio, "
-        f"{limits['vocabulary']:,} tokens, {limits['ctc_labels']} CTC labels",
+        f"  limits     {limits['positions']:,} positions, {limits['vocabulary']:,} tokens, "
+        f"{limits['ctc_labels']} CTC labels",
+        f"  audio      {limits['seconds']:.0f} s with the default max_new_tokens, "
+        f"{limits['seconds_with_one_token']:.0f} s with max_new_tokens=1",
     ]
     if adapter is not None:
         targets = adapter["target_modules"]

@@ -20,10 +20,17 @@ def inspect(
 ) -> None:
     """Describe a checkpoint: parts, parameters, tasks, languages, limits, configuration."""
     from granite_jax.checkpoint.describe import describe, to_lines
+    from granite_jax.inference.buckets import longest_audio
     from granite_jax.pretrained import open_checkpoint
+    from granite_jax.text.tasks import instruction
 
     try:
-        description = describe(open_checkpoint(checkpoint, revision), verify=verify)
+        opened = open_checkpoint(checkpoint, revision)
+        description = describe(opened, verify=verify)
+        prompt = opened.chat_template().tokens(opened.tokenizer(), instruction())
+        length = len(prompt.prefix) + len(prompt.suffix)
+        description["limits"]["seconds"] = longest_audio(opened.config, length)
+        description["limits"]["seconds_with_one_token"] = longest_audio(opened.config, length, 1)
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2 if isinstance(error, BackendError) else 1) from None

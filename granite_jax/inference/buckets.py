@@ -1,5 +1,6 @@
 """Buckets: the shapes that programs are compiled for, and which of them a batch takes."""
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -37,6 +38,24 @@ class Bucket:
 def new_token_budget(seconds: float) -> int:
     """The default `max_new_tokens` for speech of this length."""
     return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
+
+
+def longest_audio(config: Config, prompt_tokens: int, max_new_tokens: int | None = None) -> float:
+    """Seconds of the longest audio that fits the model's positions with a prompt and new tokens; 0 if none does.
+
+    Args:
+      prompt_tokens: besides those of the audio.
+      max_new_tokens: default those of `new_token_budget`, which grow with the audio.
+    """
+    window = config.projector.window_size * 2 * HOP / SAMPLING_RATE  # seconds
+
+    def fits(windows: int) -> bool:
+        new_tokens = max_new_tokens or new_token_budget(windows * window)
+        used = prompt_tokens + windows * config.projector.num_queries + new_tokens
+        return used <= config.decoder.max_position_embeddings
+
+    most = config.decoder.max_position_embeddings // config.projector.num_queries
+    return window * bisect.bisect_left(range(1, most + 1), True, key=lambda windows: not fits(windows))
 
 
 def draft_budget(samples: int) -> int:

@@ -19,7 +19,7 @@ from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import ContextError, GraniteError
 from granite_jax.inference import readers
-from granite_jax.inference.buckets import Bucket, default_buckets, new_token_budget
+from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.engine import Engine, Request
 from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
@@ -310,7 +310,7 @@ class Transcriber:
         """Reads an input. Raises AudioError or ContextError naming it."""
         positions = self.config.decoder.max_position_embeddings
         audio = self._load(source, rate, name)
-        length = self._prompt_length(prompt, audio)
+        length = self._prompt_length(prompt) + self._engine.num_audio_tokens(audio)
         budget = options.max_new_tokens or new_token_budget(audio.duration)
         request = Request(audio, budget, prompt, length, options)
         if not self._engine.fits(request):
@@ -318,9 +318,11 @@ class Transcriber:
                 limit = f"the model's context of {positions} positions"
             else:
                 limit = f"every bucket of this Transcriber (the model has {positions} positions)"
+            longest = longest_audio(self.config, self._prompt_length(prompt), options.max_new_tokens)
             raise ContextError(
                 f"{printable(name)}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
-                f"which with {budget} new tokens exceeds {limit}"
+                f"which with {budget} new tokens exceeds {limit}; at most {longest:.0f} s fit the model, "
+                f"{longest_audio(self.config, self._prompt_length(prompt), 1):.0f} s with max_new_tokens=1"
             )
         return request
 
@@ -345,8 +347,9 @@ class Transcriber:
     def _prompt(self, text: str) -> PromptTokens:
         return self.template.tokens(self.tokenizer, text)
 
-    def _prompt_length(self, prompt: PromptTokens, audio: Audio) -> int:
-        return len(prompt.prefix) + len(prompt.suffix) + self._engine.num_audio_tokens(audio)
+    def _prompt_length(self, prompt: PromptTokens) -> int:
+        """Tokens of a prompt besides those of the audio."""
+        return len(prompt.prefix) + len(prompt.suffix)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
