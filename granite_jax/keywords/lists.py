@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from granite_jax.text.tokenizer import Tokenizer
 MAX_KEYWORDS = spotter.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
+_FOREIGN_BOOST = re.compile(r"(\s:|[,;=])\s*\d+(\.\d+)?\s*$")  # of sherpa-onnx and of tables
 _SPOKEN_PUNCTUATION = "&%@#/*"
 
 
@@ -58,6 +60,8 @@ def read_keywords(path: Path) -> list[Entry]:
         keyword, tab, boost = line.partition("\t")
         if not keyword.strip():
             continue
+        if not tab and _FOREIGN_BOOST.search(line):
+            raise GraniteError(f"{path}, line {number}: {line!a:.60} seems to end in a boost: put a tab before it")
         try:
             entries.append((keyword, check_boost("its boost", float(boost))) if tab else keyword)
         except ValueError as error:
