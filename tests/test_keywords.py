@@ -225,7 +225,7 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
 def test_boosts_in_other_forms_are_not_taken_for_words(tmp_path: Path, line: str) -> None:
     # Given a line as sherpa-onnx or a table has it, when it is read, then the error names the line and what helps
     (tmp_path / "k.txt").write_text(f"hall 9000\nroute 3:15\n{line}\n")
-    with pytest.raises(GraniteError, match=r"k\.txt, line 3: '.*' seems to end in a boost: put a tab before it"):
+    with pytest.raises(gj.GraniteError, match=r"k\.txt, line 3: '.*' seems to end in a boost: put a tab before it"):
         read_keywords(tmp_path / "k.txt")
 
 
