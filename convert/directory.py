@@ -11,7 +11,7 @@ from granite_jax.checkpoint.backend import start_jax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.convert import adapter as adapters
-from granite_jax.convert.reader import INDEX, TORCH_INDEX, TORCH_WEIGHTS, WEIGHTS, open_plans, read_leaves
+from granite_jax.convert.reader import INDEX, TORCH_INDEX, TORCH_WEIGHTS, WEIGHTS, WIDEST, open_plans, read_leaves
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import read_json
 from granite_jax.variants import read_config
@@ -27,11 +27,11 @@ class HuggingFaceCheckpoint(Checkpoint):
     ) -> Iterator[tuple[str, np.ndarray]]:
         """As in `Checkpoint`."""
         assert paths is None, "Hugging Face files are read in their own order"
-        yield from read_leaves(self.directory, self.config, with_adapter=adapter and self.adapter is not None)
+        yield from read_leaves(self.directory, self.config, WIDEST, with_adapter=adapter and self.adapter is not None)
 
     def stored(self) -> dict[str, tuple[Shape, str]]:
         """As in `Checkpoint`."""
-        with open_plans(self.directory, self.config) as plans:
+        with open_plans(self.directory, self.config, WIDEST) as plans:
             return {plan.path: (plan.shape, plan.dtype.name) for plan in plans}
 
 

@@ -21,6 +21,9 @@ from granite_jax.variants.tensors import TensorTable
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
+WIDEST = "widest"
+"""As `dtype`: that of the tensors of a leaf, or float32, which holds all of them, where they differ."""
+
 Progress = Callable[[int, int], None]  # (tensors done, total)
 
 
@@ -43,7 +46,7 @@ def open_plans(
 
     Args:
       config: its configuration; every tensor is checked against it.
-      dtype: dtype of the leaves; default that of the tensors.
+      dtype: dtype of the leaves, or `WIDEST`; default that of the tensors, which must be one within a leaf.
       with_adapter: include the LoRA adapter's leaves, if there is one.
 
     Raises:
@@ -162,13 +165,16 @@ def check_shapes(tensors: tuple[Tensor, ...], expected: list[Shape]) -> None:
 
 
 def common_dtype(tensors: tuple[Tensor, ...], dtype: Any) -> np.dtype:
-    """The dtype of the leaf that `tensors` fill: `dtype`, or else theirs. Raises CheckpointError if they differ."""
+    """The dtype of the leaf that `tensors` make up: `dtype`, or theirs. Raises CheckpointError if theirs differ."""
     first, *others = tensors
-    stored = first.dtype
-    odd = next((tensor for tensor in others if tensor.dtype != stored), None)
+    odd = next((tensor for tensor in others if tensor.dtype != first.dtype), None)
+    if dtype is WIDEST:
+        return first.dtype if odd is None else np.dtype(np.float32)
     if dtype is None and odd is not None:
-        raise CheckpointError(f"{odd.name} is {odd.dtype}, {first.name} {stored}: pass dtype to read them as one")
-    return np.dtype(dtype or stored)
+        raise CheckpointError(
+            f"{odd.name} is {odd.dtype}, {first.name} {first.dtype}: pass dtype (--dtype) to read them as one"
+        )
+    return np.dtype(dtype or first.dtype)
 
 
 def _check_tied(head: Tensor, table: TensorTable, leaves: list[mapping.Leaf], tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_fixture import TINY
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from granite_jax.checkpoint.tree import expected_shapes, flatten, unflatten
 from granite_jax.convert import convert, mapping, writer
@@ -210,3 +210,24 @@ def test_a_destination_in_use_is_refused(source: Path, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
     with pytest.raises(CheckpointError, match='neither "released" nor "new"'):
         convert(source, tmp_path / "other", names="old")  # type: ignore[arg-type]
+
+
+def test_a_leaf_of_several_dtypes_is_read_as_the_widest(tmp_path: Path) -> None:
+    # Given a bfloat16 checkpoint with one layer's tensor in float32, as a fine-tune may leave it
+    hf_fixture.write_random_checkpoint(tmp_path / "hf", **TINY, dtype="bfloat16")
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[Q0] = np.random.default_rng(0).normal(size=tensors[Q0].shape).astype(np.float32)
+    save_file(tensors, path)
+    # When it is loaded, or converted to a dtype, then the tensor has its values
+    for dtype in ("float32", "bfloat16"):
+        loaded = flatten(open_checkpoint(tmp_path / "hf").load_params(dtype))["encoder.layers.attention.q.kernel"]
+        expected = tensors[Q0].T.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+        assert np.array_equal(np.asarray(loaded[0]), expected)
+        report = convert(tmp_path / "hf", tmp_path / dtype, dtype=dtype)
+        assert report.dtype == dtype
+    # And a conversion that keeps dtypes, which could not come back, names the tensor and the option
+    with pytest.raises(
+        CheckpointError, match=r"is bfloat16, encoder\.layers\.0\.attn\.to_q.* float32: pass dtype \(--dtype\)"
+    ):
+        convert(tmp_path / "hf", tmp_path / "kept")

@@ -72,11 +72,16 @@ def test_what_does_not_fit_is_named(source: Path, change, message: str) -> None:
 
 
 def test_what_carries_no_information_is_ignored(source: Path) -> None:
-    # Given counters removed and a buffer added, when the checkpoint is read, then nothing is missed
+    # Given counters removed and buffers added, when the checkpoint is read, then nothing is missed
     before = flatten(read(source))
     counters = "encoder.layers.{}.conv.batch_norm.num_batches_tracked"
     rewrite(source, lambda t: [t.pop(counters.format(i)) for i in range(2)])
     rewrite(source, lambda t: t.update({"model.encoder.attention_dists": np.zeros((40, 40), np.int64)}))
+    frequencies = {
+        "language_model.model.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.language_model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    rewrite(source, lambda t: t.update(frequencies))
     assert all(np.array_equal(x, before[path]) for path, x in flatten(read(source)).items())
 
 

@@ -105,7 +105,11 @@ VARIANT = Variant(
         rules=(*_encoder(), *_projector(), *_decoder()),
         tied=(_HEAD, _EMBEDDING),
         counter="encoder.layers.{layer}.conv.batch_norm.num_batches_tracked",
-        ignored=("encoder.attention_dists",),  # a table that is computed from the config
+        ignored=(  # tables that are computed from the config
+            "encoder.attention_dists",
+            "language_model.model.rotary_emb.inv_freq",
+            "language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq",
+        ),
     ),
     capabilities=Capabilities(),
 )
