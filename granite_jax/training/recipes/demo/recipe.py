@@ -45,8 +45,8 @@ from granite_jax.training.steps import TrainState, ctc_step, lm_step, make_optim
 
 SEED = 20261
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
-TRAIN_UTTERANCES = 30_000
-ENCODER_STEPS, ENCODER_FRAMES, ENCODER_PEAK = 8_000, 2_000, 1e-3  # frames of a batch; peak of the learning rate
+TRAIN_UTTERANCES = 40_000
+ENCODER_STEPS, ENCODER_FRAMES, ENCODER_PEAK = 10_000, 2_000, 8e-4  # frames of a batch; peak of the learning rate
 DECODER_STEPS, DECODER_FRAMES, DECODER_PEAK = 9_000, 2_000, 8e-4
 JOINED_SHARE = 0.2  # of the decoder's batches have rows of several utterances, joined in the encoder's activations
 CORRUPTED_SHARE, CORRUPTION = 0.5, 0.15  # of the rows have a history with wrong tokens; at most this share of it
