@@ -215,11 +215,11 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
     # Given a transcriber that notes what it is asked for
     asked: list[TranscribeOptions] = []
 
-    def transcribe(files, options, **_):
+    def stream(files, options, **_):
         asked.append(options)
-        return [gj.Transcript("a.wav", "text", (1,), 1.0, 0.5, "text", {"route": "ctc", "llm_passes": 0})]
+        yield gj.Transcript("a.wav", "text", (1,), 1.0, 0.5, "text", {"route": "ctc", "llm_passes": 0})
 
-    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(transcribe=transcribe))
+    monkeypatch.setattr(gj.Transcriber, "from_options", lambda *_, **__: SimpleNamespace(stream=stream))
 
     # When run with options of drafts
     options = ["--speculative", "relaxed-fast", "--ctc-threshold", "0.5", "--format", "json"]
