@@ -33,11 +33,11 @@ class Stream:
 
     Fields:
       start, end: bytes of the file.
-      prefix: bytes to read before those of the file.
       patches: what to read instead of header fields that lie, by position in the stream.
       is_truncated: whether the stream's end is missing.
       fallback: makes a stream of the same bytes that takes longer to make, for when decoding stops before `end`.
       is_parsed: whether `end` is known from the headers; it is the end of the file otherwise.
+      prefix: bytes to read before those of the file.
     """
 
     start: int
