@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
+from granite_jax.audio import streams
 from granite_jax.audio.load import SAMPLE_RATE, load_audio, load_segment
 from granite_jax.errors import AudioError
 
@@ -121,7 +122,7 @@ def test_tags_between_are_not_audio(kind):
     assert_follow(audio.samples, sweep(), sweep(700))
 
 
-@pytest.mark.parametrize("kind", ["au", "caf", "vorbis", "opus", "mp3"])
+@pytest.mark.parametrize("kind", ["wav", "au", "caf", "vorbis", "opus", "mp3"])
 def test_bytes_that_cannot_be_decoded_are_counted(kind):
     # Given a recording with 20,000 bytes behind it that are neither tags nor audio
     data = encode(sweep(), kind)
@@ -253,3 +254,145 @@ def test_a_part_is_the_same_whether_or_not_the_format_can_seek(form, subtype):
 def test_a_part_behind_the_end_is_an_error():
     with pytest.raises(AudioError, match="has no audio at 2 seconds"):
         load_segment(io.BytesIO(encode(sweep(), "wav")), "a", offset=2.0)
+
+
+# Healthy files with unusual parts.
+
+
+def _rf64(extra=b"", declared=None):
+    data = encode(sweep(), "rf64") + extra
+    position = data.find(b"ds64") + 16
+    return data if declared is None else patched(data, position, struct.pack("<Q", declared))
+
+
+def _flac_with_foreign_metadata():
+    data = encode(sweep(), "flac")
+    block = b"riff" + b"RIFF\x00\x00\x00\x00WAVEfmt " + bytes(500)
+    return (
+        data[:4]
+        + bytes([data[4] & 0x7F])
+        + data[5:42]
+        + b"\x82"
+        + len(block).to_bytes(3, "big")
+        + block
+        + _frames(data)
+    )
+
+
+def _frames(flac):
+    position = 4
+    while not flac[position] & 0x80:
+        position += 4 + int.from_bytes(flac[position + 1 : position + 4], "big")
+    return flac[position + 4 + int.from_bytes(flac[position + 1 : position + 4], "big") :]
+
+
+def _with_bytes(data, extra, header=b"Xing"):
+    """An MP3 whose header counts other bytes than there are."""
+    position = max(data.find(b"Xing"), data.find(b"Info")) + 12
+    count = struct.unpack(">I", data[position : position + 4])[0]
+    return patched(data, position, struct.pack(">I", count + extra))
+
+
+APE_FOOTER = bytes(10_000) + b"APETAGEX" + struct.pack("<IIII", 2000, 10_032, 1, 0) + bytes(8)
+LYRICS = b"LYRICSBEGIN" + b"x" * 6000 + b"006011LYRICS200"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _wav(48_008),
+        _wav(48_036),
+        _wav(48_044),
+        _rf64(b"axml" + struct.pack("<I", 6000) + b"x" * 6000),
+        _rf64(declared=0),
+        encode(sweep(), "caf") + b"free" + struct.pack(">q", 6000) + bytes(6000),
+        encode(sweep(), "flac") + APE_FOOTER,
+        encode(sweep(), "flac") + bytes(20_000),
+        patched(encode(sweep(), "flac"), 22, bytes(4)) + ID3V1,
+        _flac_with_foreign_metadata(),
+        _flac_with_foreign_metadata() + ID3V1,
+    ],
+)
+def test_healthy_files_are_decoded_exactly(data):
+    audio = load_audio(data)
+    assert audio.flags == ()
+    np.testing.assert_allclose(audio.samples, sweep(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "mp3-vbr"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda data, extra=extra: _with_bytes(data, extra) for extra in (-1, 1, 128, 4000, -400)),
+        *(lambda data, tags=tags: data + tags for tags in (APE_FOOTER, LYRICS, APE_FOOTER + ID3V1, bytes(100_000))),
+        lambda data: ID3V2 + _with_bytes(data, 5) + ID3V1,
+    ],
+)
+def test_an_mp3_has_all_its_samples_whatever_its_tags_and_header_say(kind, change):
+    expected = load_audio(encode(sweep(), kind))
+    audio = load_audio(change(encode(sweep(), kind)))
+    assert (audio.flags, audio.samples.size) == ((), expected.samples.size)
+    np.testing.assert_allclose(audio.samples, expected.samples, atol=1e-4)
+
+
+def test_odd_samples_without_padding_may_be_followed_by_chunks():
+    # Given 8-bit samples of an odd number, and behind them, without a byte between, text and a tag
+    eight_bits = (sweep()[:-1] * 127 + 128).astype(np.uint8).tobytes()
+    chunks = b"LIST" + struct.pack("<I", 5000) + b"INFO" + b"x" * 4996
+    data = b"RIFF" + struct.pack("<I", 36 + len(eight_bits) + len(chunks)) + b"WAVEfmt "
+    data += struct.pack("<IHHIIHH", 16, 1, 1, SAMPLE_RATE, SAMPLE_RATE, 1, 8)
+    data += b"data" + struct.pack("<I", len(eight_bits)) + eight_bits + chunks
+    assert load_audio(data).samples.size == len(eight_bits)
+
+
+def test_layer_two_is_decoded_to_the_end():
+    # Given 100 frames of silence as DAB and DVB have it
+    frame = b"\xff\xfd\x80\xc4" + bytes(413)
+    audio = load_audio(frame * 100)
+    assert audio.duration == pytest.approx(100 * 1152 / 44_100, abs=0.06) and audio.flags == ()
+
+
+def test_junk_within_ogg_costs_little():
+    data = encode(sweep(seconds=9), "opus")
+    third = len(data) // 3
+    audio = load_audio(data[:third] + b"\x01" * 200 + data[third:])
+    assert audio.duration > 7
+
+
+def test_zeros_within_an_mp3_cost_little():
+    data = encode(sweep(seconds=9), "mp3")
+    third = len(data) // 3
+    assert load_audio(data[:third] + bytes(10_000) + data[third:]).duration > 8
+
+
+def test_a_long_file_that_is_cut_is_flagged():
+    assert load_audio(_rf64(declared=3 << 30)[:40_000]).flags == ("truncated-input",)
+
+
+def test_other_formats_may_follow():
+    audio = load_audio(encode(sweep(), "wav") + encode(sweep(700), "vorbis"))
+    assert_follow(audio.samples, sweep(), sweep(700))
+
+
+@pytest.mark.parametrize("kind", ["wav", "aiff", "mp3"])
+def test_hundreds_of_streams_are_joined(kind):
+    part = encode(sweep(seconds=0.1), kind)
+    assert load_audio(part * 300).duration == pytest.approx(30, rel=0.02)
+
+
+def test_many_empty_streams_take_no_time(monkeypatch):
+    # Given a thousand headers without samples, and junk that resembles frames
+    empty = b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLE_RATE, 1)
+    scans = []
+    monkeypatch.setattr(streams, "_sync_positions", lambda data: scans.append(len(data)) or iter(()))
+    with pytest.raises(AudioError):
+        load_audio(empty * 1000 + b"\xff\xfb\x90\x00" * 16_000)
+    # Then the junk is looked at a few times, not for each of them
+    assert len(scans) < 10
+
+
+def test_a_segment_does_not_reach_into_the_next_stream():
+    file = io.BytesIO(b"".join(encode(sweep(low, 3, 8000), "wav", 8000) for low in (200, 700)))
+    assert len(load_segment(file, "a", offset=1, duration=2.00003).samples) == 2 * SAMPLE_RATE
+    with pytest.raises(AudioError, match="duration is 0, not a positive number"):
+        load_segment(file, "a", duration=0.0)

@@ -49,6 +49,7 @@ class _DecodedStream(NamedTuple):
     flags: tuple[str, ...]
     end: int  # byte of the file
     seconds: float  # that were decoded or skipped
+    is_enough: bool = False  # the part that was wanted ends in this stream
 
 
 def decode(
@@ -68,9 +69,11 @@ def decode(
     size = file.seek(0, io.SEEK_END)
     if size == 0:
         raise AudioError("is empty")
+    if duration is not None and duration <= 0:
+        raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
     position, skip, take, seconds = 0, offset, duration, 0.0
     streams: list[_DecodedStream] = []
-    while take is None or take > 0:
+    while not (streams and streams[-1].is_enough):
         decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
         if decoded is None:
             break
@@ -79,7 +82,7 @@ def decode(
         seconds += len(decoded.samples) / SAMPLE_RATE
         if seconds > limit:
             raise_too_long(limit)
-        take = None if duration is None else duration - seconds
+        take = None if duration is None else max(duration - seconds, 0.0)
     samples = streams[0].samples if len(streams) == 1 else np.concatenate([stream.samples for stream in streams])
     if offset and len(samples) == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
@@ -144,7 +147,7 @@ class _StreamDecoder:
             samples = resample((mixer(block) for block in blocks), rate, self._limit)
             num_frames = target + blocks.num_frames
             if frames is not None and blocks.num_taken >= frames:
-                return _DecodedStream(samples, (), self._stream.end, num_frames / rate)
+                return _DecodedStream(samples, (), self._stream.end, num_frames / rate, is_enough=True)
             end, is_truncated = self._find_end(decoder, view, blocks.error, num_frames)
             if end is None:
                 assert self._stream.fallback is not None
@@ -169,13 +172,16 @@ class _StreamDecoder:
         stream, left = self._stream, self._stream.end - view.position
         is_complete = num_frames >= decoder.frames
         if decoder.format == "FLAC" and (error is not None or not view.is_at_end):
-            following = next_marker(self._file, stream.start + 4, stream.end)
-            if following < stream.end or (is_complete and left <= _TRAILER):
+            following = next_marker(self._file, stream.header_end, stream.end)
+            is_last = left <= _TRAILER or is_only_tags(self._file, view.position, stream.end)
+            if following < stream.end or (is_complete and is_last):
                 return following, not is_complete and decoder.frames < _UNKNOWN_FRAMES
+        if decoder.format == "MP3" and (left > _TRAILER or error is not None) and stream.fallback:
+            return None, False
         if error is not None and not (view.is_at_end and num_frames):
             raise AudioError(f"is damaged ({error})")
-        if decoder.format == "MP3" and left > _TRAILER:
-            return (None, False) if stream.fallback else (view.position, False)
+        if decoder.format == "MP3":
+            return (view.position if left > _TRAILER else stream.end), stream.is_truncated
         if is_complete and left > _TRAILER and (not stream.is_parsed or decoder.format == "FLAC"):
             raise AudioError(f"is damaged ({left:,} of its {stream.end:,} bytes cannot be decoded)")
         return stream.end, stream.is_truncated or error is not None or num_frames < decoder.frames < _UNKNOWN_FRAMES

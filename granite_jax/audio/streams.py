@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO
 
 _JUNK = 1 << 16  # bytes in which the beginning of a stream is looked for
@@ -38,6 +38,7 @@ class Stream:
       fallback: makes a stream of the same bytes that takes longer to make, for when decoding stops before `end`.
       is_parsed: whether `end` is known from the headers; it is the end of the file otherwise.
       prefix: bytes to read before those of the file.
+      header_end: byte of the file behind the header, where it is long and can hold anything.
     """
 
     start: int
@@ -47,6 +48,7 @@ class Stream:
     fallback: Callable[[], Stream] | None = None
     is_parsed: bool = True
     prefix: bytes = b""
+    header_end: int = 0
 
 
 def find_stream(file: BinaryIO, start: int, size: int, *, behind_junk: bool = True) -> Stream | None:
@@ -66,8 +68,15 @@ def find_stream(file: BinaryIO, start: int, size: int, *, behind_junk: bool = Tr
 
 def is_only_tags(file: BinaryIO, start: int, size: int) -> bool:
     """Whether nothing but tags and zeros follow."""
-    start = _skip_tags(file, start, size)
-    return start >= size or (size - start <= _JUNK and not any(_read(file, start, size - start)))
+    start, end = _skip_tags(file, start, size), _without_last_tags(file, start, size)
+    blocks = (_read(file, position, min(1 << 20, end - position)) for position in range(start, end, 1 << 20))
+    return not any(any(block) for block in blocks)
+
+
+def looks_like_audio(head: bytes) -> bool:
+    """Whether a file that begins with `head` is audio, by its marker."""
+    has_id3 = re.match(rb"ID3[\x02-\x04][\x00-\x0f]", head) is not None
+    return has_id3 or _MARKERS.match(head) is not None or (_frame(head) > 0 and _follows(head, 0))
 
 
 def next_marker(file: BinaryIO, start: int, size: int) -> int:
@@ -90,10 +99,11 @@ def _read(file: BinaryIO, position: int, count: int) -> bytes:
 
 def _beginnings(head: bytes) -> list[int]:
     """Where streams may begin, known markers before the frames of an MP3, which noise resembles."""
+    if _MARKERS.match(head):
+        return [0]
     marked = [match.start() for match in _MARKERS.finditer(head)]
-    frames = (i for i in _sync_positions(head) if _follows(head, i))
-    first_frame = next(frames, None)
-    return marked if first_frame is None or 0 in marked else sorted({*marked, first_frame})
+    first_frame = next((i for i in _sync_positions(head) if _follows(head, i)), None)
+    return marked if first_frame is None else sorted({*marked, first_frame})
 
 
 def _parse(file: BinaryIO, start: int, size: int) -> Stream | None:
@@ -115,97 +125,139 @@ def _parse(file: BinaryIO, start: int, size: int) -> Stream | None:
     if marker == b"OggS":
         return _ogg(file, start, size)
     if marker == b"fLaC":
-        return Stream(start, size)
+        return _flac(file, start, _without_last_tags(file, start, size))
     return _mp3(file, start, size) if _frame(head) else None
 
 
-def _sized(start: int, data: int, length: int, size: int, patch: Callable[[int], Mapping[int, bytes]]) -> Stream:
+def _sized(
+    start: int,
+    data: int,
+    length: int,
+    size: int,
+    patch: Callable[[int], Mapping[int, bytes]],
+    placeholder: int = _PLACEHOLDER,
+) -> Stream:
     """A stream whose samples begin at `data` and have a length in the header, which `patch` corrects."""
     available = size - data
     if length <= available:
         return Stream(start, data + length)
-    return Stream(start, size, patch(available), length < _PLACEHOLDER)
+    # Some programs count the header in.
+    return Stream(start, size, patch(available), available + data - start < length < placeholder)
 
 
 def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes) -> Stream:
     """A stream of chunks with 32-bit lengths, one of which has the samples."""
-    position, length_64 = start + 12, None
+    position, length_64, field_64 = start + 12, None, 0
     for _ in range(_MAX_CHUNKS):
         head = _read(file, position, 20)
         if len(head) < 8:
             return Stream(start, size)  # without samples: libsndfile says so
         name, length = struct.unpack(f"{order}4sI", head[:8])
         if name == b"ds64" and len(head) >= 20:
-            length_64 = struct.unpack("<Q", _read(file, position + 16, 8).ljust(8, b"\0"))[0]
+            field_64 = position + 16
+            length_64 = struct.unpack("<Q", _read(file, field_64, 8).ljust(8, b"\0"))[0]
         if name == samples:
             break
         position += 8 + length + length % 2
     else:
         return Stream(start, size)
     data = position + 8
-    if length == 0xFFFF_FFFF and length_64:
-        return _sized(start, data, length_64, size, lambda n: {})
-    end = _end_of_chunks(file, data + length + length % 2, size, order)
-    available, is_known = size - data, end == size or is_only_tags(file, end, size)
-    # A length that was never brought up to date: what follows is long and resembles nothing.
-    is_stale = size - end > _JUNK // 16 and find_stream(file, end, size) is None
-    if length < available and (is_known or not is_stale) and (length or end > data or is_known):
-        return Stream(start, end)
+    is_long = length == 0xFFFF_FFFF and bool(length_64)
+    if length_64 and is_long:
+        length = length_64
+    available = size - data
+    if length <= available:
+        end = _end_of_chunks(file, data + length, size, order)
+        is_known = end == size or is_only_tags(file, end, size)
+        # A length that was never brought up to date: more follows than it counts, and that resembles nothing.
+        is_stale = not is_known and size - end > max(length, _JUNK // 16) and not _beginnings(_read(file, end, _JUNK))
+        if not is_stale and (length or end > data or is_known):
+            return Stream(start, end)
+    if is_long:
+        return Stream(start, size, is_truncated=True)
     patches = {
         data - 4 - start: struct.pack(f"{order}I", min(available, 0xFFFF_FFFF)),
         4: struct.pack(f"{order}I", min(size - start - 8, 0xFFFF_FFFF)),
     }
-    if length == available:
-        return Stream(start, size)
-    return Stream(start, size, patches, available < length < _PLACEHOLDER)
+    if length_64 is not None:
+        patches = {field_64 - start: struct.pack("<Q", available)}
+    # Some programs count the header in.
+    return Stream(start, size, patches, available + data - start < length < _PLACEHOLDER)
 
 
 def _end_of_chunks(file: BinaryIO, position: int, size: int, order: str) -> int:
-    """The end of the chunks that follow the samples."""
+    """The end of the chunks that follow the samples, which end at `position`, with or without a byte of padding."""
     for _ in range(_MAX_CHUNKS):
-        head = _read(file, position, 8)
-        if len(head) < 8 or head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
+        head = _read(file, position, 21)
+        if _MARKERS.match(head):
             break
-        name, length = struct.unpack(f"{order}4sI", head)
-        end = position + 8 + length + length % 2
-        if not all(32 <= byte < 127 for byte in name) or end - length % 2 > size:
+        is_padded = not head[:1].strip(b"\0") and len(head) > 1
+        name, length = struct.unpack(f"{order}4sI", head[is_padded : is_padded + 8].ljust(8, b"\0"))
+        end = position + is_padded + 8 + length
+        if not all(32 <= byte < 127 for byte in name) or end > size:
             break
         position = end
     return min(position, size)
 
 
 def _caf(file: BinaryIO, start: int, size: int) -> Stream:
-    position = start + 8
+    position, samples = start + 8, None
     for _ in range(_MAX_CHUNKS):
         head = _read(file, position, 12)
-        if len(head) < 12:
+        name, length = struct.unpack(">4sq", head) if len(head) == 12 else (b"", 0)
+        if not re.fullmatch(rb"[ -~]{4}", name) or _MARKERS.match(_read(file, position, 12)):
             break
-        name, length = struct.unpack(">4sq", head)
         data, field = position + 12, position + 4 - start
         if name == b"data":
-            if length == -1:
-                return Stream(start, size)
-            return _sized(start, data, max(length, 0), size, lambda n, field=field: {field: struct.pack(">q", n)})
+            unknown = length == -1
+            length = size - data if unknown else max(length, 0)
+            samples = _sized(start, data, length, size, lambda n, field=field: {field: struct.pack(">q", n)}, 1 << 63)
+            if unknown or data + length > size:
+                return samples
         position = data + max(length, 0)
-    return Stream(start, size)
+    return Stream(start, size if samples is None else min(position, size))
 
 
 def _ogg(file: BinaryIO, start: int, size: int) -> Stream:
     """The pages until another stream begins. Streams that are interleaved begin together."""
-    page, position, is_past_beginnings, has_end = start, start, False, False
+    page, position, is_past_beginnings = start, start, False
     while position < size:
         head = _read(file, position, 27 + 255)
         if head[:4] != b"OggS" or len(head) < 27:
-            cut = next_marker(file, page + 4, position)  # in a page that lacks its end
-            return Stream(start, cut, is_truncated=not has_end or cut < position)
+            following = _next_page(file, page + 4, size)  # in a page that lacks its end, or behind junk
+            if following == size or _read(file, following + 5, 1)[0] & 2:
+                is_cut = following < position or (following == size and head[:4] == b"OggS"[: len(head)])
+                return Stream(start, min(following, position), is_truncated=is_cut)
+            position = following
+            continue
         begins, segments = bool(head[5] & 2), head[26]
         if begins and is_past_beginnings:
-            return Stream(start, position, is_truncated=not has_end)
+            return Stream(start, position)
         is_past_beginnings |= not begins
-        has_end = bool(head[5] & 4)
         page = position
         position += 27 + segments + sum(head[27 : 27 + segments])
-    return Stream(start, min(position, size), is_truncated=not has_end or position > size)
+    return Stream(start, min(position, size), is_truncated=position > size)
+
+
+def _next_page(file: BinaryIO, start: int, size: int) -> int:
+    """Where the next Ogg page begins; `size` if there is none."""
+    for position in range(start, size, 1 << 20):
+        found = _read(file, position, (1 << 20) + 4).find(b"OggS\0")
+        if found >= 0:
+            return position + found
+    return size
+
+
+def _flac(file: BinaryIO, start: int, size: int) -> Stream:
+    position = start + 4
+    for _ in range(_MAX_CHUNKS):
+        head = _read(file, position, 4)
+        if len(head) < 4:
+            break
+        position += 4 + int.from_bytes(head[1:], "big")
+        if head[0] & 0x80:
+            break
+    return Stream(start, size, header_end=min(position, size))
 
 
 # MP3. Frames have a sync word, and lengths that follow from their headers.
@@ -242,13 +294,12 @@ def _mean_length(head: bytes) -> float:
     return factor * bits / _RATES[version][rate_index]
 
 
-def _sync_positions(data: bytes) -> list[int]:
-    positions, i = [], data.find(b"\xff")
+def _sync_positions(data: bytes) -> Iterator[int]:
+    i = data.find(b"\xff")
     while i >= 0:
         if _frame(data[i : i + 4]):
-            positions.append(i)
+            yield i
         i = data.find(b"\xff", i + 1)
-    return positions
 
 
 def _follows(data: bytes, position: int, count: int = 2) -> bool:
@@ -265,23 +316,41 @@ def _follows(data: bytes, position: int, count: int = 2) -> bool:
 
 
 def _mp3(file: BinaryIO, start: int, size: int) -> Stream:
-    """The frames that the header in the first frame counts, or else all that follow each other."""
+    """The frames that the header in the first frame counts, if it counts right, or else all that follow each other."""
+    size = _without_last_tags(file, start, size)
     head = _read(file, start, 256)
+    is_layer_3 = head[1] & 6 == 2
     tag = 4 + _side_bytes(head)
-    flags = int.from_bytes(head[tag + 4 : tag + 8], "big")
-    if head[tag : tag + 4] not in (b"Xing", b"Info"):
-        if _has_constant_bitrate(file, start, size):
+    if not _has_tag(head) or not is_layer_3:
+        if not is_layer_3 or _has_constant_bitrate(file, start, size):
             return Stream(start, size, is_truncated=_is_last_frame_cut(file, start, size))
         return _counted(file, start, size)
-    after = start + _frame(head)
-    if not flags & 2:
-        return _counted(file, after, size)
-    field = tag + 8 + 4 * (flags & 1)
-    length, available = max(int.from_bytes(head[field : field + 4], "big"), after - start), size - start
-    fallback = functools.partial(_counted, file, after, size)
-    if length < available:
-        return Stream(start, start + length, fallback=fallback)
-    return Stream(start, size, {field: available.to_bytes(8, "big")[-4:]}, length > available, fallback)
+    flags = int.from_bytes(head[tag + 4 : tag + 8], "big")
+    counted = functools.partial(_recounted, file, start, size, tag, flags)
+    length = tag + 8 + 4 * (flags & 1)
+    if flags & 2 and int.from_bytes(head[length : length + 4], "big") == size - start:
+        return Stream(start, size, fallback=counted)
+    return counted()
+
+
+def _recounted(file: BinaryIO, start: int, size: int, tag: int, flags: int) -> Stream:
+    """A stream whose header gets the true numbers of frames and bytes. The codec's delay stays in it."""
+    head = _read(file, start, 256)
+    end, count, is_cut = _count_frames(file, start + _frame(head), size)
+    declared = int.from_bytes(head[tag + 8 : tag + 12], "big") if flags & 1 else 0
+    if not flags & 1:  # a header without a count: one that has it takes its place
+        return _counted(file, start + _frame(head), size)
+    patches = {tag + 8: struct.pack(">I", count)}
+    if flags & 2:
+        patches[tag + 12] = struct.pack(">I", end - start)
+    is_truncated = is_cut or (end == size and count < declared - 1)
+    return Stream(start, end, patches, is_truncated)
+
+
+def _has_tag(head: bytes) -> bool:
+    """Whether a frame has the header of a stream, and not its first samples."""
+    tag = 4 + _side_bytes(head)
+    return head[tag : tag + 4] in (b"Xing", b"Info")
 
 
 def _side_bytes(head: bytes) -> int:
@@ -295,25 +364,28 @@ def _counted(file: BinaryIO, start: int, size: int) -> Stream:
 
     libsndfile would estimate their number from the size of the first, and stop there.
     """
-    position, count, block, block_start = start, 0, b"", start
-    is_cut = False
-    while not is_cut:
-        if position + 4 > block_start + len(block):
-            block_start, block = position, _read(file, position, 1 << 20)
-        length = _frame(block[position - block_start : position - block_start + 4])
-        if not length:
-            break
-        is_cut = position + length > size
-        position += length
-        count += 1
+    end, count, is_cut = _count_frames(file, start, size)
     first = _read(file, start, 4)
     # Without a checksum, of the highest bitrate, for room.
     first = bytes([first[0], first[1] | 1, first[2] & 0x0F | 0xE0, first[3]])
-    header = first + bytes(_side_bytes(first)) + b"Info" + struct.pack(">II", 3, count)
     room = _frame(first)
-    header += struct.pack(">I", room + position - start)
-    end = size if is_cut else position
+    header = first + bytes(_side_bytes(first)) + b"Info" + struct.pack(">III", 3, count, room + end - start)
     return Stream(start, end, is_truncated=is_cut, prefix=header.ljust(room, b"\0"))
+
+
+def _count_frames(file: BinaryIO, start: int, size: int) -> tuple[int, int, bool]:
+    """The end of the frames of one stream from `start` on, their number, and whether the last is cut off."""
+    position, count, block, block_start = start, 0, b"", start
+    while position < size:
+        if position + 40 > block_start + len(block):
+            block_start, block = position, _read(file, position, 1 << 20)
+        head = block[position - block_start : position - block_start + 40]
+        length = _frame(head)
+        if not length or (count and _has_tag(head)):
+            break
+        position += length
+        count += 1
+    return min(position, size), count, position > size
 
 
 def _has_constant_bitrate(file: BinaryIO, start: int, size: int) -> bool:
@@ -333,11 +405,8 @@ def _has_constant_bitrate(file: BinaryIO, start: int, size: int) -> bool:
 def _is_last_frame_cut(file: BinaryIO, start: int, size: int) -> bool:
     tail_start = max(start, size - _JUNK // 4)
     tail = _read(file, tail_start, size - tail_start)
-    tail = tail[:-128] if tail[-128:-125] == b"TAG" else tail
-    position = next((i for i in _sync_positions(tail) if _follows(tail, i)), len(tail))
-    while position + 4 <= len(tail) and (length := _frame(tail[position : position + 4])):
-        position += length
-    return position > len(tail)
+    first = next((i for i in _sync_positions(tail) if _follows(tail, i)), None)
+    return first is not None and _count_frames(file, tail_start + first, size)[2]
 
 
 def _skip_tags(file: BinaryIO, start: int, size: int) -> int:
@@ -354,3 +423,21 @@ def _skip_tags(file: BinaryIO, start: int, size: int) -> int:
         else:
             break
     return min(start, size)
+
+
+def _without_last_tags(file: BinaryIO, start: int, size: int) -> int:
+    """The end of what precedes the ID3v1, APE and Lyrics3 tags at the end of a file."""
+    end = size
+    while end > start:
+        tail_start = max(start, end - 128)
+        tail = _read(file, tail_start, end - tail_start)
+        if len(tail) == 128 and tail.startswith(b"TAG"):
+            end -= 128
+        elif tail[-32:-24] == b"APETAGEX":
+            has_header = tail[-9] & 0x80
+            end -= int.from_bytes(tail[-20:-16], "little") + (32 if has_header else 0)
+        elif tail.endswith(b"LYRICS200") and tail[-15:-9].isdigit():
+            end -= int(tail[-15:-9]) + 15
+        else:
+            break
+    return max(end, start)
