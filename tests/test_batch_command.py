@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from granite_jax import GraniteError, cli
 from granite_jax.batch import job
+from granite_jax.cli import failures
 
 
 @pytest.fixture
@@ -57,6 +58,10 @@ def test_the_exit_status_tells_too_many_failures(
         assert result.exit_code == status
         assert (f"{missing} of 4 utterances failed" in result.stderr) == (status == 3)
         assert f"{4 - missing} of 4 utterances, {missing} failed" in result.stdout
+
+
+def test_percentages_are_exact() -> None:
+    assert [failures.max_failures(text, 10_000) for text in ("0.57%", "29%", "100%", "0.01%")] == [57, 2900, 10_000, 1]
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "5 %", "1e9", ""])

@@ -39,6 +39,10 @@ def _table(delimiter: str, column: str = "audio") -> str:
         '"audio"\n' + "".join(f'"{name}"\n' for name in NAMES),
         "audio, id\n" + "".join(f"{name}, {i}\n\n" for i, name in enumerate(NAMES)),
         "".join(json.dumps(entry) + "\n" for entry in OBJECTS),
+        'audio\ttext\na/1.wav\t"hello there\na/3.wav\thi\nb/2.wav\tsay "no" now\n',
+        'audio|text\na/1.wav|"hello\na/3.wav|hi\nb/2.wav|ho\n',
+        "Audio,Text\n" + "".join(f"{name},x\n" for name in NAMES),
+        'audio,text\na/1.wav,"hello, \nthere"\na/3.wav,"a ""b"""\nb/2.wav,x\n',
     ],
 )
 @pytest.mark.parametrize("form", ["plain", "gzip", "utf-16", "utf-16 and gzip"])
@@ -72,6 +76,26 @@ def test_a_table_has_all_fields_of_a_manifest(tmp_path: Path) -> None:
     assert (third.id, third.keywords, third.duration) == ("2", (("Kai", 2),), None)
 
 
+@pytest.mark.parametrize(
+    "name", ["caffeine-1.wav", "ID3-talk.wav", "FORMAL.wav", "[01] intro.wav", "talk.oga", "x.sph"]
+)
+def test_lists_of_any_names_are_lists(tmp_path: Path, name: str) -> None:
+    (tmp_path / "list").write_text(f"{name}\n{name}\n")
+    lines = to_json_lines(tmp_path / "list", "list", tmp_path).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"audio": name}] * 2
+
+
+def test_a_bad_line_fails_alone_in_utf_16_too(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "m.jsonl").write_text('{"audio": "a/1.wav"}\n{"audio": \n', encoding="utf-16")
+    summary, _ = run(corpus / "m.jsonl", tmp_path / "out")
+    assert (summary.transcribed, summary.failed) == (1, 1)
+
+
+def test_null_is_no_value() -> None:
+    entry = parse_entry({"audio_filepath": "a.wav", "audio": None, "to": None, "task": None}, 0, TranscribeOptions())
+    assert (entry.audio, entry.error) == ("a.wav", None)
+
+
 def _wav(path: Path) -> bytes:
     soundfile.write(path / "x.wav", tone(0.1), RATE)
     return (path / "x.wav").read_bytes()
@@ -88,6 +112,7 @@ def _wav(path: Path) -> bytes:
         (b"name,path\nx,a/1.wav\n", "its first line is not a JSON object, a header with a column named audio"),
         (b"transcripts of Monday\n", "its first line is not a JSON object"),
         (b"[1, 2", "is not a readable JSON array"),
+        (b'audio,text\na.wav,"no end\nb.wav,x\n', "unexpected end of data"),
         (b"audio,id\na.wav,1,2\n", "row 1 has more columns than the header"),
         (gzip.compress(b'{"audio": "a"}\n' * 99)[:-20], "is damaged"),
         (b"\xff\xfe\x00\xd8", "utf-16"),

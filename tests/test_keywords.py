@@ -223,10 +223,13 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
 
 @pytest.mark.parametrize("line", ["Kai :2.0", "Kai Zoe : 1", "Kai,2", "Kai;3.5", "Kai = 4 "])
 def test_boosts_in_other_forms_are_not_taken_for_words(tmp_path: Path, line: str) -> None:
-    # Given a line as sherpa-onnx or a table has it, when it is read, then the error names the line and what helps
-    (tmp_path / "k.txt").write_text(f"hall 9000\nroute 3:15\n{line}\n")
-    with pytest.raises(gj.GraniteError, match=r"k\.txt, line 3: '.*' seems to end in a boost: put a tab before it"):
+    # Given a file as sherpa-onnx or a table has it, when it is read, then the error names a line and what helps
+    (tmp_path / "k.txt").write_text(f"hall 9000\n{line}\n{line}\n")
+    with pytest.raises(gj.GraniteError, match=r"k\.txt, line 2: '.*' seems to end in a boost: put a tab before boosts"):
         read_keywords(tmp_path / "k.txt")
+    # And a few keywords that end so are keywords
+    (tmp_path / "k.txt").write_text(f"December 7, 1941\nKai\nZoe\t2\n1,000\n\n{line}\nAda\n")
+    assert len(read_keywords(tmp_path / "k.txt")) == 6
 
 
 @pytest.mark.parametrize(

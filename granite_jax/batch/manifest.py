@@ -126,7 +126,8 @@ def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> En
 
 def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:
     """Parses the fields of a line; unknown ones are ignored because NeMo's manifests have many."""
-    fields = {key: value for key, value in fields.items() if value == value}  # NaN is how tables lack a value
+    # Tables and pandas write null or NaN where there is no value.
+    fields = {key: value for key, value in fields.items() if value is not None and value == value}
     identity = fields.get("id")
     if isinstance(identity, float) and identity.is_integer():
         identity = int(identity)  # a table's column of numbers

@@ -16,18 +16,20 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from granite_jax.audio.load import printable
+from granite_jax.audio.streams import looks_like_audio
 from granite_jax.batch.access import scheme
-from granite_jax.batch.manifest import AUDIO_SUFFIXES
 from granite_jax.errors import GraniteError
 
 _AUDIO_COLUMNS = ("audio", "audio_filepath")
 _NUMBERS = ("offset", "duration")
+_COLUMNS = (*_AUDIO_COLUMNS, *_NUMBERS, "id", "task", "target_language", "to", "prompt", "keywords", "text")
 _HEAD = 1 << 16  # bytes by which content is recognized
 _MAX_BYTES = 1 << 34  # of a compressed manifest's content
 _MAX_JSON = 1 << 31  # bytes of a JSON array, which is read as a whole
@@ -42,7 +44,6 @@ _FOREIGN = {
     b"\xfd7zXZ": "compressed by xz",
     b"version https://git-lfs.github.com": "a Git LFS pointer: the file itself is not here (git lfs pull)",
 }
-_AUDIO = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3", b".snd", b"caff")
 
 
 def to_json_lines(path: Path, name: str, work: Path) -> Path:
@@ -73,6 +74,10 @@ def to_json_lines(path: Path, name: str, work: Path) -> Path:
                 raise GraniteError("is one JSON object over several lines, not an object a line")
             return path
         with open(path, encoding=encoding, newline="") as text:
+            if text.read(_HEAD).lstrip()[:1] == "{":
+                text.seek(0)
+                return _write_lines(text, work)
+            text.seek(0)
             return _write(_entries(text, path.stat().st_size), work)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise GraniteError(f"{printable(name)}: is damaged ({error})") from None
@@ -99,11 +104,12 @@ def _read_head(path: Path) -> bytes:
 
 def _foreign(head: bytes) -> str | None:
     """What a file that is not a manifest seems to be, if that is known."""
-    if head.startswith(_AUDIO):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"PAR1")):
+        return None
+    if looks_like_audio(head):
         return "audio (granite-jax transcribe takes audio files)"
     known = next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
-    has_mark = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return known or ("binary data" if b"\0" in head and not has_mark and not head.startswith(b"PAR1") else None)
+    return known or ("binary data" if b"\0" in head else None)
 
 
 def _is_one_object(head: bytes, path: Path) -> bool:
@@ -119,18 +125,17 @@ def _is_one_object(head: bytes, path: Path) -> bool:
 
 
 def _entries(text: TextIO, size: int) -> Iterator[Any]:
-    """The entries of a JSON array, JSON lines in UTF-16, a table, or a list of names."""
+    """The entries of a JSON array, a table, or a list of names."""
     head = text.read(_HEAD)
     lines = io.StringIO(head).readlines()
     first = next((line.strip() for line in lines if line.strip()), "")
     text.seek(0)
-    if first.startswith("["):
+    is_name = re.fullmatch(r".*\.[A-Za-z0-9]{2,5}", first) is not None or scheme(first) is not None
+    if first.startswith("[") and not is_name:
         yield from _array(text, size)
-    elif first.startswith("{"):
-        yield from (json.loads(line) for line in text if line.strip())
     elif (delimiter := _delimiter(first)) is not None:
         yield from _table_rows(text, delimiter)
-    elif first.lower().endswith(AUDIO_SUFFIXES) or scheme(first) is not None:
+    elif is_name:
         yield from ({"audio": line.strip()} for line in text if line.strip())
     elif first:
         raise GraniteError(
@@ -152,18 +157,26 @@ def _array(text: TextIO, size: int) -> Iterator[dict[str, Any]]:
 
 def _delimiter(header: str) -> str | None:
     """What separates the columns of a table with this header; None if it is not the header of a manifest."""
-    for delimiter in "\t,;|":
-        columns = [column.strip().strip('"') for column in header.split(delimiter)]
-        if any(column in _AUDIO_COLUMNS for column in columns):
+    for delimiter in [mark for mark in "\t,;|" if mark in header] or [","]:
+        if any(_column(name.strip().strip('"')) in _AUDIO_COLUMNS for name in header.split(delimiter)):
             return delimiter
     return None
 
 
+def _column(name: str) -> str:
+    """The name of a column; those that a manifest has are in lower case."""
+    return name.strip().lower() if name.strip().lower() in _COLUMNS else name.strip()
+
+
 def _table_rows(text: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(csv.DictReader(text, delimiter=delimiter, skipinitialspace=True), start=1):
+    # Quotation marks are text where tabs or bars separate, as in the tables of speech corpora.
+    quoting = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL
+    rows = csv.DictReader(text, delimiter=delimiter, skipinitialspace=True, quoting=quoting, strict=True)
+    for number, row in enumerate(rows, start=1):
         if None in row:
             raise GraniteError(f"row {number} has more columns than the header")
-        yield {key.strip(): _cell(key.strip(), value.strip()) for key, value in row.items() if value and value.strip()}
+        cells = {_column(name): value.strip() for name, value in row.items() if value and value.strip()}
+        yield {name: _cell(name, value) for name, value in cells.items()}
 
 
 def _cell(key: str, value: str) -> Any:
@@ -207,6 +220,14 @@ def _write(entries: Iterable[Any], work: Path) -> Path:
             if isinstance(entry, Mapping):
                 entry = {key: value for key, value in entry.items() if not _is_missing(value)}
             file.write(json.dumps(entry, default=_as_text) + "\n")
+    return target
+
+
+def _write_lines(text: TextIO, work: Path) -> Path:
+    """Writes JSON lines in UTF-8, whatever is wrong with one of them."""
+    target = work / "entries.jsonl"
+    with open(target, "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.writelines(text)
     return target
 
 

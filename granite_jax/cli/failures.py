@@ -1,6 +1,7 @@
 """`--max-failures`: how many utterances of a job can fail before the command's exit status says so."""
 
 import re
+from fractions import Fraction
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ def max_failures(text: str | None, entries: int) -> int:
     match = re.fullmatch(r"(\d{1,9})|(\d{1,3}(?:\.\d{1,6})?)%", text, re.ASCII)
     if match is None:
         raise GraniteError(f"--max-failures is {text!r:.40}, neither a number nor a percentage")
-    return int(match[1]) if match[1] else int(entries * float(match[2]) / 100)
+    return int(match[1]) if match[1] else int(entries * Fraction(match[2]) / 100)
 
 
 def check_failures(failed: int, entries: int, allowed: str | None) -> None:

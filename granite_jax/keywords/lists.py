@@ -22,7 +22,7 @@ from granite_jax.text.tokenizer import Tokenizer
 MAX_KEYWORDS = spotter.MAX_KEYWORDS
 MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
-_FOREIGN_BOOST = re.compile(r"(\s:|[,;=])\s*\d+(\.\d+)?\s*$")  # of sherpa-onnx and of tables
+_FOREIGN_BOOST = re.compile(r"[^\t](\s:|[,;=])\s*\d+(\.\d+)?\s*$")  # of sherpa-onnx and of tables
 _SPOKEN_PUNCTUATION = "&%@#/*"
 
 
@@ -56,12 +56,14 @@ def read_keywords(path: Path) -> list[Entry]:
     except (OSError, UnicodeDecodeError) as error:
         raise GraniteError(f"{path}: cannot be read ({error})") from None
     entries: list[Entry] = []
+    odd = [number for number, line in enumerate(lines, start=1) if _FOREIGN_BOOST.search(line)]
+    if 2 * len(odd) > sum(bool(line.strip()) for line in lines):
+        example = lines[odd[0] - 1]
+        raise GraniteError(f"{path}, line {odd[0]}: {example!a:.60} seems to end in a boost: put a tab before boosts")
     for number, line in enumerate(lines, start=1):
         keyword, tab, boost = line.partition("\t")
         if not keyword.strip():
             continue
-        if not tab and _FOREIGN_BOOST.search(line):
-            raise GraniteError(f"{path}, line {number}: {line!a:.60} seems to end in a boost: put a tab before it")
         try:
             entries.append((keyword, check_boost("its boost", float(boost))) if tab else keyword)
         except ValueError as error:
