@@ -312,6 +312,7 @@ LYRICS = b"LYRICSBEGIN" + b"x" * 6000 + b"006011LYRICS200"
         _flac_with_foreign_metadata(),
         _flac_with_foreign_metadata() + ID3V1,
     ],
+    ids=lambda data: f"{data[:4]!r}-{len(data)}",
 )
 def test_healthy_files_are_decoded_exactly(data):
     audio = load_audio(data)
