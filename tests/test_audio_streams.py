@@ -353,6 +353,13 @@ def test_layer_two_is_decoded_to_the_end():
     assert audio.duration == pytest.approx(100 * 1152 / 44_100, abs=0.06) and audio.flags == ()
 
 
+def test_a_header_without_frames_ends():
+    # Given the first frame of an MP3, with a header that counts nothing, and nothing behind it
+    frame = b"\xff\xfb\x90\x00" + bytes(32) + b"Info" + bytes(4)
+    with pytest.raises(AudioError):
+        load_audio(frame.ljust(417, b"\0"))
+
+
 def test_junk_within_ogg_costs_little():
     data = encode(sweep(seconds=9), "opus")
     third = len(data) // 3

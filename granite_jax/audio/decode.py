@@ -78,7 +78,7 @@ def decode(
         if decoded is None:
             break
         streams.append(decoded)
-        position, skip = decoded.end, skip - decoded.seconds
+        position, skip = max(decoded.end, position + 1), skip - decoded.seconds
         seconds += len(decoded.samples) / SAMPLE_RATE
         if seconds > limit:
             raise_too_long(limit)

@@ -365,6 +365,8 @@ def _counted(file: BinaryIO, start: int, size: int) -> Stream:
     libsndfile would estimate their number from the size of the first, and stop there.
     """
     end, count, is_cut = _count_frames(file, start, size)
+    if not count:
+        return Stream(start, size)
     first = _read(file, start, 4)
     # Without a checksum, of the highest bitrate, for room.
     first = bytes([first[0], first[1] | 1, first[2] & 0x0F | 0xE0, first[3]])
