@@ -57,6 +57,7 @@ _OPTIONS: dict[str, Any] = {
         Literal["transcribe", "punctuate", "translate"],
         typer.Option(help="raw transcript, transcript with punctuation, or translation"),
     ],
+    "compilation_cache": Annotated[bool, typer.Option(help="keep compiled programs in the user's cache directory")],
     "target_language": Annotated[
         str | None,
         typer.Option("--target-language", "--to", help="of a translation, as in fr or French", show_default=False),

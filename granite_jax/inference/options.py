@@ -41,6 +41,7 @@ class ModelOptions:
       parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
       model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
       batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
+      compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
     """
 
     checkpoint: str | os.PathLike[str] = "demo"
@@ -50,6 +51,7 @@ class ModelOptions:
     parallel: Parallel = "shard_map"
     model_parallel: int = 1
     batch_size: int | None = None
+    compilation_cache: bool = True
 
     def __post_init__(self) -> None:
         _make_numbers_plain(self)

@@ -94,7 +94,6 @@ class Transcriber:
         cls,
         checkpoint: str | os.PathLike[str] = "demo",
         *,
-        compilation_cache: bool = True,
         buckets: Sequence[Bucket] | None = None,
         speculation: Speculation | None = None,
         **fields: Any,
@@ -102,7 +101,6 @@ class Transcriber:
         """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, a Hugging Face directory or a hub id.
 
         Args:
-          compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
           buckets, speculation: as in the constructor.
           fields: fields of `ModelOptions`. Weights are read straight into their sharding.
 
@@ -111,7 +109,7 @@ class Transcriber:
           GraniteError: an option of the devices conflicts with the others or with the model.
         """
         options = ModelOptions(checkpoint=checkpoint, **fields)
-        if compilation_cache:
+        if options.compilation_cache:
             enable_compilation_cache()
         opened = open_checkpoint(options.checkpoint, options.revision)
         devices = DeviceMesh.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
