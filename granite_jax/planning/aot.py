@@ -55,6 +55,7 @@ class Plan:
       cache_copies: number of copies of the cache's keys or values.
       vocabulary_positions: rows times positions in the largest float32 array over the whole vocabulary.
       collectives: number of operations in which chips wait for each other.
+      note: why the last three, which are read from the program's text, are None; or empty.
     """
 
     program: str
@@ -65,17 +66,22 @@ class Plan:
     temporary_bytes: int = 0
     alias_bytes: int = 0
     cache_bytes: int = 0
-    cache_copies: int = 0
-    vocabulary_positions: int = 0
-    collectives: int = 0
+    cache_copies: int | None = 0
+    vocabulary_positions: int | None = 0
+    collectives: int | None = 0
+    note: str = ""
 
     def __str__(self) -> str:
         limit = f"{self.limit_bytes / 2**30:.2f} GiB that programs have of a chip"
         if not self.fits:
             return f"{self.program}: takes more than the {limit}"
-        cache = f", KV cache {self.cache_bytes / 2**30:.2f} GiB, {self.cache_copies} copies of it"
-        peak = f"{self.program}: peak {self.peak_bytes / 2**30:.2f} of the {limit}, {self.collectives} collectives"
-        return peak + (cache if self.cache_bytes else "")
+        texts = [f"{self.program}: peak {self.peak_bytes / 2**30:.2f} of the {limit}"]
+        if self.collectives is not None:
+            texts.append(f"{self.collectives} collectives")
+        if self.cache_bytes:
+            copies = "" if self.cache_copies is None else f", {self.cache_copies} copies of it"
+            texts.append(f"KV cache {self.cache_bytes / 2**30:.2f} GiB{copies}")
+        return ", ".join([*texts, self.note] if self.note else texts)
 
 
 def plan(
@@ -172,14 +178,7 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
     if compiled is None:
         return Plan(name, False, limit, cache_bytes=cache_bytes)
     memory, vocabulary = compiled.memory_analysis(), config.decoder.vocab_size
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        versions = f"JAX {jax.__version__} cannot read this TPU compiler's output"
-        raise GraniteError(f"{name}: {versions}; install releases of the same time ({one_line(error)})") from None
-    copies = _sizes(r"= bf16\[([\d,]+)\][^=]* copy\(", text)
-    collectives = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    return Plan(
+    plan = Plan(
         program=name,
         fits=memory.peak_memory_in_bytes <= limit,
         limit_bytes=limit,
@@ -188,6 +187,19 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
         temporary_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         cache_bytes=cache_bytes,
+    )
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        note = (
+            f"copies and collectives unknown: JAX {jax.__version__} cannot read this TPU compiler's programs, "
+            f"releases of the same time can ({one_line(error)})"
+        )
+        return dataclasses.replace(plan, cache_copies=None, vocabulary_positions=None, collectives=None, note=note)
+    copies = _sizes(r"= bf16\[([\d,]+)\][^=]* copy\(", text)
+    collectives = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    return dataclasses.replace(
+        plan,
         # Keys alone, or values alone, are half of the cache.
         cache_copies=sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
         vocabulary_positions=max(_sizes(rf"= f32\[((?:\d+,)*{vocabulary}(?:,\d+)*)\]", text), default=0) // vocabulary,
