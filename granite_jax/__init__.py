@@ -34,6 +34,7 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree
 
 __all__ = [
     "AudioError",
+    "BackendError",
     "CheckpointError",
     "Config",
     "ContextError",
@@ -53,7 +54,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("AudioError", "CheckpointError", "ContextError", "GraniteError", "PromptError"), "errors"),
+    **dict.fromkeys(
+        ("AudioError", "BackendError", "CheckpointError", "ContextError", "GraniteError", "PromptError"), "errors"
+    ),
     # Speech to text.
     "Transcriber": "inference.transcriber",
     "Transcript": "inference.results",

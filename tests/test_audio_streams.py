@@ -286,7 +286,7 @@ def _frames(flac):
     return flac[position + 4 + int.from_bytes(flac[position + 1 : position + 4], "big") :]
 
 
-def _with_bytes(data, extra, header=b"Xing"):
+def _with_bytes(data, extra):
     """An MP3 whose header counts other bytes than there are."""
     position = max(data.find(b"Xing"), data.find(b"Info")) + 12
     count = struct.unpack(">I", data[position : position + 4])[0]
