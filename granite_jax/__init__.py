@@ -19,7 +19,14 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
+    from granite_jax.errors import (
+        AudioError,
+        BackendError,
+        CheckpointError,
+        ContextError,
+        GraniteError,
+        PromptError,
+    )
     from granite_jax.inference.results import Transcript
     from granite_jax.inference.transcriber import Transcriber
     from granite_jax.model.config import Config
