@@ -1,5 +1,6 @@
 """All that is in a file: streams one after another, junk, headers that were never filled in, ends that are missing."""
 
+import contextlib
 import io
 import struct
 
@@ -397,6 +398,33 @@ def test_many_empty_streams_take_no_time(monkeypatch):
         load_audio(empty * 1000 + b"\xff\xfb\x90\x00" * 16_000)
     # Then the junk is looked at a few times, not for each of them
     assert len(scans) < 10
+
+
+@pytest.mark.parametrize(
+    ("data", "most"),
+    [
+        # Headers without samples, pages with lengths that lead nowhere, and tags of no length
+        (b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLE_RATE, 1), 20_000),
+        (b"OggS\0\2" + bytes(20) + b"\x05" + b"\xff" * 5, 30_000),
+        (b"APETAGEX" + struct.pack("<IIII", 2000, 0, 1, 0) + bytes(8), 30_000),
+        (b"ID3\x04\x00\x00\x00\x00\x00\x00", 30_000),
+        (b"fLaC\x80\x00\x00\x22" + bytes(34), 10_000),
+    ],
+)
+def test_hostile_repetitions_are_read_in_linear_time(data, most):
+    # Given a valid beginning and many small parts, when they are read, then not many times the file is
+    class Counting(io.BytesIO):
+        total = 0
+
+        def read(self, size=-1):
+            part = super().read(size)
+            Counting.total += len(part)
+            return part
+
+    file = Counting(encode(sweep(), "mp3") + data * most)
+    with contextlib.suppress(AudioError):
+        load_segment(file, "a")
+    assert Counting.total < 300 * len(file.getvalue())
 
 
 def test_a_segment_does_not_reach_into_the_next_stream():

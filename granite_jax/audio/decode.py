@@ -26,6 +26,7 @@ from granite_jax.errors import AudioError
 _BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
 _TRAILER = 4096  # bytes behind the audio that may be anything
+_MAX_STREAMS = 10_000
 
 
 class Decoded(NamedTuple):
@@ -74,6 +75,8 @@ def decode(
     position, skip, take, seconds = 0, offset, duration, 0.0
     streams: list[_DecodedStream] = []
     while not (streams and streams[-1].is_enough):
+        if len(streams) == _MAX_STREAMS:
+            raise AudioError(f"holds more than {_MAX_STREAMS:,} recordings")
         decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
         if decoded is None:
             break

@@ -58,8 +58,7 @@ def find_stream(file: BinaryIO, start: int, size: int, *, behind_junk: bool = Tr
       behind_junk: look for it in the first 64 KiB, instead of at `start` and behind tags alone.
     """
     start = _skip_tags(file, start, size)
-    head = _read(file, start, _JUNK)
-    for position in _beginnings(head) if behind_junk else [0]:
+    for position in _beginnings(file, start) if behind_junk else [0]:
         stream = _parse(file, start + position, size)
         if stream is not None:
             return stream
@@ -69,8 +68,7 @@ def find_stream(file: BinaryIO, start: int, size: int, *, behind_junk: bool = Tr
 def is_only_tags(file: BinaryIO, start: int, size: int) -> bool:
     """Whether nothing but tags and zeros follow."""
     start, end = _skip_tags(file, start, size), _without_last_tags(file, start, size)
-    blocks = (_read(file, position, min(1 << 20, end - position)) for position in range(start, end, 1 << 20))
-    return not any(any(block) for block in blocks)
+    return not any(any(block) for _, block in _blocks(file, start, end))
 
 
 def looks_like_audio(head: bytes) -> bool:
@@ -81,11 +79,19 @@ def looks_like_audio(head: bytes) -> bool:
 
 def next_marker(file: BinaryIO, start: int, size: int) -> int:
     """Where the next stream begins that is not an MP3; `size` if there is none."""
-    for position in range(start, size, 1 << 20):
-        match = _MARKERS.search(_read(file, position, (1 << 20) + 11))
+    for position, block in _blocks(file, start, size, overlap=15):
+        match = _MARKERS.search(block)
         if match is not None:
             return position + match.start()
     return size
+
+
+def _blocks(file: BinaryIO, start: int, end: int, overlap: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Bytes of a file in blocks, each with its position: a small one, as what is looked for is often near."""
+    step = 1 << 12
+    while start < end:
+        yield start, _read(file, start, min(step + overlap, end - start))
+        start, step = start + step, 1 << 20
 
 
 def _read(file: BinaryIO, position: int, count: int) -> bytes:
@@ -97,10 +103,11 @@ def _read(file: BinaryIO, position: int, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _beginnings(head: bytes) -> list[int]:
-    """Where streams may begin, known markers before the frames of an MP3, which noise resembles."""
-    if _MARKERS.match(head):
+def _beginnings(file: BinaryIO, start: int) -> list[int]:
+    """Where streams may begin behind `start`: at known markers, or the frames of an MP3, which noise resembles."""
+    if _MARKERS.match(_read(file, start, 16)):
         return [0]
+    head = _read(file, start, _JUNK)
     marked = [match.start() for match in _MARKERS.finditer(head)]
     first_frame = next((i for i in _sync_positions(head) if _follows(head, i)), None)
     return marked if first_frame is None else sorted({*marked, first_frame})
@@ -170,7 +177,7 @@ def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes) 
         end = _end_of_chunks(file, data + length, size, order)
         is_known = end == size or is_only_tags(file, end, size)
         # A length that was never brought up to date: more follows than it counts, and that resembles nothing.
-        is_stale = not is_known and size - end > max(length, _JUNK // 16) and not _beginnings(_read(file, end, _JUNK))
+        is_stale = not is_known and size - end > max(length, _JUNK // 16) and not _beginnings(file, end)
         if not is_stale and (length or end > data or is_known):
             return Stream(start, end)
     if is_long:
@@ -241,8 +248,8 @@ def _ogg(file: BinaryIO, start: int, size: int) -> Stream:
 
 def _next_page(file: BinaryIO, start: int, size: int) -> int:
     """Where the next Ogg page begins; `size` if there is none."""
-    for position in range(start, size, 1 << 20):
-        found = _read(file, position, (1 << 20) + 4).find(b"OggS\0")
+    for position, block in _blocks(file, start, size, overlap=4):
+        found = block.find(b"OggS\0")
         if found >= 0:
             return position + found
     return size
@@ -337,9 +344,9 @@ def _recounted(file: BinaryIO, start: int, size: int, tag: int, flags: int) -> S
     """A stream whose header gets the true numbers of frames and bytes. The codec's delay stays in it."""
     head = _read(file, start, 256)
     end, count, is_cut = _count_frames(file, start + _frame(head), size)
-    declared = int.from_bytes(head[tag + 8 : tag + 12], "big") if flags & 1 else 0
     if not flags & 1:  # a header without a count: one that has it takes its place
         return _counted(file, start + _frame(head), size)
+    declared = int.from_bytes(head[tag + 8 : tag + 12], "big")
     patches = {tag + 8: struct.pack(">I", count)}
     if flags & 2:
         patches[tag + 12] = struct.pack(">I", end - start)
@@ -435,9 +442,9 @@ def _without_last_tags(file: BinaryIO, start: int, size: int) -> int:
         tail = _read(file, tail_start, end - tail_start)
         if len(tail) == 128 and tail.startswith(b"TAG"):
             end -= 128
-        elif tail[-32:-24] == b"APETAGEX":
+        elif tail[-32:-24] == b"APETAGEX" and (length := int.from_bytes(tail[-20:-16], "little")) >= 32:
             has_header = tail[-9] & 0x80
-            end -= int.from_bytes(tail[-20:-16], "little") + (32 if has_header else 0)
+            end -= length + (32 if has_header else 0)
         elif tail.endswith(b"LYRICS200") and tail[-15:-9].isdigit():
             end -= int(tail[-15:-9]) + 15
         else:

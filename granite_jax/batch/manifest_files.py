@@ -38,9 +38,9 @@ _FOREIGN = {
     b"%PDF": "a PDF",
     b"\x89HDF": "an HDF5 file",
     b"SQLite format 3": "an SQLite database",
-    b"ARROW1": "an Arrow file",
+    b"ARROW1\0\0": "an Arrow file",
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard",
-    b"BZh": "compressed by bzip2",
+    b"BZh91AY&SY": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
     b"version https://git-lfs.github.com": "a Git LFS pointer: the file itself is not here (git lfs pull)",
 }
