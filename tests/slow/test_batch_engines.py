@@ -59,18 +59,19 @@ with open(results, "w") as file:
 
 def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     # Given recordings, when they go through two actors, one of which is killed midway
-    clips = [str(path) for path in sorted(CLIPS.glob("*.ogg"))[:16]]
+    clips = [str(path) for path in sorted(CLIPS.glob("*.ogg"))[:14]]  # of one bucket
     killed, results = tmp_path / "killed", tmp_path / "results"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     environment["RAY_raylet_start_wait_time_s"] = "120"  # of a busy machine
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())  # or the programs here would be others
     command = [sys.executable, "-c", RAY, str(killed), str(results), *clips]
     # First, so that the actors find the programs in the compilation cache.
     expected = Transcribe(dtype="float32", root="/", num_readers=2, batch_size=2)({"audio": clips})
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300
+        command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=540
     )
     assert done.returncode == 0, done.stderr[-3000:]
     *rows, processes = zip(*json.loads(results.read_text()), strict=True)
