@@ -81,10 +81,12 @@ def run_command(arguments: list[str], seconds: float) -> None:
     """The command, with the stand-in for every checkpoint."""
     from granite_jax import cli
     from granite_jax.batch import job
+    from granite_jax.cli import signals
 
     asr = StandIn(seconds)
     job.Transcriber.from_pretrained = lambda *_, **__: asr  # pyright: ignore[reportAttributeAccessIssue]
-    cli.app(arguments)
+    with signals.deadly():
+        cli.app(arguments)
 
 
 @dataclasses.dataclass(frozen=True)

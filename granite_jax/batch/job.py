@@ -28,7 +28,8 @@ from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.manifest import Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
-from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, check_processes, reading
+from granite_jax.batch.reader_processes import check_processes
+from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, reading
 from granite_jax.batch.store import LocalStore, Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, GraniteError
@@ -190,7 +191,7 @@ def run(
     store = open_store(out, storage.get(scheme(os.fspath(out)) or "file"))
     checkpoint = open_checkpoint(model_options.checkpoint, model_options.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="granite-jax-")))
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-")))
         lines = to_json_lines(_local_manifest(source, access, store, work), source, work)
         scanned = Manifest.scan(lines, part_size, job_options, source)
         description = {

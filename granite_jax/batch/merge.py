@@ -52,7 +52,7 @@ def _merge(store: Store) -> dict[str, int | float | str]:
     if len(retries) > len(parts):
         raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {max(retries)}")
     failed, seconds = 0, 0.0
-    with tempfile.TemporaryDirectory(prefix="granite-jax-") as work:
+    with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
         transcripts_path, errors_path, summary_path = (
             Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "merged.json")
         )

@@ -1,18 +1,13 @@
-"""Audio of a job's entries, read ahead of the device by Grain's threads or processes, in order."""
+"""Audio of a job's entries, read ahead of the device by Grain's threads, in order."""
 
 import bisect
 import contextlib
 import functools
 import itertools
-import multiprocessing
-import os
-import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import grain
 
@@ -20,11 +15,10 @@ from granite_jax.audio.load import AccessError, Audio, load_audio, load_segment,
 from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.manifest import Entry, Manifest
+from granite_jax.batch.reader_processes import Killed, ReaderProcesses
 from granite_jax.errors import AudioError, GraniteError
 
 Kind = Literal["threads", "processes"]
-_THREADS_PER_PROCESS = 2
-_READ_AHEAD_PER_PROCESS = 4  # entries that a process reads ahead
 
 
 @dataclass(frozen=True)
@@ -138,9 +132,6 @@ class _TaskCache:
         self._lock = threading.Lock()
         self._tasks: dict[tuple[int, int], list[Entry]] = {}
 
-    def __reduce__(self) -> Any:
-        return _TaskCache, ()
-
     def get(self, manifest: Manifest, task: Task) -> list[Entry]:
         key = task.part, task.retry
         with self._lock:
@@ -151,87 +142,35 @@ class _TaskCache:
             return self._tasks[key]
 
 
-def check_processes() -> None:
-    """Starts a process that does nothing.
-
-    Raises:
-      GraniteError: it cannot start, because it runs the calling script again, whose calls have no main guard.
-    """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # this is that process, and the script has come here again
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()
-    except BrokenProcessPool:
-        raise GraniteError(
-            "reader processes cannot start: a script that uses them must be a file, and do its work below "
-            '`if __name__ == "__main__":` (or use readers="threads")'
-        ) from None
-
-
 @contextlib.contextmanager
 def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[LoadedEntry]]:
     """Reads the entries of a source in order; each worker reads some entries ahead.
 
     Args:
       kind: threads of this process; or processes, which start more slowly, but which a file may kill: it is then read
-        alone in a new process, and given up if it kills that, too.
+        again in a new process, and given up if it kills that, too.
       workers: number of threads or processes.
 
     Raises:
       GraniteError: while iterating: the manifest has changed.
     """
-    if kind == "threads":
+    with contextlib.ExitStack() as stack:
+        read: Callable[[Entry], LoadedEntry] = reader
+        processes = None
+        if kind == "processes":
+            processes = ReaderProcesses(reader, workers)
+            read = functools.partial(_read_in, processes)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-        iterator = iter(grain.MapDataset.source(source).map(reader).to_iter_dataset(options))
-        try:
-            yield iterator
-        finally:
-            iterator.close()
-    else:
-        with contextlib.closing(_from_processes(source, reader, workers)) as iterator:
-            yield iterator
+        iterator = iter(grain.MapDataset.source(source).map(read).to_iter_dataset(options))
+        stack.callback(iterator.close)
+        if processes is not None:
+            stack.callback(processes.close)  # first, so that no thread waits for them
+        yield iterator
 
 
-def _from_processes(source: Source, reader: Reader, workers: int) -> Generator[LoadedEntry]:
-    from absl import flags
-
-    flags.FLAGS.mark_as_parsed()  # Grain passes the flags on to its processes
-    threads = grain.ReadOptions(num_threads=_THREADS_PER_PROCESS, prefetch_buffer_size=_READ_AHEAD_PER_PROCESS)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD_PER_PROCESS)
-    done, total = 0, len(source)
-    while done < total:
-        dataset = grain.MapDataset.source(source)[done:].map(reader).to_iter_dataset(threads).mp_prefetch(options)
-        iterator = iter(dataset)
-        try:
-            for loaded in iterator:
-                done += 1
-                yield loaded
-        except RuntimeError as error:
-            if "exit" not in str(error):
-                raise
-        finally:
-            iterator.close()
-        # A process has died, and what it had read is lost: one of the next entries killed it.
-        in_flight = workers * 2 * (_READ_AHEAD_PER_PROCESS + _THREADS_PER_PROCESS)
-        suspects = range(done, min(total, done + in_flight))
-        for loaded in _one_by_one(reader, (source[index] for index in suspects)):
-            done += 1
-            yield loaded
-
-
-def _one_by_one(reader: Reader, entries: Iterator[Entry]) -> Iterator[LoadedEntry]:
-    """Reads one entry at a time in a process, which is replaced if the entry kills it."""
-    context = multiprocessing.get_context("spawn")
-    process_needed = True
-    while process_needed:
-        process_needed = False
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            for entry in entries:
-                try:
-                    yield pool.submit(reader, entry).result()
-                except BrokenProcessPool:
-                    error = f"{printable(entry.audio)}: killed the process that read it, twice"
-                    yield LoadedEntry(entry, error=error, is_transient=True)
-                    process_needed = True
-                    break
+def _read_in(processes: "ReaderProcesses[Entry, LoadedEntry]", entry: Entry) -> LoadedEntry:
+    try:
+        return processes(entry)
+    except Killed:
+        error = f"{printable(entry.audio)}: killed the process that read it, twice"
+        return LoadedEntry(entry, error=error, is_transient=True)

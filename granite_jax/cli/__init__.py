@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from granite_jax.cli import batch, convert, evaluate, inspect, plan, transcribe
+from granite_jax.cli import batch, convert, evaluate, inspect, plan, signals, transcribe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,4 +35,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it
-    app()
+    with signals.deadly():
+        app()

@@ -1,16 +1,15 @@
 """`granite-jax batch`: run one worker of a job, and merge its parts."""
 
 import functools
-import signal
 from typing import Annotated, Any, Literal
 
 import typer
 import typer.core
 
-from granite_jax.cli import failures
+from granite_jax.cli import failures, signals
 from granite_jax.cli.failures import MaxFailures
 from granite_jax.cli.options import takes_options
-from granite_jax.cli.terminal import ProgressDisplay, fail, line, terminated
+from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
@@ -73,7 +72,7 @@ def run(
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
     errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
     failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after
-    SIGTERM, which abandons the current part: run again; 2 if the job cannot be run.
+    SIGTERM (130 after Ctrl-C), which abandons the current part: run again; 2 if the job cannot be run.
     """
     from granite_jax import batch
 
@@ -85,7 +84,7 @@ def run(
                 f"the environment makes this worker shard {share.index} of {share.count} "
                 "(--shard 0 --num-shards 1 transcribes everything)"
             )
-        with terminated() as stop, ProgressDisplay("transcribing") as display:
+        with signals.polled() as stop, ProgressDisplay("transcribing") as display:
             summary = batch.run(
                 manifest,
                 out,
@@ -109,8 +108,8 @@ def run(
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
     if summary.stopped:
-        fail(f"stopped by SIGTERM; run again to resume {out}")
-        raise typer.Exit(128 + signal.SIGTERM)
+        fail(f"stopped by {stop.name}; run again to resume {out}")
+        raise typer.Exit(stop.status)
     if not summary.parts:
         fail(f"shard {summary.shard} of {summary.num_shards} has no parts: there are fewer parts than shards")
     print(line(f"{out}: {summary.transcribed} of {summary.entries} utterances, {summary.failed} failed"))

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from granite_jax.cli import failures
+from granite_jax.cli import failures, signals
 from granite_jax.cli.batch import show_job
 from granite_jax.cli.failures import MaxFailures
 from granite_jax.cli.options import takes_options
-from granite_jax.cli.terminal import ProgressDisplay, fail, terminated
+from granite_jax.cli.terminal import ProgressDisplay, fail
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
@@ -57,8 +57,8 @@ def evaluate(
 
     Prints the tables, and writes them with all numbers to DIR: results.md, results.json, SET/utterances.jsonl. The exit
     status is 0 if all sets are done, even if single utterances failed: they count as if nothing had been heard. It is 3
-    if more failed than --max-failures allows; 1 if results could not be written, and 143 after SIGTERM: run again; 2 if
-    the evaluation cannot be run.
+    if more failed than --max-failures allows; 1 if results could not be written, and 143 after SIGTERM (130 after
+    Ctrl-C): run again; 2 if the evaluation cannot be run.
     """
     try:
         from granite_jax import evaluation
@@ -76,7 +76,7 @@ def evaluate(
         else:
             if out is None:
                 raise GraniteError("--out is missing: the directory of the run")
-            with terminated() as stop, ProgressDisplay("transcribing") as display:
+            with signals.polled() as stop, ProgressDisplay("transcribing") as display:
                 results = evaluation.evaluate(
                     sets or [],
                     out,
@@ -92,8 +92,8 @@ def evaluate(
                     stop=stop,
                 )
             if results is None:
-                fail(f"stopped by SIGTERM; run again to resume {out}")
-                raise typer.Exit(143)
+                fail(f"stopped by {stop.name}; run again to resume {out}")
+                raise typer.Exit(stop.status)
             text = evaluation.to_markdown(results)
             failed = sum(set_results["failed"] for set_results in results["sets"])
             utterances = sum(set_results["utterances"] for set_results in results["sets"])

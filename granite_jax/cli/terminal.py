@@ -1,12 +1,8 @@
 """What commands print besides results: progress and errors, on stderr."""
 
-import contextlib
-import signal
 import sys
-import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -68,14 +64,3 @@ def fail(message: str) -> None:
 def line(text: str) -> str:
     """The text as one line without control characters, whatever file names and transcripts contain."""
     return "".join(" " if unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in text)
-
-
-@contextlib.contextmanager
-def terminated() -> Iterator[Callable[[], bool]]:
-    """Catches SIGTERM, which would end the process at once; yields a function that returns whether it came."""
-    received = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: received.set())
-    try:
-        yield received.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)

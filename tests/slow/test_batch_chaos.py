@@ -176,6 +176,44 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
     assert batch.merge(out)["transcribed"] == 300
 
 
+@pytest.mark.parametrize("readers", ["threads", "processes"])
+def test_retries_killed_again_and_again_end_as_if_undisturbed(
+    corpus: Corpus, start: Start, tmp_path: Path, readers: str
+) -> None:
+    # Given a finished job, half of whose recordings were missing, and all of them now
+    files, names = tmp_path / "files", corpus.good[:32]
+    files.mkdir()
+    manifest = files / "manifest.jsonl"
+    manifest.write_text("".join(f"{json.dumps({'audio': name})}\n" for name in names))
+    out, kills, moments = tmp_path / "out", 0, random.Random(0)
+    for name in names[::2]:
+        shutil.copy(CLIPS / name, files)
+    assert batch_worker.run(manifest, out, part_size=PART).failed == 16
+    committed = parts(out)
+    for name in names[1::2]:
+        shutil.copy(CLIPS / name, files)
+    # When workers that try them again are killed at random instants, until one ends by itself
+    while True:
+        before = count(out)
+        worker = start(batch_worker.run, manifest, out, seconds=0.01, part_size=PART, readers=readers)
+        if kills % 2:
+            wait_for(lambda: count(out) > before or not worker.is_alive())  # noqa: B023
+        worker.join(moments.uniform(0, 0.05 if kills % 2 else 0.3))
+        # Nothing that was committed changes
+        assert committed.items() <= parts(out).items()
+        committed = parts(out)
+        if not worker.is_alive():
+            break
+        worker.kill()
+        worker.join(DEADLINE)
+        kills += 1
+    # Then every recording has been transcribed once
+    assert worker.exitcode == 0 and kills >= 2
+    transcribed = [line["audio"] for line in lines(committed) if "error" not in line]
+    assert sorted(transcribed) == sorted(names)
+    assert batch.merge(out)["transcribed"] == 32
+
+
 def test_workers_racing_for_a_shard_write_what_one_does(
     corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
 ) -> None:
@@ -307,19 +345,30 @@ def test_a_store_that_fails_at_random_costs_nothing(
     assert sorted(expected) == sorted(corpus.bad)
 
 
-def test_sigterm_ends_the_command_between_parts(
-    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "readers"),
+    [
+        (signal.SIGTERM, "threads"),
+        (signal.SIGINT, "threads"),
+        (signal.SIGHUP, "threads"),
+        (signal.SIGTERM, "processes"),
+        (signal.SIGINT, "processes"),
+    ],
+)
+def test_signals_end_the_command_between_parts(
+    corpus: Corpus, undisturbed: Files, start: Start, tmp_path: Path, number: signal.Signals, readers: str
 ) -> None:
     # Given the command amid a job, when it is told to end
     out = tmp_path / "out"
     arguments = ["batch", str(corpus.manifest), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
     arguments += [f"--allow={protocol}" for protocol in ALLOW]
+    arguments += ["--readers", readers]
     worker = start(batch_worker.run_command, arguments, seconds=0.003)
     wait_for(lambda: count(out) > 3)
-    worker.terminate()
-    worker.join(DEADLINE)
+    os.kill(worker.pid, number)
+    worker.join(5)
     # Then it ends soon, as engines expect it, with whole parts, and nothing is left of what it was writing
-    assert worker.exitcode == 128 + signal.SIGTERM
+    assert worker.exitcode == 128 + number
     texts = {line.get("text") for line in lines(parts(out))}
     assert texts <= {line.get("text") for line in lines(undisturbed)}
     assert 1 < len(texts) < 300

@@ -1,0 +1,144 @@
+"""Signals: commands end within seconds, whatever they do, and leave nothing behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from granite_jax.batch.reader_processes import Closed, Killed, ReaderProcesses
+from granite_jax.checkpoint.save import new_directory
+from granite_jax.cli import signals
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+NAMES = [number.name for number in SIGNALS]
+# What a command can be doing: Python's handlers do not run while a compiler works in the main thread.
+WORK = {
+    "Python": "while True: time.sleep(0.01)",
+    "a compiler": "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
+    "a job": "with signals.polled() as stop:\n            while True: time.sleep(0.01)",
+}
+COMMAND = """
+import hashlib, multiprocessing, os, pathlib, tempfile, time
+from granite_jax.cli import signals
+
+if __name__ == "__main__":
+    signals._GRACE = 0.3
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    work = tempfile.TemporaryDirectory(prefix=f"granite-jax-{{os.getpid()}}-")
+    print(child.pid, work.name, flush=True)
+    with signals.deadly(), work:
+        {work}
+"""
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, within 5 seconds."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)
+                continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+def test_a_command_ends_with_its_processes(number: signal.Signals, work: str, tmp_path: Path) -> None:
+    # Given a command that does something long, with a process and temporary files of its own
+    script = tmp_path / "command.py"
+    script.write_text(COMMAND.format(work=WORK[work]))
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as command:
+        assert command.stdout is not None and command.stderr is not None
+        child, directory = command.stdout.readline().split()
+        time.sleep(0.2)
+        # When it gets a signal, then it ends with this signal's status
+        command.send_signal(number)
+        assert command.wait(5) == 128 + number
+        # And says so in one line, and nothing is left
+        assert command.stderr.read().startswith(f"granite-jax: stopped by {number.name}")
+    assert is_gone(int(child))
+    assert not Path(directory).exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
+    # Given a signal that is ignored, as by nohup, when it comes, then nothing happens
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with signals.deadly(), signals.polled() as stop:
+            signal.raise_signal(number)
+        assert not stop()
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+def test_a_second_signal_interrupts_what_is_polled(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    # Given work that polls, when a signal comes, then it is told; and a second one ends it at once
+    with pytest.raises(SystemExit) as ended, signals.polled() as stop:
+        signal.raise_signal(number)
+        assert stop() and (stop.name, stop.status) == (number.name, 128 + number)
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == f"granite-jax: stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+def test_an_interrupted_conversion_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    # Given a directory that is being written, when a signal comes, then nothing is left of it
+    with pytest.raises(SystemExit), signals.deadly(), new_directory(tmp_path / "new") as partial:
+        (partial / "config.json").write_text("{}")
+        signal.raise_signal(number)
+    assert not list(tmp_path.iterdir())
+
+
+def slow_pid(seconds: float) -> int:
+    if seconds < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
+    return os.getpid()
+
+
+PARENT = """
+import os, signal, sys
+from test_signals import ReaderProcesses, slow_pid
+
+if __name__ == "__main__":
+    print(ReaderProcesses(slow_pid, 1)(0), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_processes_end_with_their_parent(tmp_path: Path) -> None:
+    # Given a parent that is killed, when it is gone, then its reader process is gone, too
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert is_gone(int(done.stdout))
+
+
+def test_processes_end_when_they_are_told_to() -> None:
+    # Given processes, one of which is killed by its item
+    processes = ReaderProcesses(slow_pid, 1)
+    first = processes(0)
+    with pytest.raises(Killed):
+        processes(-1)
+    # When another item comes, then a new process does it; after the end, none does, and all are gone
+    second = processes(0)
+    assert first != second and is_gone(first)
+    processes.close()
+    with pytest.raises(Closed):
+        processes(0)
+    assert is_gone(second)
