@@ -44,6 +44,7 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
         "index",
         "id",
         "audio",
+        "file",
         "text",
         "tokens",
         "duration",

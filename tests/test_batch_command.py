@@ -106,3 +106,22 @@ def test_errors_name_the_option_that_helps(corpus: Path, tmp_path: Path, command
     command(write_lines(corpus / "a" / "m.jsonl", *entries), "--out", tmp_path / "out")
     errors = (tmp_path / "out" / "errors.jsonl").read_text()
     assert "(--root sets the directory that files must be below)" in errors and "(--allow sets them)" in errors
+
+
+def test_fields_that_are_not_understood_are_named_once(corpus: Path, tmp_path: Path, command: Any) -> None:
+    # Given many lines with a field that looks as if it should change results, when they are run, then it is named once
+    lines = [{"audio": f"a/{i % 5 * 2 + 1}.wav", "start": i} for i in range(100)]
+    result = command(write_lines(corpus / "m.jsonl", *lines), "--out", tmp_path / "out", "--part-size", "10")
+    assert result.stderr == "granite-jax: the manifest has fields that are not understood, and change nothing: start\n"
+    assert result.exit_code == 0
+
+
+def test_changed_recordings_are_told(corpus: Path, tmp_path: Path, command: Any) -> None:
+    # Given a finished job, when a recording has changed, then the next run says that it was transcribed anew
+    manifest = write_lines(corpus / "m.jsonl", {"audio": "a/1.wav"}, {"audio": "a/3.wav"})
+    command(manifest, "--out", tmp_path / "out")
+    (corpus / "a/1.wav").write_bytes((corpus / "a/5.wav").read_bytes())
+    assert command(manifest, "--out", tmp_path / "out", "--detect-changes", "off").stderr == ""
+    result = command(manifest, "--out", tmp_path / "out")
+    assert result.stderr == "granite-jax: 1 utterances were transcribed anew because their files have changed\n"
+    assert "2 of 2 utterances, 0 failed" in result.stdout

@@ -11,7 +11,7 @@ import soundfile
 from batch_jobs import RATE, results, run, text_of, tone, write_lines
 
 from granite_jax import GraniteError
-from granite_jax.batch.manifest import parse_entry
+from granite_jax.batch.manifest import FIELDS, Manifest, parse_entry
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.inference.options import TranscribeOptions
 
@@ -185,3 +185,17 @@ def test_boosts_of_a_manifest_reach_the_model(corpus: Path, tmp_path: Path) -> N
     lines = [{"audio": "a/1.wav", "keywords": {"Kai": 2}}, {"audio": "a/3.wav", "keywords": [["Zoe", 3.5], "Ada"]}]
     _, asr = run(write_lines(corpus / "m.jsonl", *lines), tmp_path / "out")
     assert asr.keywords == [[("Kai", 2)], [("Zoe", 3.5), "Ada"]]
+
+
+@pytest.mark.parametrize("name", ["start", "end_time", "channel", "lang", "Language", "keyword", "promt", "durations"])
+def test_fields_that_should_change_results_are_named(tmp_path: Path, name: str) -> None:
+    # Given a line with a field that is not understood, when it is scanned, then the field is named
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "a.wav", name: 1}), 1, TranscribeOptions())
+    assert manifest.ignored_fields == (name,)
+
+
+def test_fields_of_others_are_no_matter(tmp_path: Path) -> None:
+    # Given the fields of NeMo's and others' manifests that change no result, then none is named
+    others = ["text", "pred_text", "wer", "uid", "audio_id", "sampling_rate", "num_samples", "speaker"]
+    lines = [dict.fromkeys(FIELDS, 1) | dict.fromkeys(others, 1), "no object", "[1]", '"text"']
+    assert Manifest.scan(write_lines(tmp_path / "m.jsonl", *lines), 1, TranscribeOptions()).ignored_fields == ()

@@ -1,9 +1,12 @@
 """Failures are not final: audio out of reach is tried again, other failures on request, and nothing is rewritten."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import batch_jobs
 import pytest
 import soundfile
 from batch_jobs import RATE, read_lines, run, text_of, tone, write_lines
@@ -58,8 +61,8 @@ def test_audio_that_arrives_later_is_transcribed_by_the_next_run(corpus: Path, t
 
 
 def test_other_failures_are_tried_again_on_request(corpus: Path, tmp_path: Path, manifest: Path) -> None:
-    # Given a finished job with a damaged file, which is mended
-    out = tmp_path / "out"
+    # Given a finished job with a damaged file, which is mended, and changes are not looked for
+    out, run = tmp_path / "out", functools.partial(batch_jobs.run, detect_changes="off")
     run(manifest, out, part_size=2)
     soundfile.write(corpus / "bad.wav", tone(0.2), RATE)
     # When it is run again, then the failure stays, until it is asked for
@@ -183,3 +186,53 @@ def test_a_disk_that_fails_is_a_failure_of_access(
 def test_names_of_parts_and_retries() -> None:
     assert committed.part_name(7, "0123456789ab") == "part-000007-0123456789ab.jsonl"
     assert committed.part_name(7, "0123456789ab", 2) == "part-000007-0123456789ab.r2.jsonl"
+
+
+def _rewrite(path: Path, samples: Any, *, keep_time: bool = False) -> None:
+    before = path.stat().st_mtime_ns
+    soundfile.write(path, samples, RATE)
+    # Two writes can fall into one tick of the file system's clock.
+    os.utime(path, ns=(before, before) if keep_time else (before + 10**9, before + 10**9))
+
+
+# What happens to a recording after its job, and by which ways of noticing it is then transcribed anew
+CHANGES: dict[str, tuple[Callable[[Path], Any], set[str]]] = {
+    "nothing": (lambda path: None, set()),
+    "other length": (lambda path: _rewrite(path, tone(0.3)), {"time", "hash"}),
+    "other length, old time": (lambda path: _rewrite(path, tone(0.3), keep_time=True), {"time", "hash"}),
+    "other sound": (lambda path: _rewrite(path, tone(0.11) / 2), {"time", "hash"}),
+    "other sound, old time": (lambda path: _rewrite(path, tone(0.11) / 2, keep_time=True), {"hash"}),
+    "touched": (lambda path: _rewrite(path, tone(0.11)), {"time"}),
+    "damaged": (lambda path: path.write_bytes(b"RIFF"), {"time", "hash"}),
+    "gone": (lambda path: path.unlink(), set()),
+}
+
+
+@pytest.mark.parametrize("detection", ["time", "hash", "off"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_recording_is_transcribed_anew(corpus: Path, tmp_path: Path, change: str, detection: Any) -> None:
+    # Given a finished job, one of whose recordings, of two segments, then changes
+    out, path = tmp_path / "out", corpus / "a/1.wav"
+    segments = [{"audio": "a/1.wav", "duration": 0.05}, {"audio": "a/1.wav", "offset": 0.05}]
+    manifest = write_lines(corpus / "m.jsonl", *segments, {"audio": "b/2.wav"})
+    run(manifest, out, detect_changes=detection)
+    apply, noticed_by = CHANGES[change]
+    apply(path)
+    # When the job is run again, then its segments are transcribed anew if the change can be noticed, and nothing else
+    summary, asr = run(manifest, out, detect_changes=detection)
+    assert summary.changed == summary.retried == 2 * (detection in noticed_by)
+    assert len(asr.keywords) == (0 if change == "damaged" else summary.changed)
+    assert summary.failed == (summary.changed if change == "damaged" else 0)
+    # And a third run has nothing to do
+    assert run(manifest, out, detect_changes=detection)[0].retried == 0
+    assert batch.merge(out)["entries"] == 3
+
+
+def test_touched_files_keep_their_results_where_a_hash_was_recorded(corpus: Path, tmp_path: Path) -> None:
+    # Given a job that recorded hashes, when a file is copied over itself, then a run by time compares the hash
+    manifest = write_lines(corpus / "m.jsonl", {"audio": "a/1.wav"})
+    run(manifest, tmp_path / "out", detect_changes="hash")
+    _rewrite(corpus / "a/1.wav", tone(0.11))
+    assert run(manifest, tmp_path / "out")[0].changed == 0
+    _rewrite(corpus / "a/1.wav", tone(0.11) / 2)
+    assert run(manifest, tmp_path / "out")[0].changed == 1

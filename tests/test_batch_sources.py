@@ -3,6 +3,8 @@
 import contextlib
 import json
 import multiprocessing
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +142,17 @@ def test_a_manifest_that_changes_under_a_job_ends_it(corpus: Path) -> None:
     write_lines(path, {"audio": "a/3.wav"}, {"audio": "a/1.wav"}, {})
     with pytest.raises(GraniteError, match="has changed while the job runs"):
         manifest.read(1)
+
+
+def test_a_touched_manifest_ends_no_job(corpus: Path) -> None:
+    # Given a manifest that is being read, when it is touched, or replaced by a copy, then reading goes on
+    path = write_lines(corpus / "m.jsonl", {"audio": "a/1.wav"}, {"audio": "a/3.wav"})
+    manifest = Manifest.scan(path, 1, ASK)
+    os.utime(path, ns=(1, 1))
+    assert [entry.audio for entry in manifest.read(1)] == ["a/3.wav"]
+    shutil.copy(path, corpus / "copy")
+    os.replace(corpus / "copy", path)
+    assert [entry.audio for entry in manifest.read(0)] == ["a/1.wav"]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_jobs import write_lines
+from batch_jobs import read_lines, write_lines
 from evaluation_runs import BUCKETS, HEARD, SAID, Listener, evaluate, numbers, write_recordings
 from typer.testing import CliRunner
 
@@ -72,6 +72,54 @@ def test_a_run_counts_what_fails_and_leaves_out_what_has_no_words(manifest: Path
     table = (tmp_path / "out" / "results.md").read_text()
     assert table.splitlines()[0] == "| model | Average WER | RTFx | calls |"
     assert table.splitlines()[2].startswith("| listener | 33.33 % (")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": "call dagfigi now"},
+        {"keywords": ["lamp"]},
+        {"text": "other words", "wer": 0.1, "speaker": "b"},
+    ],
+    ids=["reference", "keywords", "several"],
+)
+def test_other_references_are_scored_without_transcribing(manifest: Path, tmp_path: Path, change: dict) -> None:
+    # Given a finished run, when references and what else decides nothing have changed, then it is only scored again
+    before, _ = evaluate([manifest], tmp_path / "run")
+    lines = [line | change | {"text": change.get("text", line["text"])} for line in read_lines(manifest)]
+    write_lines(manifest, *lines)
+    after, asr = evaluate([manifest], tmp_path / "run")
+    assert asr.heard == []
+    assert (after["sets"][0]["wer"] != before["sets"][0]["wer"]) == ("text" in change)
+    # But other audio is another run
+    write_lines(manifest, *reversed(lines))
+    with pytest.raises(GraniteError, match="results of another job: manifest"):
+        evaluate([manifest], tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "(laughs)", "ignore time segment in scoring", "[noise]"])
+def test_sets_without_words_are_refused_before_the_work(manifest: Path, tmp_path: Path, text: str) -> None:
+    # Given a set whose references all have no word, when it is evaluated, then it is named, and nothing is transcribed
+    silent = write_lines(manifest.with_name("silent.jsonl"), *(line | {"text": text} for line in read_lines(manifest)))
+    with pytest.raises(GraniteError, match="set silent: no reference has a word in it"):
+        evaluate([manifest, silent], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_keywords_of_a_manifest_are_for_scoring(manifest: Path, tmp_path: Path) -> None:
+    # Given references with keywords, when they are not to bias, then the model is told none
+    write_lines(manifest, *(line | {"keywords": ["lamp"]} for line in read_lines(manifest)))
+    assert set(map(str, evaluate([manifest], tmp_path / "run")[1].keywords.values())) == {"None"}
+    biased = evaluate([manifest], tmp_path / "biased", bias=True)[1].keywords
+    assert set(map(str, biased.values())) == {"['lamp']"}
+
+
+def test_sets_have_all_forms_of_manifests(manifest: Path, tmp_path: Path) -> None:
+    # Given a set as a JSON array, when it is evaluated, then its numbers are those of the JSON lines
+    array = manifest.with_name("calls.json")
+    array.write_text(json.dumps(read_lines(manifest)))
+    expected, found = (evaluate([path], tmp_path / path.suffix)[0]["sets"][0] for path in (manifest, array))
+    assert found["wer"] == expected["wer"] and found["scored"] == expected["scored"]
 
 
 def test_only_programs_that_are_needed_are_compiled_and_times_are_apart(manifest: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import granite_jax
 from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
+from granite_jax.batch.file_versions import ChangeDetector, Detection
 from granite_jax.batch.manifest import Manifest, is_listing, listing, root_of, split_tfds
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
@@ -50,6 +51,7 @@ class Progress:
     """How far a worker is.
 
     Fields:
+      ignored_fields: of the manifest's lines, which look as if they should change results, but are not understood.
       entries: number of entries in its shard.
       resumed: entries in parts that were committed before this run.
       done: entries finished in this run, including failed ones.
@@ -59,6 +61,7 @@ class Progress:
       seconds: wall time since the first part was started.
     """
 
+    ignored_fields: tuple[str, ...] = ()
     entries: int = 0
     resumed: int = 0
     done: int = 0
@@ -82,7 +85,8 @@ class Summary:
       shard, num_shards: the worker's share.
       parts: number of parts in the share; `resumed_parts` of these were committed before this run, `parts_of_others` by
         another worker during it.
-      retried: number of entries that had failed and were tried again.
+      retried: number of entries of former runs that were tried again.
+      changed: how many of these because their files have changed.
       entries, transcribed, failed: numbers of entries in the share, or in this run if it was stopped.
       audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
       stopped: whether it was asked to stop before its share was done; the next run does the rest.
@@ -95,6 +99,7 @@ class Summary:
     resumed_parts: int
     parts_of_others: int
     retried: int
+    changed: int
     entries: int
     transcribed: int
     failed: int
@@ -136,17 +141,20 @@ def run(
     storage_options: dict[str, dict[str, Any]] | None = None,
     keyword_lists: Sequence[Sequence[Keyword] | None] = (),
     retry_failed: bool = False,
+    detect_changes: Detection = "time",
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **fields: Any,
 ) -> Summary:
     """Transcribes a manifest, or one shard of it, into a directory; resumes an interrupted run.
 
-    A run also tries again what failed in an earlier one because the audio was out of reach.
+    A run also tries again what failed in an earlier one because the audio was out of reach, and transcribes anew what
+    has changed since.
 
     The directory gets `part-*.jsonl` with a line for each utterance, in the manifest's order: `index`, `id`, `audio`,
-    and `text`, `tokens`, `duration` (in seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error`
-    (and `transient`, if it was one of access); lines of retries in files beside them (`committed`);
+    `file` (size in `bytes` and time when it was `modified`, of a local one), and `text`, `tokens`, `duration` (in
+    seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error` (and `transient`, if it was one of access);
+    lines of retries in files beside them (`committed`);
     `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
     the parts.
 
@@ -168,6 +176,8 @@ def run(
       storage_options: arguments of fsspec's file systems, by protocol.
       keyword_lists: a list of keywords for each entry of the manifest (None: use those of its line or the options).
       retry_failed: try everything again that failed.
+      detect_changes: how a local file is recognized that has changed since a former run read it, and is read again: by
+        size and time of modification, by a "hash" of its bytes, which that run must have been told to record, or "off".
       progress: called when some utterances are done.
       stop: polled often; True ends the run and drops its current part.
       fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
@@ -221,6 +231,8 @@ def run(
             stop,
             keyword_lists,
             retry_failed,
+            ChangeDetector(access, detect_changes),
+            Progress(scanned.ignored_fields),
         )
 
         def load() -> Transcriber:
@@ -230,7 +242,7 @@ def run(
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
-            return Reader(access, asr.config.max_seconds, dataset)
+            return Reader(access, asr.config.max_seconds, dataset, detect_changes)
 
         return worker.run(load, read_with, readers, num_readers)
 
@@ -318,9 +330,11 @@ class _Worker:
     work: Path
     report: Callable[[Progress], None] | None
     stop: Callable[[], bool] | None
-    keyword_lists: Sequence[Sequence[Keyword] | None] = ()
-    retry_failed: bool = False
-    progress: Progress = dataclasses.field(default_factory=Progress)
+    keyword_lists: Sequence[Sequence[Keyword] | None]
+    retry_failed: bool
+    has_changed: ChangeDetector
+    progress: Progress
+    _changed: int = dataclasses.field(default=0, init=False)  # entries whose files have changed since they were read
     _started: float = dataclasses.field(default=0.0, init=False)
     _previous: dict[int, bytes] = dataclasses.field(default_factory=dict, init=False)  # lines of retried entries
 
@@ -350,6 +364,7 @@ class _Worker:
             resumed_parts=len(share) - len(pending),
             parts_of_others=parts_of_others,
             retried=sum(len(task.indices) for task in tasks if task.retry),
+            changed=self._changed,
             entries=self.progress.entries,
             transcribed=(self.progress.done if stopped else self.progress.entries) - failed,
             failed=failed,
@@ -367,12 +382,16 @@ class _Worker:
         return summary
 
     def _retries(self, part: int, retries: int) -> list[Task]:
-        """The next retry of a committed part, if entries of it failed that are to be tried again."""
+        """The next retry of a committed part, if entries of it failed, or have changed, that are to be tried again."""
         lines = read_part(self.store, self.fingerprint, part, retries, self.manifest.indices(part))
-        failed = [line for line in lines if line.failed and (self.retry_failed or line.fields.get("transient"))]
-        for line in failed:
-            self._previous[line.fields["index"]] = line.data
-        return [Task(part, [line.fields["index"] for line in failed], retries + 1)] if failed else []
+        indices = []
+        for line in lines:
+            changed = self.has_changed(line.fields)
+            if changed or (line.failed and (self.retry_failed or line.fields.get("transient"))):
+                indices.append(line.fields["index"])
+                self._previous[indices[-1]] = line.data
+                self._changed += changed
+        return [Task(part, indices, retries + 1)] if indices else []
 
     def _commit(self, task: Task, lines: Mapping[int, bytes]) -> bool:
         """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
@@ -452,8 +471,8 @@ class _Worker:
         """An utterance's line; nothing in it depends on the run."""
         entry = loaded.entry
         fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
-        if entry.offset:
-            fields["offset"] = entry.offset
+        fields |= {"offset": entry.offset} if entry.offset else {}
+        fields |= {"file": loaded.file} if loaded.file else {}
         if transcript.error is not None:
             self.progress.failed += 1
             fields["error"] = transcript.error

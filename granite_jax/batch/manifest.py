@@ -5,6 +5,7 @@ once, so that all workers and restarts see the same entries.
 """
 
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -28,6 +29,28 @@ MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
 MAX_TEXT = 8192
 """Characters of an audio name, an id, a prompt or a keyword."""
+FIELDS = (
+    *(
+        "id",
+        "audio",
+        "audio_filepath",
+        "offset",
+        "duration",
+        "task",
+        "taskname",
+        "target_language",
+        "to",
+        "target_lang",
+    ),
+    *("source_lang", "pnc", "prompt", "keywords"),
+)
+"""Fields of a line that decide about its result."""
+# Others' fields that would decide, too. NeMo's manifests have many that would not.
+_FOREIGN_FIELDS = (
+    *("start", "end", "begin", "stop", "start_time", "end_time", "segments", "channel", "channels", "channel_selector"),
+    *("language", "lang", "context", "hotwords", "max_new_tokens", "speculative", "keyword_boost", "keyword_gate"),
+)
+_SAMPLED_LINES = 1000
 
 
 @dataclass(frozen=True)
@@ -63,8 +86,9 @@ class Manifest:
     options: TranscribeOptions  # of entries without their own
     entries: int
     sha256: str
+    ignored_fields: tuple[str, ...]  # of the first lines, which look as if they should change results
     offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every part's first entry
-    signature: tuple[int, ...] = field(repr=False)
+    signatures: set[tuple[int, ...]] = field(repr=False)  # of the file, with these contents
 
     @classmethod
     def scan(cls, path: Path, part_size: int, options: TranscribeOptions, name: str | None = None) -> "Manifest":
@@ -72,21 +96,23 @@ class Manifest:
         name = printable(name or str(path))
         if part_size < 1:
             raise GraniteError(f"part_size is {part_size}, not a positive number")
-        offsets, entries = [], 0
+        offsets, entries, ignored = [], 0, dict[str, None]()
         try:
             with open(path, "rb") as file:
                 signature = _signature(file)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 file.seek(0)
-                for offset, _ in _lines(file):
+                for offset, line in _lines(file):
                     if entries % part_size == 0:
                         offsets.append(offset)
+                    if entries < _SAMPLED_LINES:
+                        ignored |= dict.fromkeys(ignored_fields(line))
                     entries += 1
         except OSError as error:
             raise GraniteError(f"{name}: cannot be read ({error.strerror or error})") from error
         if not entries:
             raise GraniteError(f"{name}: has no entries")
-        return cls(path, part_size, options, entries, digest, tuple(offsets), signature)
+        return cls(path, part_size, options, entries, digest, tuple(ignored), tuple(offsets), {signature})
 
     @property
     def parts(self) -> int:
@@ -101,8 +127,10 @@ class Manifest:
         """A part's entries, grouped by options. Raises GraniteError if the file has changed."""
         entries = []
         with open(self.path, "rb") as file:
-            if _signature(file) != self.signature:
-                raise GraniteError(f"{self.path}: has changed while the job runs")
+            if _signature(file) not in self.signatures:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
+                    raise GraniteError(f"{self.path}: has changed while the job runs")
+                self.signatures.add(_signature(file))  # it was only touched
             file.seek(self.offsets[part])
             for index, (_, line) in zip(self.indices(part), _lines(file), strict=False):
                 entries.append(parse_line(line, index, self.options))
@@ -122,6 +150,17 @@ def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> En
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         return Entry(index, str(index), error=f"line of entry {index}: {reason}")
     return parse_entry(fields, index, options)
+
+
+def ignored_fields(line: bytes | None) -> list[str]:
+    """The fields of a line that are not understood, but look as if they should change its result."""
+    try:
+        fields = json.loads((line or b"").decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return []
+    unknown = [key for key in fields if key not in FIELDS] if isinstance(fields, dict) else []
+    known = (*FIELDS, *_FOREIGN_FIELDS)
+    return [key for key in unknown if difflib.get_close_matches(key.lower(), known, 1, 0.85)]
 
 
 def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:

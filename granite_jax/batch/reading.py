@@ -5,15 +5,16 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 
 from granite_jax.audio.load import AccessError, Audio, load_audio, load_segment, printable
 from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import AudioStorage, retried
+from granite_jax.batch.file_versions import Detection, version_of
 from granite_jax.batch.manifest import Entry, Manifest
 from granite_jax.batch.reader_processes import Killed, ReaderProcesses
 from granite_jax.errors import AudioError, GraniteError
@@ -26,6 +27,7 @@ class LoadedEntry:
     """An entry and its audio, or why there is none.
 
     Fields:
+      file: the `file_versions.version_of` its file; empty if that was not reached.
       is_transient: whether the error is one of access, which a later run may not meet: the file is missing, forbidden
         or out of reach, or its reader was killed.
     """
@@ -33,6 +35,7 @@ class LoadedEntry:
     entry: Entry
     audio: Audio | None = None
     error: str | None = None
+    file: Mapping[str, Any] = field(default_factory=dict)
     is_transient: bool = False
 
 
@@ -44,30 +47,36 @@ class Reader:
       access: which audio may be read.
       max_seconds: longest audio to accept.
       dataset: directory and split of the prepared TFDS data set that `tfds:` entries are examples of.
+      detection: how changes of files will be noticed.
     """
 
     access: AudioStorage
     max_seconds: float
     dataset: tuple[str, str] | None = None
+    detection: Detection = "time"
 
     def __call__(self, entry: Entry) -> LoadedEntry:
         """Loads an entry. Retries transient errors, and returns all others."""
         if entry.error is not None:
             return LoadedEntry(entry, error=entry.error)
+        version: dict[str, Any] = {}
         try:
-            return LoadedEntry(entry, retried(lambda: self._load(entry)))
+            return LoadedEntry(entry, retried(lambda: self._load(entry, version)), file=version)
         except FileNotFoundError:
             return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file", is_transient=True)
         except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
             is_known = isinstance(error, GraniteError)
             reason = str(error) if is_known else f"cannot be read ({_reason(error)})"
             is_transient = not is_known or isinstance(error, AccessError)
-            return LoadedEntry(entry, error=f"{printable(entry.audio)}: {reason}", is_transient=is_transient)
+            error_text = f"{printable(entry.audio)}: {reason}"
+            return LoadedEntry(entry, error=error_text, file=version, is_transient=is_transient)
 
-    def _load(self, entry: Entry) -> Audio:
+    def _load(self, entry: Entry, version: dict[str, Any]) -> Audio:
+        """The audio; `version` is filled when its file is open."""
         if entry.audio.startswith("tfds:"):
             return self._example(entry)
         with self.access.open(entry.audio) as file:
+            version.update(version_of(file, self.detection))
             return load_segment(
                 file, entry.audio, offset=entry.offset, duration=entry.duration, max_seconds=self.max_seconds
             )

@@ -63,10 +63,13 @@ def run(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="try all failed utterances again, not only those out of reach")
     ] = False,
+    detect_changes: Annotated[
+        Literal["time", "hash", "off"], typer.Option(help="how local files that changed since a former run are noticed")
+    ] = "time",
 ) -> None:
     """Transcribe a manifest, or one shard of it; the same command again resumes.
 
-    It also retries audio that was out of reach.
+    It also retries audio that was out of reach, and transcribes anew what has changed since.
 
     Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
@@ -98,6 +101,7 @@ def run(
                 readers=readers,
                 num_readers=num_readers,
                 retry_failed=retry_failed,
+                detect_changes=detect_changes,
                 progress=functools.partial(show_job, display),
                 stop=stop,
             )
@@ -107,6 +111,8 @@ def run(
     except OSError as error:  # a full disk or an unreachable store can be temporary
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
+    if summary.changed:
+        fail(f"{summary.changed} utterances were transcribed anew because their files have changed")
     if summary.stopped:
         fail(f"stopped by {stop.name}; run again to resume {out}")
         raise typer.Exit(stop.status)
@@ -136,5 +142,8 @@ def merge(
 
 def show_job(display: ProgressDisplay, progress: Any) -> None:
     """Shows a `batch.Progress`."""
+    if progress.ignored_fields:
+        names = ", ".join(progress.ignored_fields)[:200]
+        display.tell(f"the manifest has fields that are not understood, and change nothing: {names}")
     note = f"{progress.audio_seconds / 3600:.2f} h of audio, RTFx {progress.rtfx:.0f}, {progress.failed} failed"
     display.show(progress.resumed + progress.done, progress.entries, note)

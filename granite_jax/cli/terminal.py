@@ -34,6 +34,7 @@ class ProgressDisplay:
         self._bar = Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False)
         self._task = self._bar.add_task(escape(action), total=None, note="")
         self._action = action
+        self._told: set[str] = set()
 
     def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
@@ -43,6 +44,12 @@ class ProgressDisplay:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
+
+    def tell(self, message: str) -> None:
+        """Prints a message on stderr, as one line, once."""
+        if message not in self._told:
+            self._told.add(message)
+            fail(message)
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """Shows that `done` of `total` are done, and a note beside that."""

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import tempfile
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ import soundfile
 from granite_jax.audio.load import printable
 from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import AudioStorage, scheme
-from granite_jax.batch.manifest import MAX_LINE, Entry, parse_line, root_of, split_tfds
+from granite_jax.batch.manifest import FIELDS, MAX_LINE, Entry, ignored_fields, parse_line, root_of, split_tfds
+from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.tfds import open_dataset
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import TranscribeOptions
@@ -60,18 +62,31 @@ class EvaluationSet:
       name: title of the set's column in the table.
       source: a manifest for `batch.run`, whose entries are the utterances in this order.
       root: directory that the set's local files must be below.
+      entries: JSON lines of a manifest, without references; none for other sources.
     """
 
     name: str
     source: str
     root: str
     utterances: tuple[Utterance, ...]
+    entries: tuple[str, ...] = ()
 
     @property
     def directory(self) -> str:
         """Name of the directory of the set's results: the letters and digits of its name, of any script."""
         name = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", self.name)).strip("-").lower()[:80]
         return name or f"set-{zlib.crc32(self.name.encode('utf-8', 'surrogatepass')):08x}"
+
+    def job_manifest(self, work: Path) -> str:
+        """What a batch job transcribes: `source`, or a manifest without references, which is written to `work`.
+
+        So a set whose references alone have changed is the same job.
+        """
+        if not self.entries:
+            return self.source
+        path = work / f"{self.directory}.jsonl"
+        path.write_text("".join(self.entries), encoding="utf-8")
+        return str(path)
 
 
 def open_sets(specs: Sequence[str], root: str | None = None) -> list[EvaluationSet]:
@@ -110,14 +125,21 @@ def _open(spec: str, root: str | None) -> EvaluationSet:
         directory = location if os.path.isdir(location) else _prepare(location, split)
         return _open_tfds(label or name or f"{_builder_name(location)} {split}", directory, split)
     access = AudioStorage(root or root_of(target))
-    return EvaluationSet(label or Path(target).stem, target, access.root, tuple(_read_manifest(target, access)))
+    with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
+        try:
+            lines = list(_read_manifest(to_json_lines(Path(target), target, Path(work)), access))
+        except GraniteError as error:
+            reason = str(error).removeprefix(f"{printable(target)}: ")
+            raise GraniteError(f"{printable(target)}: {reason}") from None
+    utterances, entries = zip(*lines, strict=True)
+    return EvaluationSet(label or Path(target).stem, target, access.root, utterances, entries)
 
 
 # Manifests.
 
 
-def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
-    """References of a manifest; a single bad line is an error, because a score must cover the whole set."""
+def _read_manifest(path: Path, access: AudioStorage) -> Iterator[tuple[Utterance, str]]:
+    """References and entries of a manifest; a bad line is an error, because a score must cover the whole set."""
     first_indices: dict[Any, int] = {}  # by id, and by segment of audio
     index = 0
     try:
@@ -125,15 +147,12 @@ def _read_manifest(path: str, access: AudioStorage) -> Iterator[Utterance]:
             while line := file.readline(MAX_LINE + 1):
                 if line.isspace():
                     continue
-                try:
-                    yield _utterance(line, index, first_indices, access)
-                except GraniteError as error:
-                    raise GraniteError(f"{printable(path)}: {error}") from None
+                yield _utterance(line, index, first_indices, access), _without_reference(line)
                 index += 1
     except OSError as error:
-        raise GraniteError(f"{printable(path)}: cannot be read ({error.strerror or error})") from None
+        raise GraniteError(f"cannot be read ({error.strerror or error})") from None
     if not index:
-        raise GraniteError(f"{printable(path)}: has no entries")
+        raise GraniteError("has no entries")
 
 
 def _utterance(line: bytes, index: int, first_indices: dict[Any, int], access: AudioStorage) -> Utterance:
@@ -155,6 +174,13 @@ def _utterance(line: bytes, index: int, first_indices: dict[Any, int], access: A
     if entry.keywords is not None:
         words = tuple(keyword if isinstance(keyword, str) else keyword[0] for keyword in entry.keywords)
     return Utterance(entry.id, text, words, _seconds(entry, access))
+
+
+def _without_reference(line: bytes) -> str:
+    """The fields of a line that decide what is transcribed, or look so; keywords are what its score counts."""
+    fields = json.loads(line.decode("utf-8-sig"))
+    kept = {*FIELDS, *ignored_fields(line)} - {"keywords"}
+    return json.dumps({key: value for key, value in fields.items() if key in kept}, sort_keys=True) + "\n"
 
 
 def _seconds(entry: Entry, access: AudioStorage) -> float | None:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -93,7 +94,8 @@ def evaluate(
     """Transcribes sets and compares them with their references; continues an earlier run that was interrupted.
 
     An utterance that fails counts as an empty hypothesis; one whose reference has no words is not counted. With
-    another normalizer, or keyword lists that only score, a directory is scored again but not transcribed again.
+    another normalizer, other references, or keyword lists that only score, a directory is scored again but not
+    transcribed again.
 
     Args:
       sets: as in `datasets.open_sets`.
@@ -121,6 +123,9 @@ def evaluate(
     scoring = _Scoring.choose(transcribe_options, language, normalizer)
     lists = read_keyword_lists(keyword_lists)
     opened = [_with_lists(evaluation_set, lists, scoring.normalize) for evaluation_set in open_sets(sets, root)]
+    for evaluation_set in opened:
+        if not any(transcribed.is_scored(utterance.text, scoring.normalize) for utterance in evaluation_set.utterances):
+            raise GraniteError(f"set {evaluation_set.name}: no reference has a word in it")
     if scheme(os.fspath(out)) is not None:
         raise GraniteError(f"{out}: an evaluation is written to a local directory")
     store = LocalStore(Path(out))
@@ -132,19 +137,20 @@ def evaluate(
         loaded, identity = transcriber
         loader = _Loader(lambda: loaded)
     for evaluation_set in opened:
-        summary = batch.run(
-            evaluation_set.source,
-            store.directory / evaluation_set.directory,
-            options=transcribe_options,
-            transcriber=(lambda evaluation_set=evaluation_set: loader.ready(evaluation_set.utterances), identity),
-            shard=0,
-            num_shards=1,
-            part_size=part_size,
-            root=evaluation_set.root,
-            keyword_lists=_biasing(evaluation_set) if bias else (),
-            progress=progress,
-            stop=stop,
-        )
+        with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
+            summary = batch.run(
+                evaluation_set.job_manifest(Path(work)),
+                store.directory / evaluation_set.directory,
+                options=transcribe_options,
+                transcriber=(lambda evaluation_set=evaluation_set: loader.ready(evaluation_set.utterances), identity),
+                shard=0,
+                num_shards=1,
+                part_size=part_size,
+                root=evaluation_set.root,
+                keyword_lists=_biasing(evaluation_set) if bias else (),
+                progress=progress,
+                stop=stop,
+            )
         times = loader.times(summary)
         if times.audio:
             LocalStore(store.directory / evaluation_set.directory).create(
@@ -267,8 +273,6 @@ def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict
         directory = out / evaluation_set.directory
         lines = transcribed.collect(evaluation_set, directory)
         scored = [line for line in lines if line.is_scored(scoring.normalize)]
-        if not scored:
-            raise GraniteError(f"set {evaluation_set.name}: no reference has a word in it")
         times = _times(directory)
         total += times
         description = {

@@ -35,9 +35,13 @@ class Transcribed:
     error: str | None
 
     def is_scored(self, normalize: Callable[[str], str]) -> bool:
-        """Whether the normalized reference has words to score; others are left out, as on the Open ASR leaderboard."""
-        words = " ".join(normalize(self.reference).split())
-        return words not in ("", _UNSCORED)
+        """Whether it counts."""
+        return is_scored(self.reference, normalize)
+
+
+def is_scored(reference: str, normalize: Callable[[str], str]) -> bool:
+    """Whether a normalized reference has words to score; others are left out, as on the Open ASR leaderboard."""
+    return " ".join(normalize(reference).split()) not in ("", _UNSCORED)
 
 
 def collect(evaluation_set: EvaluationSet, directory: Path) -> list[Transcribed]:
