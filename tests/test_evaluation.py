@@ -122,6 +122,21 @@ def test_sets_have_all_forms_of_manifests(manifest: Path, tmp_path: Path) -> Non
     assert found["wer"] == expected["wer"] and found["scored"] == expected["scored"]
 
 
+def test_another_set_is_added_to_the_results(manifest: Path, tmp_path: Path) -> None:
+    # Given a finished run, and a run of two sets at once
+    other = write_lines(manifest.with_name("other.jsonl"), *read_lines(manifest)[:2])
+    evaluate([manifest], tmp_path / "run")
+    expected, _ = evaluate([manifest, other], tmp_path / "both")
+    # When the other set is evaluated into the first one's directory, then the results are the same
+    found, asr = evaluate([other], tmp_path / "run")
+    assert numbers(found) == numbers(expected) and len(asr.heard) == 2
+    # And the same set again replaces its own results alone; other options need another directory
+    assert numbers(evaluate([manifest], tmp_path / "run")[0])["average"] == numbers(expected)["average"]
+    third = write_lines(manifest.with_name("third.jsonl"), *read_lines(manifest)[:1])
+    with pytest.raises(GraniteError, match="has results of set other with other options"):
+        evaluate([third, manifest], tmp_path / "run", max_new_tokens=5)
+
+
 def test_only_programs_that_are_needed_are_compiled_and_times_are_apart(manifest: Path, tmp_path: Path) -> None:
     # Given lengths that fit the smallest buckets, when evaluated, then these alone are compiled, before anything else
     results, asr = evaluate([manifest], tmp_path / "out")

@@ -99,7 +99,7 @@ def evaluate(
 
     Args:
       sets: as in `datasets.open_sets`.
-      out: a local directory, for one checkpoint and one set of options.
+      out: a local directory, for one checkpoint and one set of options. Results of other sets, of earlier runs, stay.
       model, options: as in `batch.run`.
       transcriber: a loaded Transcriber in place of a checkpoint, and a name for its weights and dtype.
       language: language of the references, as a code or a name; for a translation, its target is taken instead.
@@ -136,6 +136,13 @@ def evaluate(
     else:
         loaded, identity = transcriber
         loader = _Loader(lambda: loaded)
+    decisive = {
+        "weights": identity,
+        "version": granite_jax.__version__,
+        "options": json.loads(json.dumps(dataclasses.asdict(transcribe_options))),
+    }
+    current = {each.directory: _Finished(each.name, each.directory, each.source, each) for each in opened}
+    sets_by_directory = _former_sets(store.directory / RESULTS, decisive, list(current)) | current
     for evaluation_set in opened:
         with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
             summary = batch.run(
@@ -160,13 +167,11 @@ def evaluate(
             return None
     results = {
         "model": os.fspath(model_options.checkpoint) if transcriber is None else identity,
-        "weights": identity,
-        "version": granite_jax.__version__,
+        **decisive,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "devices": [device.device_kind for device in jax.local_devices()],
-        "options": dataclasses.asdict(transcribe_options),
         "scoring": dataclasses.asdict(scoring),
-        **_scores(opened, store.directory, scoring),
+        **_scores(list(sets_by_directory.values()), store.directory, scoring),
     }
     text = json.dumps(results, indent=1, ensure_ascii=False)
     transcribed.write(store.directory / RESULTS, f"{text}\n")
@@ -266,19 +271,54 @@ def _biasing(evaluation_set: EvaluationSet) -> list[tuple[str, ...]]:
     return [listed or () for listed in lists]
 
 
-def _scores(sets: Sequence[EvaluationSet], out: Path, scoring: _Scoring) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """A set whose job is done, in this run or, if there is no `evaluation_set`, in an earlier one."""
+
+    name: str
+    directory: str
+    source: str
+    evaluation_set: EvaluationSet | None = None
+
+    def lines(self, directory: Path) -> list[Transcribed]:
+        if self.evaluation_set is None:
+            return transcribed.read(directory)
+        return transcribed.collect(self.evaluation_set, directory)
+
+
+def _former_sets(results: Path, decisive: dict[str, Any], again: Sequence[str]) -> dict[str, _Finished]:
+    """The sets of earlier runs into one directory, by the directories of their own.
+
+    Raises:
+      GraniteError: those that are not evaluated `again` had other weights or options.
+    """
+    try:
+        former = json.loads(results.read_text(encoding="utf-8"))
+        sets = [_Finished(*(each[key] for key in ("name", "directory", "source"))) for each in former["sets"]]
+        different = [key for key, value in decisive.items() if former[key] != value]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise GraniteError(f"{results}: is not the result of an evaluation ({error})") from None
+    kept = [each.name for each in sets if each.directory not in again]
+    if kept and different:
+        raise GraniteError(f"{results}: has results of set {kept[0]} with other {', '.join(different)}")
+    return {each.directory: each for each in sets}
+
+
+def _scores(sets: Sequence[_Finished], out: Path, scoring: _Scoring) -> dict[str, Any]:
     """The results for texts and times."""
     descriptions, counted, total = [], [], Times()
-    for evaluation_set in sets:
-        directory = out / evaluation_set.directory
-        lines = transcribed.collect(evaluation_set, directory)
+    for finished in sets:
+        directory = out / finished.directory
+        lines = finished.lines(directory)
         scored = [line for line in lines if line.is_scored(scoring.normalize)]
         times = _times(directory)
         total += times
         description = {
-            "name": evaluation_set.name,
-            "directory": evaluation_set.directory,
-            "source": evaluation_set.source,
+            "name": finished.name,
+            "directory": finished.directory,
+            "source": finished.source,
             "utterances": len(lines),
             "scored": len(scored),
             "failed": sum(line.error is not None for line in lines),
