@@ -48,6 +48,51 @@ def test_directories_and_globs_are_listed_once(corpus: Path, tmp_path: Path) -> 
         run(f"{corpus}/*.mp3", tmp_path / "none")
 
 
+@pytest.mark.parametrize("spelling", ["{corpus}/", "{corpus}/./", "{corpus}/../corpus", "{relative}"])
+def test_a_directory_is_the_same_however_it_is_spelled(corpus: Path, tmp_path: Path, spelling: str) -> None:
+    # Given a finished job of a directory, when it is spelled otherwise, then it is the same job
+    run(str(corpus), tmp_path / "out")
+    summary, _ = run(spelling.format(corpus=corpus, relative=os.path.relpath(corpus)), tmp_path / "out")
+    assert summary.resumed_parts == summary.parts
+
+
+@pytest.mark.parametrize(
+    ("name", "is_listed"),
+    [
+        *((f"x{suffix}", True) for suffix in (".wave", ".oga", ".m4a", ".webm", ".WMA", ".mp4", ".amr", ".aifc")),
+        *((name, False) for name in ("x.txt", "x", "x.wav.bak", "x.ts")),
+    ],
+)
+def test_what_a_listing_leaves_out_is_told(corpus: Path, tmp_path: Path, name: str, is_listed: bool) -> None:
+    # Given a directory with another file, when it is listed, then the file is there, or counted by its suffix
+    shutil.copy(corpus / "a/1.wav", corpus / name)
+    summary, _ = run(str(corpus), tmp_path / "out")
+    assert (summary.entries, summary.failed) == (11 if is_listed else 10, 0)
+    kind = Path(name).suffix or "without a suffix"
+    assert summary.notes == (() if is_listed else (f"1 files are not audio by their names: 1 {kind}",))
+
+
+@pytest.mark.parametrize("source", ["{corpus}", "{corpus}/**/*.wav", "{corpus}/**"])
+def test_links_that_lead_in_circles_end(corpus: Path, tmp_path: Path, source: str) -> None:
+    # Given a directory with links to itself, when it is listed, then each file is there once
+    for name in ("here", "there", "a/up"):
+        (corpus / name).symlink_to(corpus)
+    summary, _ = run(source.format(corpus=corpus), tmp_path / "out")
+    assert (summary.entries, summary.failed) == (10, 0)
+    told = ("3 files are not audio by their names: 3 links to directories",)
+    assert summary.notes == (told if source == "{corpus}" else ())
+
+
+def test_files_that_come_later_are_told(corpus: Path, tmp_path: Path) -> None:
+    # Given a finished job of a directory, when files come, then a run says that they are no part of it
+    run(str(corpus), tmp_path / "out")
+    for name in ("later.wav", "a/too.wav"):
+        shutil.copy(corpus / "a/1.wav", corpus / name)
+    summary, _ = run(str(corpus), tmp_path / "out")
+    assert summary.entries == 10
+    assert summary.notes == ("2 audio files came after the job's listing, and are no part of it (use another --out)",)
+
+
 def test_a_segment_is_what_the_file_holds_there(tmp_path: Path) -> None:
     # Given files that are counts of their own samples
     samples = np.arange(3 * RATE, dtype=np.int16)

@@ -1,4 +1,4 @@
-"""Decodes encoded audio (whatever libsndfile reads) in blocks, stream by stream, believing no header."""
+"""Decodes encoded audio in blocks, stream by stream, believing no header: by libsndfile, or else by FFmpeg."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import soundfile as sf
 
+from granite_jax.audio.media import HEAD, decode_media, media_format
 from granite_jax.audio.resample import (
     SAMPLE_RATE,
     Mixer,
@@ -72,12 +73,21 @@ def decode(
         raise AudioError("is empty")
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
+    head = _head(file)
+    if (kind := media_format(head)) is not None:
+        return Decoded(*decode_media(file, kind, sampling_rate, limit, offset, duration))
     position, skip, take, seconds = 0, offset, duration, 0.0
     streams: list[_DecodedStream] = []
     while not (streams and streams[-1].is_enough):
         if len(streams) == _MAX_STREAMS:
             raise AudioError(f"holds more than {_MAX_STREAMS:,} recordings")
-        decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
+        try:
+            decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
+        except _UnreadableError as error:
+            kind = media_format(head, shared=True)
+            if kind is None:
+                raise AudioError(str(error)) from error.__cause__
+            return Decoded(*decode_media(file, kind, sampling_rate, limit, offset, duration))
         if decoded is None:
             break
         streams.append(decoded)
@@ -90,6 +100,11 @@ def decode(
     if offset and len(samples) == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
     return Decoded(samples, tuple(dict.fromkeys(flag for stream in streams for flag in stream.flags)))
+
+
+def _head(file: BinaryIO) -> bytes:
+    file.seek(0)
+    return file.read(HEAD)
 
 
 def _decode_next(
@@ -117,7 +132,7 @@ def _decode_next(
             except _UnreadableError as error:
                 unreadable = unreadable or error
     if position == 0 and unreadable is not None:
-        raise AudioError(str(unreadable)) from unreadable.__cause__
+        raise unreadable
     if size - position <= _TRAILER:
         return None
     raise AudioError(f"is damaged ({size - position:,} of its {size:,} bytes cannot be decoded)")

@@ -8,6 +8,7 @@ A part is committed as a whole or not at all; a worker that dies loses its curre
 on its entries.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -26,7 +27,16 @@ from granite_jax.audio.load import printable
 from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
-from granite_jax.batch.manifest import Manifest, is_listing, listing, root_of, split_tfds
+from granite_jax.batch.listing import (
+    describe_skipped,
+    identity_of,
+    is_listing,
+    list_audio,
+    root_of,
+    split_tfds,
+    to_line,
+)
+from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
 from granite_jax.batch.reader_processes import check_processes
@@ -51,7 +61,7 @@ class Progress:
     """How far a worker is.
 
     Fields:
-      ignored_fields: of the manifest's lines, which look as if they should change results, but are not understood.
+      notes: what is odd about the manifest: sentences.
       entries: number of entries in its shard.
       resumed: entries in parts that were committed before this run.
       done: entries finished in this run, including failed ones.
@@ -61,7 +71,7 @@ class Progress:
       seconds: wall time since the first part was started.
     """
 
-    ignored_fields: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     entries: int = 0
     resumed: int = 0
     done: int = 0
@@ -90,6 +100,7 @@ class Summary:
       entries, transcribed, failed: numbers of entries in the share, or in this run if it was stopped.
       audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
       stopped: whether it was asked to stop before its share was done; the next run does the rest.
+      notes: what is odd about the manifest: sentences.
     """
 
     fingerprint: str
@@ -108,6 +119,7 @@ class Summary:
     read_wait_seconds: float
     rtfx: float
     stopped: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class _Stopped(Exception):
@@ -202,14 +214,17 @@ def run(
     checkpoint = open_checkpoint(model_options.checkpoint, model_options.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-")))
-        lines = to_json_lines(_local_manifest(source, access, store, work), source, work)
-        scanned = Manifest.scan(lines, part_size, job_options, source)
+        local, notes = _local_manifest(source, access, store, work)
+        scanned = Manifest.scan(to_json_lines(local, source, work), part_size, job_options, source)
+        if scanned.ignored_fields:
+            names = ", ".join(scanned.ignored_fields)[:200]
+            notes.append(f"the manifest has fields that are not understood, and change nothing: {names}")
         description = {
             "version": granite_jax.__version__,
             "weights": weights_identity(checkpoint) if checkpoint else transcriber[1] if transcriber else "",
             "dtype": parse_dtype(model_options.dtype).name if checkpoint else "",
             "options": dataclasses.asdict(job_options),
-            "manifest": {"sha256": scanned.sha256, "source": source if is_listing(source) else ""},
+            "manifest": {"sha256": scanned.sha256, "source": identity_of(source) if is_listing(source) else ""},
             "entries": scanned.entries,
             "part_size": part_size,
             "root": access.resolved_root,
@@ -232,7 +247,7 @@ def run(
             keyword_lists,
             retry_failed,
             ChangeDetector(access, detect_changes),
-            Progress(scanned.ignored_fields),
+            Progress(tuple(notes)),
         )
 
         def load() -> Transcriber:
@@ -247,27 +262,37 @@ def run(
         return worker.run(load, read_with, readers, num_readers)
 
 
-def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path) -> Path:
-    """A local file of JSON lines: the manifest, a copy of a remote one, or the listing that the first worker made."""
+def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path) -> tuple[Path, list[str]]:
+    """A local file: the manifest, a copy of a remote one, or the listing that the first worker made; and notes."""
     if not is_listing(source):
         if scheme(source) is None:
-            return Path(source)
+            return Path(source), []
         try:
             with retried(lambda: access.open(source)) as remote:
-                return _copy(remote, work / _LISTING)
+                return _copy(remote, work / _LISTING), []
         except (AudioError, FileNotFoundError, PermissionError) as error:
             reason = error if isinstance(error, AudioError) else "no such file, or no permission to read it"
             raise GraniteError(f"{printable(source)}: {reason}") from None
-    if _LISTING not in store.names():
+    skipped: collections.Counter[str] = collections.Counter()
+    is_new = _LISTING not in store.names()
+    if is_new:
         with open(work / _LISTING, "w", encoding="utf-8") as file:
-            file.writelines(listing(source, access))
+            file.writelines(map(to_line, list_audio(source, access, skipped)))
         if os.path.getsize(work / _LISTING) == 0:
-            raise GraniteError(f"{source}: no audio files")
+            raise GraniteError(". ".join(filter(None, [f"{source}: no audio files", describe_skipped(skipped)])))
         store.create(_LISTING, work / _LISTING)
     if isinstance(store, LocalStore):
-        return store.directory / _LISTING
-    with store.open(_LISTING) as listed:
-        return _copy(listed, work / _LISTING)
+        path = store.directory / _LISTING
+    else:
+        with store.open(_LISTING) as remote:
+            path = _copy(remote, work / _LISTING)
+    notes = []
+    if not is_new and scheme(source) is None:
+        with open(path, encoding="utf-8") as file:
+            listed = set(file)
+        if later := sum(to_line(name) not in listed for name in list_audio(source, access, skipped)):
+            notes.append(f"{later} audio files came after the job's listing, and are no part of it (use another --out)")
+    return path, [*filter(None, [describe_skipped(skipped)]), *notes]
 
 
 def _copy(file: Any, path: Path) -> Path:
@@ -373,6 +398,7 @@ class _Worker:
             read_wait_seconds=round(self.progress.read_seconds, 3),
             rtfx=round(self.progress.rtfx, 1),
             stopped=stopped,
+            notes=self.progress.notes,
         )
         name = self.shard.name("summary", ".json")
         if not stopped and (tasks or not self.store.exists(name)):  # keep that of the run that did the work

@@ -1,30 +1,24 @@
-"""The input of a job: JSON lines, a directory, a glob or a prepared TFDS data set, read in constant memory.
+"""The input of a job: JSON lines, read in constant memory.
 
-Every kind of input becomes a file of JSON lines, of which a job keeps one offset for each part. A listing is written
-once, so that all workers and restarts see the same entries.
+Every kind of input becomes such a file (`manifest_files`, `listing`), of which a job keeps one offset for each part.
 """
 
 import dataclasses
 import difflib
-import functools
-import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from granite_jax.audio.load import printable
-from granite_jax.batch.access import AudioStorage, scheme
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.keywords.options import check_boost, keyword_entries
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64")
-"""File name suffixes of the audio in a directory."""
 MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
 MAX_TEXT = 8192
@@ -272,66 +266,3 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 def _signature(file: BinaryIO) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
     return status.st_size, status.st_mtime_ns
-
-
-# Listings.
-
-
-def is_listing(source: str) -> bool:
-    """Whether a source must be listed: it is a directory, a glob or a data set, not a file of JSON lines."""
-    if scheme(source) is None:
-        return os.path.isdir(source) or (glob.has_magic(source) and not os.path.exists(source))
-    return scheme(source) == "tfds" or (scheme(source) != "https" and (source.endswith("/") or glob.has_magic(source)))
-
-
-def root_of(source: str) -> str:
-    """The directory or URL that names in a source are relative to, and that local files must be below."""
-    if source.startswith("tfds:"):
-        return split_tfds(source)[0]
-    if scheme(source) is None and os.path.isdir(source):
-        return source
-    root = os.path.dirname(source)
-    while is_listing(source) and glob.has_magic(root):
-        root = os.path.dirname(root)
-    return root or "."
-
-
-def listing(source: str, access: AudioStorage) -> Iterator[str]:
-    """JSON lines of a directory's audio files, those that a glob matches, or a data set's examples.
-
-    Raises:
-      GraniteError: the source cannot be listed.
-    """
-    if source.startswith("tfds:"):
-        from granite_jax.batch.tfds import open_dataset
-
-        names: Iterable[str] = (f"tfds:{i}" for i in range(len(open_dataset(*split_tfds(source)))))
-    elif scheme(source) is not None:
-        names = access.list_remote(source, AUDIO_SUFFIXES)
-    elif os.path.isdir(source):
-        names = _walk(source)
-    else:
-        root = root_of(source)
-        matches = (path for path in glob.iglob(source, recursive=True) if os.path.isfile(path))
-        names = (os.path.relpath(path, root) for path in sorted(matches))
-    return (json.dumps({"audio": name}) + "\n" for name in names)
-
-
-def _walk(directory: str) -> Iterator[str]:
-    def fail(error: OSError) -> None:
-        raise GraniteError(f"{printable(str(error.filename))}: cannot be listed ({error.strerror})") from error
-
-    for parent, directories, files in os.walk(directory, onerror=fail):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(AUDIO_SUFFIXES):
-                yield os.path.relpath(os.path.join(parent, name), directory)
-
-
-@functools.cache
-def split_tfds(source: str) -> tuple[str, str]:
-    """Directory and split of `tfds:DIRECTORY#SPLIT`."""
-    directory, _, split = source.removeprefix("tfds:").partition("#")
-    if not directory or not split:
-        raise GraniteError(f"{printable(source)}: a prepared data set is given as tfds:DIRECTORY#SPLIT")
-    return directory, split

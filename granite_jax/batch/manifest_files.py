@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from granite_jax.audio.load import printable
+from granite_jax.audio.media import media_format
 from granite_jax.audio.streams import looks_like_audio
 from granite_jax.batch.access import scheme
 from granite_jax.errors import GraniteError
@@ -106,7 +107,7 @@ def _foreign(head: bytes) -> str | None:
     """What a file that is not a manifest seems to be, if that is known."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"PAR1")):
         return None
-    if looks_like_audio(head):
+    if looks_like_audio(head) or media_format(head) is not None:
         return "audio (granite-jax transcribe takes audio files)"
     known = next((kind for magic, kind in _FOREIGN.items() if head.startswith(magic)), None)
     return known or ("binary data" if b"\0" in head else None)

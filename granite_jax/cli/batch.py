@@ -111,6 +111,8 @@ def run(
     except OSError as error:  # a full disk or an unreachable store can be temporary
         fail(f"{out}: {error}; what is committed stays: run again to resume")
         raise typer.Exit(1) from None
+    for note in summary.notes:
+        display.tell(note)
     if summary.changed:
         fail(f"{summary.changed} utterances were transcribed anew because their files have changed")
     if summary.stopped:
@@ -142,8 +144,7 @@ def merge(
 
 def show_job(display: ProgressDisplay, progress: Any) -> None:
     """Shows a `batch.Progress`."""
-    if progress.ignored_fields:
-        names = ", ".join(progress.ignored_fields)[:200]
-        display.tell(f"the manifest has fields that are not understood, and change nothing: {names}")
+    for note in progress.notes:
+        display.tell(note)
     note = f"{progress.audio_seconds / 3600:.2f} h of audio, RTFx {progress.rtfx:.0f}, {progress.failed} failed"
     display.show(progress.resumed + progress.done, progress.entries, note)

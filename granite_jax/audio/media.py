@@ -1,0 +1,234 @@
+"""Decodes what libsndfile does not know (MP4, WebM, AAC, WMA, AMR, video files, ...) by PyAV, of the extra `media`.
+
+FFmpeg is told the format, and never probes for one: playlists and scripts among its formats name further files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from granite_jax.audio.resample import Mixer, check_channels, check_rate, one_line, resample
+from granite_jax.errors import AudioError
+
+HEAD = 512
+"""Bytes of a file by which its format is recognized."""
+_SLACK = 0.5  # seconds that a header's duration and the decoded audio can differ by
+_PREROLL = 1.0  # seconds before a segment that are decoded, because lossy decoders depend on what was before
+
+
+class MediaFormat(NamedTuple):
+    """A format: its name for messages, and FFmpeg's demuxer."""
+
+    name: str
+    demuxer: str
+
+
+_FORMATS = {
+    rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)": MediaFormat("MP4 or QuickTime", "mov"),
+    rb"\x1a\x45\xdf\xa3": MediaFormat("WebM or Matroska", "matroska"),
+    rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11": MediaFormat("WMA or WMV", "asf"),
+    rb"#!AMR": MediaFormat("AMR", "amr"),
+    rb"\xff[\xf0\xf1\xf8\xf9]": MediaFormat("AAC", "aac"),
+    rb"RIFF....AVI ": MediaFormat("AVI", "avi"),
+    rb"FLV\x01": MediaFormat("Flash video", "flv"),
+    rb"\x47.{187}\x47.{187}\x47": MediaFormat("an MPEG transport stream", "mpegts"),
+    rb"\x00\x00\x01\xba": MediaFormat("an MPEG program stream", "mpeg"),
+    rb"\x0b\x77": MediaFormat("AC-3", "ac3"),
+    rb"wvpk": MediaFormat("WavPack", "wv"),
+    rb"MAC \x96|MAC [^\x00]\x0f": MediaFormat("Monkey's Audio", "ape"),
+    rb"TTA1": MediaFormat("True Audio", "tta"),
+}
+# Of libsndfile, too, but with codecs that only FFmpeg has.
+_SHARED_FORMATS = {
+    rb"RIFF....WAVE": MediaFormat("WAV with this codec", "wav"),
+    rb"OggS": MediaFormat("Ogg with this codec", "ogg"),
+    rb"caff": MediaFormat("CAF with this codec", "caf"),
+    rb"FORM....AIF[FC]": MediaFormat("AIFF with this codec", "aiff"),
+}
+
+
+def media_format(head: bytes, *, shared: bool = False) -> MediaFormat | None:
+    """The format of a file that begins with `head`, if it is one of FFmpeg's.
+
+    Args:
+      shared: look among the formats that libsndfile reads with other codecs.
+    """
+    formats = _SHARED_FORMATS if shared else _FORMATS
+    return next((found for pattern, found in formats.items() if re.match(pattern, head, re.DOTALL)), None)
+
+
+def decode_media(
+    file: BinaryIO,
+    kind: MediaFormat,
+    sampling_rate: float | None,
+    limit: float,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Decodes the first audio track: arguments, result and errors as of `decode.decode`."""
+    mixer = Mixer()
+    decoder = _Decoder(file, kind, sampling_rate, limit, offset, duration)
+    samples, flags = decoder.decode(mixer)
+    if mixer.cancels:
+        samples, flags = decoder.decode(Mixer(mixer.loudest))
+        flags = (*flags, "one-channel")
+    if offset and len(samples) == 0:
+        raise AudioError(f"has no audio at {offset:g} seconds")
+    return samples, flags
+
+
+class _Decoder(NamedTuple):
+    file: BinaryIO
+    kind: MediaFormat
+    sampling_rate: float | None
+    limit: float
+    offset: float
+    duration: float | None
+
+    def decode(self, mixer: Mixer) -> tuple[np.ndarray, tuple[str, ...]]:
+        if self.offset > _PREROLL:
+            with contextlib.suppress(_NoSeekError):
+                return self._decode(mixer, seek=True)
+        return self._decode(mixer, seek=False)
+
+    def _decode(self, mixer: Mixer, *, seek: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+        with self._open() as (av, container):
+            if not container.streams.audio:
+                raise AudioError("has no audio track")
+            track = container.streams.audio[0]
+            blocks = _Blocks(av, container, track)
+            rate, beginning = blocks.rate, blocks.start
+            if seek:
+                with _no_seek(av):
+                    container.seek(int((self.offset - _PREROLL) * 1e6))
+                blocks = _Blocks(av, container, track)
+            if self.sampling_rate is not None and check_rate(self.sampling_rate) != rate:
+                raise AudioError(
+                    f"has a sampling rate of {rate:g} Hz, but sampling_rate={self.sampling_rate!r} was given"
+                )
+            skip = round(self.offset * rate)
+            take = None if self.duration is None else max(1, round(self.duration * rate))
+            position = blocks.start - beginning
+            if position > skip:
+                raise _NoSeekError
+            skip -= position
+            wanted = _cut(blocks, skip, take)
+            samples = resample((mixer(block) for block in wanted), rate, self.limit)
+            if take is not None and blocks.num_frames >= skip + take:
+                return samples, ()
+            is_truncated = blocks.error is not None
+            if blocks.error is not None and not (self._is_at_end() and blocks.num_frames):
+                raise AudioError(f"is damaged ({blocks.error})")
+            seconds = _declared_seconds(container, track)
+            if seconds is not None:
+                is_truncated |= (position + blocks.num_frames) / rate < seconds - _SLACK
+            return samples, ("truncated-input",) if is_truncated else ()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[ModuleType, Any]]:
+        try:
+            import av
+        except ImportError:
+            raise AudioError(f"is {self.kind.name}, which needs pip install 'granite-jax[media]'") from None
+        self.file.seek(0)
+        try:
+            with av.open(_Readable(self.file), format=self.kind.demuxer, metadata_errors="replace") as container:
+                yield av, container
+        except av.error.FFmpegError as error:
+            raise AudioError(f"is not {self.kind.name} that can be read ({one_line(error.strerror)})") from error
+
+    def _is_at_end(self) -> bool:
+        position = self.file.tell()
+        return self.file.read(1) == b"" or position == 0
+
+
+class _NoSeekError(Exception):
+    """The format does not allow to begin amid the recording, or does not tell where it did."""
+
+
+@contextlib.contextmanager
+def _no_seek(av: ModuleType) -> Iterator[None]:
+    try:
+        yield
+    except av.error.FFmpegError:
+        raise _NoSeekError from None
+
+
+class _Blocks:
+    """The decoded blocks of a track, float32 `[n, channels]` each.
+
+    Fields:
+      rate: in Hz, as the decoder has it: headers of AAC can tell half of it.
+      start: the time of the first frame, in frames of the file's clock.
+      num_frames: frames that were decoded.
+      error: why decoding ended, if an error ended it.
+    """
+
+    def __init__(self, av: ModuleType, container: Any, track: Any):
+        self._av = av
+        self._frames = container.decode(track)
+        self._first = next(self._frames, None)
+        if self._first is None:
+            raise AudioError("holds no samples")
+        self.rate = check_rate(self._first.sample_rate)
+        check_channels(self._first.layout.nb_channels)
+        self.num_frames, self.error = 0, None
+        self.start = 0
+        if self._first.pts is not None:
+            self.start = round(float(self._first.pts * self._first.time_base) * self.rate)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        resampler = self._av.AudioResampler(format="fltp")
+        try:
+            for frame in itertools.chain([self._first], self._frames):
+                yield from self._converted(resampler, frame)
+        except self._av.error.FFmpegError as error:
+            self.error = one_line(error.strerror)
+        except ValueError:  # of the resampler
+            raise AudioError("changes its sampling rate or channels within the recording") from None
+
+    def _converted(self, resampler: Any, frame: Any) -> Iterator[np.ndarray]:
+        for converted in resampler.resample(frame):
+            block = converted.to_ndarray().T
+            self.num_frames += len(block)
+            yield block
+
+
+def _cut(blocks: _Blocks, skip: int, take: int | None) -> Iterator[np.ndarray]:
+    """The blocks without their first `skip` frames, and at most `take` of them."""
+    position = 0
+    for block in blocks:
+        low = max(0, skip - position)
+        high = len(block) if take is None else min(len(block), skip + take - position)
+        position += len(block)
+        if low < high:
+            yield block[low:high]
+        if take is not None and position >= skip + take:
+            return
+
+
+def _declared_seconds(container: Any, track: Any) -> float | None:
+    """The track's length according to its header; None where that is missing or an estimate."""
+    if container.format.name in ("aac", "amr", "ac3", "mpegts", "mpeg", "flv"):
+        return None
+    if track.duration is not None and track.time_base is not None:
+        return float(track.duration * track.time_base)
+    clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", track.metadata.get("DURATION", ""))
+    if clock is not None:
+        return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
+    is_alone = len(container.streams) == 1
+    return container.duration / 1e6 if is_alone and container.duration is not None else None
+
+
+class _Readable:
+    """A file without its name, by which FFmpeg would look for others."""
+
+    def __init__(self, file: BinaryIO):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell

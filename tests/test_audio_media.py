@@ -1,0 +1,170 @@
+"""Media files that FFmpeg decodes: containers, segments, ends that are missing, and what must not be opened."""
+
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from granite_jax import AudioError
+from granite_jax.audio.load import load_audio, load_segment
+from granite_jax.audio.media import media_format
+
+RATE = 16000
+SAMPLES = Path(__file__).parents[1] / "samples"
+# Container: muxer, encoder, rate
+KINDS = {
+    "m4a": ("ipod", "aac", 44100),
+    "mp4": ("mp4", "aac", 16000),
+    "mov": ("mov", "alac", 16000),
+    "3gp": ("3gp", "aac", 16000),
+    "webm": ("webm", "libopus", 48000),
+    "mkv": ("matroska", "aac", 16000),
+    "wma": ("asf", "wmav2", 16000),
+    "aac": ("adts", "aac", 16000),
+    "avi": ("avi", "mp2", 16000),
+    "ts": ("mpegts", "aac", 16000),
+    "ac3": ("ac3", "ac3", 48000),
+    "tta": ("tta", "tta", 16000),
+    "wv": ("wv", "wavpack", 16000),
+    # libsndfile's, too, with a codec that it does not have
+    "caf": ("caf", "alac", 16000),
+    "wav": ("wav", "wmav2", 16000),
+}
+# Files that can be read without their end, and whether their headers tell that it is missing
+FLAGGED, UNFLAGGED = ("webm", "mkv", "wma", "tta", "wv", "wav"), ("avi", "ts", "ac3")
+
+
+def encode(samples: np.ndarray, kind: str, **options: str) -> bytes:
+    """A file of float samples `[n]` or `[channels, n]` at 16 kHz."""
+    muxer, codec, rate = KINDS[kind]
+    samples = np.atleast_2d(samples).astype(np.float32)
+    layout = {1: "mono", 2: "stereo"}[len(samples)]
+    written = io.BytesIO()
+    with av.open(written, "w", format=muxer, options=options) as container:
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.layout, stream.bit_rate = layout, 96000
+        resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
+        for start in range(0, samples.shape[1], 1600):
+            frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1600].copy(), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts = RATE, start
+            for resampled in resampler.resample(frame):
+                container.mux(stream.encode(resampled))
+        for resampled in resampler.resample(None):
+            container.mux(stream.encode(resampled))
+        container.mux(stream.encode(None))
+    return written.getvalue()
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray:
+    samples, _ = soundfile.read(SAMPLES / "request.wav", dtype="float32")
+    return np.tile(samples, 3)
+
+
+def likeness(found: np.ndarray, expected: np.ndarray, lag: int) -> float:
+    """The correlation of a second of both, at the best lag of at most so many samples, either way."""
+    expected, found = expected[8000:24000], found[8000 - lag : 24000 + lag]
+    products = np.correlate(found, expected, "valid")
+    best = found[int(np.argmax(products)) :][: len(expected)]
+    return float(np.dot(best, expected) / np.linalg.norm(best) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_media_files_are_decoded(speech: np.ndarray, kind: str) -> None:
+    # Given a file, when it is read, then all of it is there, but for the encoder's own beginning and end
+    data = encode(speech, kind)
+    audio = load_audio(data)
+    assert audio.flags == ()
+    assert abs(audio.duration - len(speech) / RATE) < 0.1
+    assert likeness(audio.samples, speech, 1600) > 0.9
+    # And a segment is that of the whole; containers count milliseconds
+    segment = load_segment(io.BytesIO(data), "x", offset=3.0, duration=2.0)
+    assert len(segment.samples) == 2 * RATE
+    assert likeness(segment.samples, audio.samples[3 * RATE : 5 * RATE], 16) > 0.9
+
+
+@pytest.mark.parametrize("kind", [*FLAGGED, *UNFLAGGED, "m4a", "mov", "caf"])
+def test_files_without_their_end_are_told(speech: np.ndarray, kind: str) -> None:
+    # Given two thirds of a file, when it is read, then what is there is flagged, or the error names the format
+    data = encode(speech, kind)
+    data = data[: len(data) * 2 // 3]
+    if kind in FLAGGED + UNFLAGGED:
+        audio = load_audio(data)
+        assert 3 < audio.duration < 7
+        assert audio.flags == (("truncated-input",) if kind in FLAGGED else ())
+    else:  # the index is at the end
+        with pytest.raises(AudioError, match=r"is not (MP4 or QuickTime|CAF with this codec) that can be read \("):
+            load_audio(data)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_extra_the_error_names_it(
+    speech: np.ndarray, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"clip.{kind}").write_bytes(encode(speech, kind))
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(AudioError, match=r"clip\.\w+: is .+, which needs pip install 'granite-jax\[media\]'"):
+        load_audio(tmp_path / f"clip.{kind}")
+
+
+def test_channels_that_cancel_out_are_noticed(speech: np.ndarray) -> None:
+    # Given channels of opposite phase, when they are read, then one of them is taken
+    audio = load_audio(encode(np.stack([speech, -speech]), "mov"))
+    assert audio.flags == ("one-channel",)
+    np.testing.assert_allclose(np.abs(audio.samples), np.abs(speech), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling_rate": 8000}, "has a sampling rate of 16000 Hz, but sampling_rate=8000 was given"),
+        ({"max_seconds": 5.0}, "is longer than 5 seconds"),
+    ],
+)
+def test_limits_hold(speech: np.ndarray, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AudioError, match=f"audio: {message}"):
+        load_audio(encode(speech, "mov"), **options)
+
+
+def test_what_is_not_there_is_told(speech: np.ndarray) -> None:
+    # Given a video without sound, and a segment behind the end, then the errors say so
+    written = io.BytesIO()
+    with av.open(written, "w", format="mp4") as container:
+        video: Any = container.add_stream("mpeg4", rate=5)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        container.mux(video.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(video.encode(None))
+    with pytest.raises(AudioError, match="audio: has no audio track"):
+        load_audio(written.getvalue())
+    with pytest.raises(AudioError, match="has no audio at 60 seconds"):
+        load_segment(io.BytesIO(encode(speech, "mov")), "x", offset=60.0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{path}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{path}'\n",
+        "<?xml version='1.0'?><MPD><Period><BaseURL>{path}</BaseURL></Period></MPD>",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+    ],
+    ids=["HLS", "concat", "DASH", "SDP"],
+)
+def test_lists_of_other_files_are_no_audio(speech: np.ndarray, text: str, tmp_path: Path) -> None:
+    # Given a list that FFmpeg would follow, when it is read, then it is no audio
+    (tmp_path / "secret.mp4").write_bytes(encode(speech, "mp4"))
+    (tmp_path / "list.mp4").write_text(text.format(path=tmp_path / "secret.mp4"))
+    with pytest.raises(AudioError, match=r"list\.mp4: is not audio that can be read"):
+        load_audio(tmp_path / "list.mp4")
+
+
+@pytest.mark.parametrize(
+    "head", [b"RIFF\0\0\0\0WAVE", b"fLaC\0\0\0\x22", b"OggS\0\x02", b"ID3\x04", b"\xff\xfb\x90\0", b""]
+)
+def test_formats_of_libsndfile_stay_with_it(head: bytes) -> None:
+    assert media_format(head) is None
