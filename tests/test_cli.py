@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import pytest
 import soundfile
 import typer
 from click.testing import Result
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
+from granite_jax.batch.access import AudioStorage
 from granite_jax.cli import terminal
 from granite_jax.cli.options import takes_options
 from granite_jax.cli.terminal import ProgressDisplay, line
@@ -157,6 +160,65 @@ def test_failures_lose_nothing_else(loaded: list, recordings: list[str], tmp_pat
     assert len(errors) == 2
     assert errors[0].startswith(f"granite-jax: {files[1]}: is not audio")
     assert errors[1] == f"granite-jax: {files[3]}: no such file"
+
+
+@pytest.mark.parametrize("kind", ["standard input", "pipe", "file URL", "store"])
+def test_streams_are_read_as_files_are(
+    loaded: list, recordings: list[str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a recording that comes another way than by a path
+    data = Path(recordings[0]).read_bytes()
+    pipe, given = tmp_path / "pipe", None
+    if kind == "standard input":
+        argument, given = "-", data
+    elif kind == "pipe":
+        argument = str(pipe)
+        os.mkfifo(pipe)
+        threading.Thread(target=pipe.write_bytes, args=(data,), daemon=True).start()
+    elif kind == "file URL":
+        argument = f"file://{recordings[0]}"
+    else:
+        argument = "s3://bucket/a.wav"
+        store = MemoryFileSystem()
+        store.pipe_file("/bucket/a.wav", data)
+        monkeypatch.setattr(AudioStorage, "filesystem", lambda self, protocol: store)
+    options = ["--format", "json", "--max-new-tokens", "4"]
+    # When it is transcribed, then its text is that of the file, and its name the argument
+    expected = json.loads(invoke("transcribe", recordings[0], *options).stdout)
+    result = CliRunner().invoke(cli.app, ["transcribe", argument, *options], input=given)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == expected | {"audio": argument}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("https://localhost/a.wav", "https://localhost/a.wav: host localhost is not on the public Internet"),
+        ("https://169.254.169.254/a.wav", "host 169.254.169.254 is not on the public Internet"),
+        ("http://example.com/a.wav", "protocol 'http' is not allowed, only file, gs, s3, https"),
+        ("zip://a::https://example.com/b.zip", "is a chained URL, which is not allowed"),
+        ("s3://bucket/none.wav", "s3://bucket/none.wav: no such file"),
+        ("-", "-: is empty"),
+    ],
+)
+def test_streams_that_cannot_be_read_fail_alone(
+    loaded: list, recordings: list[str], argument: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AudioStorage, "filesystem", lambda self, protocol: MemoryFileSystem())
+    arguments = ["transcribe", argument, recordings[0], "--max-new-tokens", "1", "--format", "json"]
+    result = CliRunner().invoke(cli.app, arguments, input=b"")
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 1
+    (error,) = result.stderr.splitlines()
+    assert message in error
+
+
+def test_protocols_of_urls_can_be_set(loaded: list, recordings: list[str]) -> None:
+    # Given a protocol that is not among those that are allowed, then its URLs are refused; and - is given once
+    result = invoke("transcribe", "https://example.com/a.wav", "--allow", "file")
+    assert "protocol 'https' is not allowed, only file (--allow sets them)" in result.stderr
+    result = invoke("transcribe", "-", "-")
+    assert (result.exit_code, result.stderr) == (2, "granite-jax: standard input, -, can be given once\n")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def load_audio(
     """Reads one utterance from a file, a buffer or an array.
 
     Args:
-      source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...);
+      source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...;
+        with the extra `media`, anything FFmpeg reads: m4a, mp4, webm, wma, ...);
         an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
         integers, which are scaled by the range of their type; a pair (array, sampling rate); the audio of a Hugging
         Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or a decoder of torchcodec; or an
@@ -201,6 +202,8 @@ def _read_stream(stream: Any) -> bytes:
         if not data and hasattr(stream, "seekable") and stream.seekable():  # written, and not rewound
             stream.seek(0)
             data = stream.read(_MAX_STREAM_BYTES + 1)
+    except AudioError:
+        raise
     except Exception as error:  # The caller's own object: whatever it raises, this input cannot be read.
         raise AudioError(f"cannot be read ({one_line(error)})") from error
     if not isinstance(data, (bytes, bytearray)):

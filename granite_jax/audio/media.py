@@ -106,7 +106,7 @@ class _Decoder(NamedTuple):
             blocks = _Blocks(av, container, track)
             rate, beginning = blocks.rate, blocks.start
             if seek:
-                with _no_seek(av):
+                with _no_seek():
                     container.seek(int((self.offset - _PREROLL) * 1e6))
                 blocks = _Blocks(av, container, track)
             if self.sampling_rate is not None and check_rate(self.sampling_rate) != rate:
@@ -135,13 +135,14 @@ class _Decoder(NamedTuple):
     def _open(self) -> Iterator[tuple[ModuleType, Any]]:
         try:
             import av
+            from av.error import FFmpegError
         except ImportError:
             raise AudioError(f"is {self.kind.name}, which needs pip install 'granite-jax[media]'") from None
         self.file.seek(0)
         try:
             with av.open(_Readable(self.file), format=self.kind.demuxer, metadata_errors="replace") as container:
                 yield av, container
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             raise AudioError(f"is not {self.kind.name} that can be read ({one_line(error.strerror)})") from error
 
     def _is_at_end(self) -> bool:
@@ -154,10 +155,12 @@ class _NoSeekError(Exception):
 
 
 @contextlib.contextmanager
-def _no_seek(av: ModuleType) -> Iterator[None]:
+def _no_seek() -> Iterator[None]:
+    from av.error import FFmpegError
+
     try:
         yield
-    except av.error.FFmpegError:
+    except FFmpegError:
         raise _NoSeekError from None
 
 
@@ -185,11 +188,13 @@ class _Blocks:
             self.start = round(float(self._first.pts * self._first.time_base) * self.rate)
 
     def __iter__(self) -> Iterator[np.ndarray]:
+        from av.error import FFmpegError
+
         resampler = self._av.AudioResampler(format="fltp")
         try:
             for frame in itertools.chain([self._first], self._frames):
                 yield from self._converted(resampler, frame)
-        except self._av.error.FFmpegError as error:
+        except FFmpegError as error:
             self.error = one_line(error.strerror)
         except ValueError:  # of the resampler
             raise AudioError("changes its sampling rate or channels within the recording") from None

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 @takes_options
 def transcribe(
-    files: Annotated[list[str], typer.Argument(metavar="FILE", help="wav, flac, ogg or mp3 files", show_default=False)],
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE",
+            help="wav, flac, ogg, mp3, ... (with the extra media: m4a, mp4, webm, ...); - for standard input; a URL",
+            show_default=False,
+        ),
+    ],
     model: ModelOptions,
     options: TranscribeOptions,
     format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
@@ -30,6 +37,10 @@ def transcribe(
             help="draw log-mel, CTC posteriors, words and draft of one FILE: .png, .svg or .pdf", show_default=False
         ),
     ] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="protocols of URLs: file, gs, s3, https (all by default); repeatable", show_default=False),
+    ] = None,
 ) -> None:
     """Transcribe or translate audio files.
 
@@ -38,14 +49,16 @@ def transcribe(
     and flags. Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status
     is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
+    from granite_jax.cli.sources import to_sources  # here, because fsspec is slow to import
     from granite_jax.inference.transcriber import Transcriber
 
     try:
         plots = None if plot is None else _plots_for(plot, files)
+        sources = to_sources(files, allow or ("file", "gs", "s3", "https"))
         asr = Transcriber.from_options(model)
         transcripts = []
         with ProgressDisplay("transcribing", prints_results=True) as display:
-            for transcript in asr.stream(files, options, on_error="return"):
+            for transcript in asr.stream(sources, options, on_error="return"):
                 transcripts.append(transcript)
                 _print(transcript, format, with_name=len(files) > 1)
                 display.show(len(transcripts), len(files))
@@ -60,7 +73,7 @@ def transcribe(
             transcripts[0].text if options.task != "translate" and options.prompt is None else transcripts[0].ctc_text
         )
         try:
-            figure = plots.overview(asr.ctc_emissions(files[0]), transcripts[0], asr.tokenizer, spoken_text)
+            figure = plots.overview(asr.ctc_emissions(sources[0]), transcripts[0], asr.tokenizer, spoken_text)
             with warnings.catch_warnings(record=True, action="always") as caught:
                 figure.savefig(plot)
         except (GraniteError, OSError) as error:
