@@ -68,7 +68,8 @@ def convert(
       progress: called with (tensors done, total).
 
     Raises:
-      CheckpointError: naming the file, directory or tensors at fault.
+      CheckpointError: naming the file, directory or tensors at fault. A tokenizer or a chat template that is missing or
+        damaged is at fault, too.
     """
     started = time.monotonic()
     if names not in ("released", "new"):
@@ -76,6 +77,7 @@ def convert(
     chosen = None if dtype is None else parse_dtype(dtype)
     directory = local_directory(source, revision) or hub.snapshot(str(source), revision, COMPANIONS)
     opened = open_directory(directory)
+    opened.check_text()
     to_orbax = opened.kind == "hf"
     if to_orbax:
         hub.verify(opened.directory)  # checkpoints of this program contain their hashes

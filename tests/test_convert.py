@@ -1,6 +1,7 @@
 """Conversion is a bijection on every tensor that carries information, and names what it cannot place."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -10,17 +11,21 @@ import numpy as np
 import pytest
 from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+from granite_jax import cli
+from granite_jax.audio.load import load_audio
 from granite_jax.checkpoint.tree import expected_shapes, flatten, unflatten
 from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
-from granite_jax.errors import CheckpointError
+from granite_jax.errors import AudioError, CheckpointError
 from granite_jax.model.config import Config
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.variants import granite_speech
 
 TABLE = granite_speech.VARIANT.tensors
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json").read_text())
+CLIP = Path(__file__).parents[1] / "samples" / "request.wav"
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 
@@ -231,3 +236,54 @@ def test_a_leaf_of_several_dtypes_is_read_as_the_widest(tmp_path: Path) -> None:
         CheckpointError, match=r"is bfloat16, encoder\.layers\.0\.attn\.to_q.* float32: pass dtype \(--dtype\)"
     ):
         convert(tmp_path / "hf", tmp_path / "kept")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a2146' * 8}\nsize 12345\n"
+LFS = "is a Git LFS pointer: the file itself is not here (git lfs pull)"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", None, "tokenizer.json: no such file"),
+        ("tokenizer.json", "{", "tokenizer.json"),
+        ("tokenizer.json", "", "tokenizer.json"),
+        ("tokenizer.json", POINTER, f"tokenizer.json: {LFS}"),
+        ("config.json", POINTER, f"config.json: {LFS}"),
+        ("model.safetensors", POINTER, f"model.safetensors: {LFS}"),
+        ("chat_template.jinja", POINTER, f"chat_template.jinja: {LFS}"),
+        ("tokenizer_config.json", POINTER, f"tokenizer_config.json: {LFS}"),
+        ("chat_template.jinja", "{{ messages", "chat template: "),
+        ("chat_template.jinja", "hello", "chat template: has the instruction 0 times, expected once"),
+    ],
+)
+@pytest.mark.parametrize("command", ["convert", "inspect", "transcribe"])
+def test_what_is_missing_for_text_is_found(source: Path, command: str, name: str, content: str, message: str) -> None:
+    # Given a checkpoint one of whose files is missing, damaged, or a Git LFS pointer
+    (source / name).unlink(missing_ok=True)
+    if content is not None:
+        (source / name).write_text(content)
+    # When it is converted, inspected or loaded, then one line names the file, and nothing is written
+    arguments = {"convert": [source, source.parent / "own"], "transcribe": [CLIP, "--checkpoint", source]}
+    result = CliRunner().invoke(cli.app, [command, *map(str, arguments.get(command, [source]))])
+    assert result.exit_code == (2 if command == "transcribe" else 1)
+    (error,) = result.stderr.splitlines()
+    assert re.search(re.escape(message).replace("'\\?", "'?"), error), error
+    assert [path.name for path in source.parent.iterdir()] == ["hf"]
+
+
+def test_pointers_among_orbaxs_files_are_recognized(source: Path, tmp_path: Path) -> None:
+    # Given a converted checkpoint whose arrays were not fetched, when it is loaded, then the file is named
+    convert(source, tmp_path / "own")
+    path = max(
+        (path for path in (tmp_path / "own" / "params").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    path.write_text(POINTER)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: {LFS}")):
+        open_checkpoint(tmp_path / "own").load_params("float32")
+
+
+def test_audio_that_is_a_pointer_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_text(POINTER)
+    with pytest.raises(AudioError, match=re.escape(f"a.wav: {LFS}")):
+        load_audio(tmp_path / "a.wav")

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import soundfile as sf
 
+from granite_jax import git_lfs
 from granite_jax.audio.media import HEAD, decode_media, media_format
 from granite_jax.audio.resample import (
     SAMPLE_RATE,
@@ -74,6 +75,8 @@ def decode(
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
     head = _head(file)
+    if git_lfs.is_pointer(head):
+        raise AudioError(git_lfs.PROBLEM)
     if (kind := media_format(head)) is not None:
         return Decoded(*decode_media(file, kind, sampling_rate, limit, offset, duration))
     position, skip, take, seconds = 0, offset, duration, 0.0

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from granite_jax import git_lfs
 from granite_jax.audio.load import printable
 from granite_jax.audio.media import media_format
 from granite_jax.audio.streams import looks_like_audio
@@ -43,7 +44,6 @@ _FOREIGN = {
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard",
     b"BZh91AY&SY": "compressed by bzip2",
     b"\xfd7zXZ": "compressed by xz",
-    b"version https://git-lfs.github.com": "a Git LFS pointer: the file itself is not here (git lfs pull)",
 }
 
 
@@ -65,6 +65,8 @@ def to_json_lines(path: Path, name: str, work: Path) -> Path:
     try:
         path = _decompressed(path, work)
         head = _read_head(path)
+        if git_lfs.is_pointer(head):
+            raise GraniteError(git_lfs.PROBLEM)
         if (kind := _foreign(head)) is not None:
             raise GraniteError(f"is {kind}, not a manifest")
         if head.startswith(b"PAR1"):

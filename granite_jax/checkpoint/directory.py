@@ -27,9 +27,9 @@ from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files, lora, orbax
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.checkpoint.tree import expected_shapes, flatten, raise_named, unflatten
-from granite_jax.errors import CheckpointError
+from granite_jax.errors import CheckpointError, PromptError
 from granite_jax.model.config import Config, read_json
-from granite_jax.text.tasks import Capabilities, ChatTemplate
+from granite_jax.text.tasks import Capabilities, ChatTemplate, instruction
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.variants import variant_of
 
@@ -166,6 +166,17 @@ class Checkpoint(abc.ABC):
             token = token.get("content") if isinstance(token, Mapping) else token
             special |= {key: token} if isinstance(token, str) else {}
         return ChatTemplate(self._chat_template_source(), **special)
+
+    def check_text(self) -> None:
+        """Checks tokenizer and chat template, which no weights need, but every transcript.
+
+        Raises:
+          CheckpointError: one of them is missing, damaged or not of this model.
+        """
+        try:
+            self.chat_template().tokens(self.tokenizer(), instruction("transcribe"))
+        except PromptError as error:
+            raise CheckpointError(f"{self.directory}: {error}") from error
 
     @property
     def capabilities(self) -> Capabilities:

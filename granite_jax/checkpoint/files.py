@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from granite_jax import git_lfs
 from granite_jax.errors import CheckpointError
 
 
@@ -10,8 +11,9 @@ def find(directory: Path, name: str) -> Path | None:
     """The regular file `name` of `directory`, or None.
 
     Raises:
-      CheckpointError: the name contains a directory, or is a link that leads out of the directory. In the cache of
-        huggingface_hub (`snapshots/COMMIT/name` links to `blobs/HASH`) links may lead to its blobs.
+      CheckpointError: the name contains a directory; it is a link that leads out of the directory; or the file cannot
+        be read, or is a Git LFS pointer. In the cache of huggingface_hub (`snapshots/COMMIT/name` links to
+        `blobs/HASH`) links may lead to its blobs.
     """
     if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{directory}: {name!a:.200} is not a file of this directory")
@@ -19,6 +21,7 @@ def find(directory: Path, name: str) -> Path | None:
     if not os.path.isfile(path):
         return None
     _check_link(path, _roots(directory))
+    _check_content(path)
     return path
 
 
@@ -39,6 +42,7 @@ def check_links(directory: Path) -> int:
         for path in (Path(parent, name) for name in files):
             if not os.path.isfile(path):  # reading a pipe would block forever
                 raise CheckpointError(f"{path}: is no file")
+            _check_content(path)
             size += os.path.getsize(path)
     return size
 
@@ -52,6 +56,16 @@ def _check_link(path: Path, roots: list[Path]) -> None:
     # realpath, because Path.resolve() raises for a loop of links.
     if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
         raise CheckpointError(f"{path}: is a link that leads out of the directory")
+
+
+def _check_content(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(git_lfs.HEAD)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if git_lfs.is_pointer(head):
+        raise CheckpointError(f"{path}: {git_lfs.PROBLEM}")
 
 
 def _roots(directory: Path) -> list[Path]:
