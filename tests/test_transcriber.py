@@ -1,5 +1,6 @@
 """The host pipeline on a small random model: forms of input, order, independence, errors, compilations."""
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
 from granite_jax.audio.load import Audio
+from granite_jax.evaluation import heldout
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio
 from granite_jax.inference.transcriber import enable_compilation_cache
 from granite_jax.pretrained import open_checkpoint
@@ -387,6 +389,32 @@ def test_compiled_programs_are_kept_in_the_users_cache(tmp_path: Path, monkeypat
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "granite_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", configured)
+
+
+@pytest.mark.parametrize("place", ["a file", "read-only", "no home"])
+def test_a_cache_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    # Given a cache directory that cannot be made
+    configured = jax.config.jax_compilation_cache_dir
+    if place == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    else:
+        root = tmp_path / "file"
+        root.write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(root if place == "a file" else "/proc/sys"))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        # When the compilation cache is enabled, then there is none, and a warning where it should have been
+        expected = pytest.warns(UserWarning, match="compiled programs cannot be kept .*XDG_CACHE_HOME sets another")
+        with contextlib.nullcontext() if place == "no home" else expected:
+            enable_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", configured)
+    # And what needs a cache has one line about it
+    with pytest.raises(GraniteError, match="XDG_CACHE_HOME sets another"):
+        heldout.prepare()
 
 
 def test_transcripts_are_plain_data(asr: Transcriber) -> None:

@@ -48,8 +48,11 @@ def check_links(directory: Path) -> int:
 
 
 def cache_directory() -> Path:
-    """This program's directory in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite_jax"
+    """This program's directory in the user's cache. Raises CheckpointError if the user has no home directory."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "granite_jax"
+    except RuntimeError:
+        raise CheckpointError("there is no home directory for the cache: XDG_CACHE_HOME sets another one") from None
 
 
 def _check_link(path: Path, roots: list[Path]) -> None:

@@ -5,11 +5,14 @@ fastest of hashlib's cryptographic hashes where processors have instructions for
 one: a checkpoint is never in memory as a whole unless the caller collects it.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,10 +175,33 @@ def _load(directory: Path, abstract: Mapping[str, Any]) -> Any:
         return _orbax(directory, "read", ocp.load, unflatten(abstract))
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax and tensorstore from printing a traceback for each array when a disk is full.
+
+    After a failure, tensorstore's threads go on for a while, and find the event loop of their writes closed.
+    """
+    logger, previous = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    try:
+        yield
+        sys.unraisablehook = previous
+    finally:
+        logger.setLevel(level)
+
+
 def _orbax(directory: Path, verb: str, function: Callable[..., Any], *arguments: Any) -> Any:
     path = directory.resolve() / PARAMS
     try:
-        return function(str(path), *arguments)
+        with _quiet():
+            return function(str(path), *arguments)
     except Exception as error:  # Orbax and tensorstore raise many types for damaged files and full disks
         reason = (str(error).splitlines() or [""])[0]
         if len(reason) > 400:  # the cause is at either end, or given as an error number of the system

@@ -7,10 +7,12 @@ once.
 import io
 import os
 import sys
+import warnings
 
 import typer
 
 from granite_jax.cli import batch, convert, evaluate, inspect, plan, signals, transcribe
+from granite_jax.cli.terminal import fail
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +35,7 @@ def main() -> None:
         # File names need not be valid Unicode; escapes are, in JSON, too.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = lambda message, *_: fail(f"warning: {message}")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it
     with signals.deadly():

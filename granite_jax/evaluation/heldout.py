@@ -11,7 +11,9 @@ import numpy as np
 import soundfile
 import tensorflow_datasets as tfds
 
+from granite_jax.audio.resample import one_line
 from granite_jax.checkpoint.files import cache_directory
+from granite_jax.errors import GraniteError
 from granite_jax.model.features import SAMPLING_RATE
 
 CLIPS = Path(__file__).with_name("heldout_clips")
@@ -69,10 +71,17 @@ def prepare(directory: Path | None = None, clips: Path | None = None) -> Path:
     Args:
       directory: default one in the user's cache for each version of the clips.
       clips: default `CLIPS`.
+
+    Raises:
+      GraniteError: the directory cannot be written.
     """
     clips = clips or CLIPS
     directory = directory or cache_directory() / "tfds" / _digest(clips)
     builder = DemoHeldout(clips, data_dir=str(directory), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # hides its progress
-        builder.download_and_prepare()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # hides its progress
+            builder.download_and_prepare()
+    except (OSError, RuntimeError) as error:  # array_record's is a RuntimeError
+        advice = "XDG_CACHE_HOME sets another directory for the cache"
+        raise GraniteError(f"{directory}: cannot be written ({one_line(error)}): {advice}") from error
     return Path(builder.data_dir)

@@ -1,14 +1,14 @@
 """Audio in any form -> readers -> engine -> transcripts, in input order."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
+import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import jax
@@ -17,7 +17,8 @@ import numpy as np
 from granite_jax.audio.load import Audio, is_encoded, load_audio, path_of, printable
 from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
-from granite_jax.errors import ContextError, GraniteError
+from granite_jax.checkpoint.files import cache_directory
+from granite_jax.errors import CheckpointError, ContextError, GraniteError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.engine import Engine, Request
@@ -358,11 +359,24 @@ def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: A
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already."""
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        with contextlib.suppress(RuntimeError):  # the user has no home directory
-            root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            jax.config.update("jax_compilation_cache_dir", str(root / "granite_jax" / "xla"))
+    """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already.
+
+    Warns if that directory cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    try:
+        directory = cache_directory() / "xla"
+    except CheckpointError:  # the user has no home directory
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        advice = "XDG_CACHE_HOME sets another directory, --no-compilation-cache does without"
+        warnings.warn(f"{directory}: compiled programs cannot be kept ({error.strerror}): {advice}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def _is_tuple_of_files(audio: Any) -> bool:
