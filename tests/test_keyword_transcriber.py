@@ -13,6 +13,7 @@ import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.automaton import FullError, batch_automata
+from granite_jax.keywords.runaway import is_runaway
 
 LIMIT = 12
 
@@ -137,3 +138,35 @@ def test_command_line_options_reach_the_transcriber(monkeypatch: pytest.MonkeyPa
     result = CliRunner().invoke(app, ["transcribe", "a.wav", *options[:2]])
     assert result.exit_code == 2
     assert "names.txt, line 1: keyword 'Kai': its boost is 'much', not a number" in result.output
+
+
+@pytest.mark.parametrize("speculative", ["lossless", False])
+def test_a_boost_that_makes_a_keyword_repeat_is_taken_back(pipeline: SimpleNamespace, speculative: object) -> None:
+    # Given boosts beyond reason for some inputs of a batch, when they are transcribed
+    lists = [["the"], None, ["the", "speech"], [], ["the"], None]
+    found = pipeline.run(keywords=lists, keyword_boost=50.0, keyword_gate=False, speculative=speculative)
+    # Then those alone are written again without boosts, and say so; all have the tokens of a run without keywords
+    assert [t.flags.count("retried") for t in found] == [1, 0, 1, 0, 1, 0]
+    assert tokens_of(found) == tokens_of(pipeline.plain)
+    assert pipeline.asr.compilations == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "ctc_text", "keywords", "expected"),
+    [
+        ("call kai kai kai kai", "call kai", ["Kai"], True),
+        ("call kai kai kai", "call kai", ["Kai"], False),
+        ("kai zoe kai zoe kai zoe kai zoe", "kai zoe", ["zoe"], True),
+        ("kaikaikaikai", "kai", ["kai"], True),
+        ("no no no no no kai", "no no no no no kai", ["kai"], False),
+        ("no no no no no kai", "no kai", ["kai"], False),
+        ("kai kai kai kai kai", "kai kai kai kai", ["kai"], False),
+        ("new york new york new york new york", "new york", ["New York"], True),
+        ("", "", ["kai"], False),
+        ("x" * 5000 + " kai" * 5, "kai", ["kai"], True),
+    ],
+)
+def test_what_repeats_with_a_keyword_in_it_is_found(
+    text: str, ctc_text: str, keywords: list[str], expected: bool
+) -> None:
+    assert is_runaway(text, ctc_text, keywords) == expected

@@ -34,6 +34,7 @@ from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreemen
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import filter_matches, repair
+from granite_jax.keywords.runaway import is_runaway
 from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
@@ -58,6 +59,7 @@ class Request:
       options: how drafts and keywords are used. Requests with different options can share a batch.
       draft: token ids of the caller's draft, if any.
       keywords: the keywords that bias decoding, if any.
+      is_retry: whether keywords are only looked for, because their boosts made one repeat.
     """
 
     audio: Audio
@@ -67,6 +69,7 @@ class Request:
     options: TranscribeOptions = dataclasses.field(default_factory=TranscribeOptions)
     draft: tuple[int, ...] | None = None
     keywords: Keywords | None = None
+    is_retry: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -250,20 +253,43 @@ class Engine:
             numbers = set(map(_number, batch))
             self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in numbers]
             # From here on a request cannot be cancelled.
-            batch = [t for t in batch if t.future.set_running_or_notify_cancel() or not self._unfinished.pop(t.number)]
+            batch = [t for t in batch if self._is_wanted(t)]
             return (chosen, batch) if batch else None
+
+    def _is_wanted(self, ticket: _Ticket) -> bool:
+        """Whether a request that leaves the queue has not been cancelled."""
+        is_wanted = ticket.request.is_retry or ticket.future.set_running_or_notify_cancel()
+        if not is_wanted:
+            del self._unfinished[ticket.number]
+        return is_wanted
 
     def _is_late(self, ticket: _Ticket) -> bool:
         return (
-            ticket.number < self._flushed
+            ticket.request.is_retry
+            or ticket.number < self._flushed
             or self._admitted - ticket.number > self.read_ahead
             or time.monotonic() - ticket.time > self.deadline
         )
 
     def _finish(self, results: _Results) -> None:
         for ticket, transcript in results:
-            del self._unfinished[ticket.number]
-            ticket.future.set_result(transcript)
+            keywords = ticket.request.keywords
+            boosted = () if keywords is None or ticket.request.is_retry else keywords.texts
+            if is_runaway(transcript.text, transcript.ctc_text, boosted):
+                self._retry(ticket)
+            else:
+                del self._unfinished[ticket.number]
+                ticket.future.set_result(transcript)
+
+    def _retry(self, ticket: _Ticket) -> None:
+        """Admits a request again, without boosts."""
+        request = dataclasses.replace(ticket.request, is_retry=True)
+        bucket = self.bucket(request, self._batch_size) or self.bucket(request, 1)
+        assert bucket is not None
+        with self._changed:
+            retry = dataclasses.replace(ticket, request=request)
+            self._pending[bucket].append(retry)
+            self._unfinished[ticket.number] = retry
 
     def _abandon(self, error: BaseException) -> None:
         """Drops all work and sets `error` on all unfinished futures."""
@@ -329,7 +355,8 @@ class Engine:
                 matches = [] if threshold is None else filter_matches(keywords, scores, i, labels[i], threshold)
                 drafted = repair(labels[i], matches, keywords)
                 spotted = tuple(keywords.texts[m.keyword] for m in matches if m.keyword in keywords.whole)
-                automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
+                if not request.is_retry:
+                    automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
             draft = request.draft
             if draft is None:
                 draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
@@ -446,7 +473,11 @@ class Engine:
         if row.request.keywords is not None:
             stats["keywords"] = row.spotted
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
-        flags = (*audio.flags, "low-agreement") if doubtful else audio.flags
+        flags = (
+            *audio.flags,
+            *(("retried",) if row.request.is_retry else ()),
+            *(("low-agreement",) if doubtful else ()),
+        )
         spans = _accepted_spans(draft_positions)
         return Transcript(
             audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, spans, flags

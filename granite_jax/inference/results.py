@@ -10,6 +10,7 @@ LOW_AGREEMENT = 0.5
 FLAGS = {
     "truncated-input": "the file lacks its end",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
+    "retried": "a keyword repeated without end, so this text was written without boosts",
     "low-agreement": "the encoder's own text differs much, so this text may not be what was said",
 }
 """The values of a transcript's `flags` and their meanings."""
