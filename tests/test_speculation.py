@@ -179,6 +179,7 @@ def test_log_probs_are_those_of_the_tokens_without_boosts(threshold: float) -> N
     # Then each token comes with its own log-probability after those before it
     for row, text in enumerate(tokens_of(state)):
         prompt = np.asarray(prompts.tokens)[row, : int(prompts.lengths[row])].tolist()
+        text = [*text, END] if state.ended[row] else text  # with the end behind them
         odds = [probabilities(table, prompt + text[:place])[token] for place, token in enumerate(text)]
         np.testing.assert_allclose(np.exp(state.log_probs[row, : len(text)]), odds, rtol=1e-4)
         assert not np.any(state.log_probs[row, len(text) :])

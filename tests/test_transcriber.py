@@ -15,7 +15,7 @@ import soundfile
 from retraces import retraces
 from safetensors.numpy import load_file, save_file
 
-from granite_jax import AudioError, ContextError, GraniteError, PromptError, Transcriber
+from granite_jax import AudioError, CheckpointError, ContextError, GraniteError, PromptError, Transcriber
 from granite_jax.audio.load import Audio
 from granite_jax.evaluation import heldout
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio
@@ -426,3 +426,24 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     assert type(transcript.confidence) is float and 0 < transcript.confidence <= 1
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float
+
+
+@pytest.mark.parametrize("speculative", ["lossless", False, "relaxed"])
+@pytest.mark.parametrize("part", ["encoder", "projector", "decoder"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damaged_weights_are_no_silence(
+    asr: Transcriber, monkeypatch: pytest.MonkeyPatch, part: str, speculative: Any, value: float
+) -> None:
+    # Given weights some of which, in one part of the model, are no numbers
+    params = asr._engine._params
+    damaged = jax.tree.map(np.array, params[part])
+    for leaf in jax.tree.leaves(damaged):
+        leaf.flat[0] = value
+    damaged = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), damaged, params[part])
+    monkeypatch.setattr(asr._engine, "_params", {**params, part: damaged})
+    # When two inputs are transcribed, then both have an error, and no empty text
+    options = {"speculative": speculative, "max_new_tokens": 4}
+    found = asr.transcribe([speech(1.0), speech(2.0)], on_error="return", **options)
+    assert all("the model computes no numbers for it (NaN)" in str(transcript.error) for transcript in found)
+    with pytest.raises(CheckpointError, match=r"audio\[0\]: the model computes no numbers"):
+        asr.transcribe([speech(1.0)], **options)

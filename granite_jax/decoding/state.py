@@ -31,7 +31,8 @@ class DecodeState:
 
     Fields:
       tokens: int32 `[b, r]`, without end-of-text; zeros after `num_tokens`.
-      log_probs: float32 `[b, r]`, of each token in the decoder's own distribution, in nats; zeros after `num_tokens`.
+      log_probs: float32 `[b, r]`, of each token in the decoder's own distribution, in nats, and behind the last one
+        that of end-of-text, where there is room; zeros after it.
       draft_positions: int32 `[b, r]`, the draft position that proposed each token; -1 for the decoder's own.
       num_tokens: int32 `[b]`.
       max_new_tokens: int32 `[b]`, the most tokens that each row generates, at most `r`.
@@ -95,11 +96,12 @@ class DecodeState:
         step = jnp.arange(width, dtype=jnp.int32)[None, :]
         limit = jnp.where(self.finished, 0, jnp.minimum(num_accepted + 1, self.max_new_tokens - self.num_tokens))
         ends = (selection.tokens == end_of_text) & (step < limit[:, None])
+        ended = ends.any(axis=1, keepdims=True)
         count = jnp.minimum(limit, jnp.where(ends, step, width).min(axis=1))
         offset = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)[None, :] - self.num_tokens[:, None]
         inside, source = (offset >= 0) & (offset < count[:, None]), jnp.clip(offset, 0, width - 1)
 
-        def appended(old: jax.Array, new: jax.Array) -> jax.Array:
+        def appended(old: jax.Array, new: jax.Array, inside: jax.Array = inside) -> jax.Array:
             return jnp.where(inside, jnp.take_along_axis(new, source, axis=1), old)
 
         last = jnp.take_along_axis(selection.tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
@@ -108,11 +110,11 @@ class DecodeState:
         return dataclasses.replace(
             self,
             tokens=appended(self.tokens, selection.tokens),
-            log_probs=appended(self.log_probs, selection.log_probs),
+            log_probs=appended(self.log_probs, selection.log_probs, inside | ((offset == count[:, None]) & ended)),
             draft_positions=jnp.where(proposed, self.cursor[:, None] + offset, self.draft_positions),
             num_tokens=self.num_tokens + count,
             last_token=jnp.where(count > 0, last, self.last_token),
-            ended=self.ended | ends.any(axis=1),
+            ended=self.ended | ended[:, 0],
             cursor=self.cursor + num_proposed,
             num_accepted=self.num_accepted + num_proposed,
             cache=self.cache.rolled_back(self.cache.lengths + count),

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from granite_jax.audio.load import Audio
+from granite_jax.audio.load import Audio, printable
 from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
-from granite_jax.inference.results import LOW_AGREEMENT, Transcript, disagreement
+from granite_jax.inference.results import LOW_AGREEMENT, NOT_FINITE, Transcript, disagreement
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import filter_matches, repair
@@ -433,6 +433,10 @@ class Engine:
 
     def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
         count = int(state["num_tokens"][i])
+        if np.isnan(row.entropy) or np.isnan(state["log_probs"][i, : count + 1]).any():
+            audio = row.request.audio
+            error = f"{printable(audio.name)}: {NOT_FINITE}"
+            return Transcript(audio.name, duration=audio.duration, flags=audio.flags, error=error)
         tokens = tuple(state["tokens"][i, :count].tolist())
         passes, drafted, accepted = (int(state[name][i]) for name in ("num_forward_passes", "drafted", "num_accepted"))
         verified = passes == 1 and accepted == drafted

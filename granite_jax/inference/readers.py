@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ def read_ahead(
     engine: Engine,
     window: int,
     ordered: bool,
-) -> Iterator[Transcript]:
+) -> Generator[Transcript]:
     """Yields the result of each input.
 
     Args:

@@ -7,6 +7,7 @@ import numpy as np
 
 LOW_AGREEMENT = 0.5
 """Share of different words beyond which a transcript is flagged; see `disagreement`."""
+NOT_FINITE = "the model computes no numbers for it (NaN): its weights are damaged, or too large for their dtype"
 FLAGS = {
     "truncated-input": "the file lacks its end",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",

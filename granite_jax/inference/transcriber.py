@@ -1,5 +1,6 @@
 """Audio in any form -> readers -> engine -> transcripts, in input order."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -7,7 +8,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, overload
 
@@ -194,6 +195,7 @@ class Transcriber:
             usable.
           AudioError: naming an input that is not readable, too short or not finite.
           ContextError: naming an input that does not fit the model's positions with its prompt and new tokens.
+          CheckpointError: naming an input for which the weights give NaN.
         """
         is_list = isinstance(audio, list) or _is_tuple_of_files(audio)
         sources = list(audio) if is_list else [audio]
@@ -277,7 +279,8 @@ class Transcriber:
                     failed.set_result(Transcript(name, error=str(error)))
                 return failed
 
-        return readers.read_ahead(inputs, submit, self._engine, 2 * self.read_ahead, ordered)
+        transcripts = readers.read_ahead(inputs, submit, self._engine, 2 * self.read_ahead, ordered)
+        return transcripts if on_error == "return" else _raising(transcripts)
 
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
@@ -377,6 +380,15 @@ def enable_compilation_cache() -> None:
         warnings.warn(f"{directory}: compiled programs cannot be kept ({error.strerror}): {advice}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _raising(transcripts: Generator[Transcript]) -> Iterator[Transcript]:
+    """Raises the error of a transcript in its place."""
+    with contextlib.closing(transcripts):
+        for transcript in transcripts:
+            if transcript.error is not None:
+                raise CheckpointError(transcript.error)
+            yield transcript
 
 
 def _is_tuple_of_files(audio: Any) -> bool:
