@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadscope --no-loadsco
 # slow tier compile as users do.
 QUICK_COMPILATION := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
-.PHONY: demo test test-slow test-all soak lint types parity notebooks demo-checkpoint clean
+.PHONY: demo test test-slow test-plan test-all soak lint types parity notebooks demo-checkpoint clean
 
 demo: $(VENV)/.package
 	$(PY) samples/demo.py
@@ -30,6 +30,10 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test-slow $(VENV)/.libtpu
 	PYTEST_XDIST_AUTO_NUM_WORKERS=3 GRANITE_JAX_TESTS=ci $(PYTEST) tests/test_*.py tests/slow -m "slow or fuzz" --timeout=600 \
 		-o faulthandler_timeout=660 $(ARGS)
+
+# The command `plan` alone, with the TPU compiler.
+test-plan: $(VENV)/.test $(VENV)/.libtpu
+	$(PYTEST) tests/slow/test_compiled.py -m slow -k test_the_command --timeout=600 $(ARGS)
 
 test-all: test test-slow
 

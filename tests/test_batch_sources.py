@@ -4,8 +4,10 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from batch_jobs import RATE, results, run, text_of, tone, write_lines
 from batch_worker import DeadlyReader
 
 from granite_jax import GraniteError, batch
+from granite_jax.batch import access
 from granite_jax.batch.access import AudioStorage, check_host
 from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.reading import Reader, Source, Task, reading
@@ -289,3 +292,37 @@ def test_a_manifest_and_its_audio_may_be_on_an_object_store(corpus: Path, tmp_pa
         run("s3://bucket/none.jsonl", tmp_path / "none")
     with pytest.raises(GraniteError, match="https://example.com/m.jsonl: protocol 'https' is not allowed"):
         run("https://example.com/m.jsonl", tmp_path / "none")
+
+
+@pytest.mark.parametrize("protocol", ["gs", "s3"])
+def test_stores_out_of_reach_are_told_at_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    # Given no network, and the packages that would try for minutes to reach an object store
+    lookups: list[str] = []
+
+    def lookup(host: str, *_: Any, **__: Any) -> Any:
+        lookups.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    package, host = {"gs": ("gcsfs", "storage.googleapis.com"), "s3": ("s3fs", "s3.amazonaws.com")}[protocol]
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(access, "_not_found", {})
+    monkeypatch.setattr("fsspec.get_filesystem_class", lambda _: type("Store", (), {"__module__": f"{package}.core"}))
+    for variable in access._OTHER_HOSTS:
+        monkeypatch.delenv(variable, raising=False)
+    # When a job has audio there, then each entry has an error, which a later run tries again, after few lookups
+    manifest = write_lines(corpus / "m.jsonl", *({"audio": f"{protocol}://bucket/{i}.wav"} for i in range(5)))
+    run(manifest, tmp_path / "out")
+    message = f"host {host} is not found: is there a network?"
+    assert [(line["error"], line["transient"]) for line in results(tmp_path / "out")] == [
+        (f"{protocol}://bucket/{i}.wav: {message}", True) for i in range(5)
+    ]
+    assert 5 <= len(lookups) <= 10 and set(lookups) == {host}
+    # And manifests, listings and results that are there are named
+    for source, out in (("m.jsonl", tmp_path / "x"), ("dir/", tmp_path / "x")):
+        with pytest.raises(GraniteError, match=re.escape(f"{protocol}://bucket/{source}: {message}")):
+            run(f"{protocol}://bucket/{source}", out)
+    with pytest.raises(GraniteError, match=re.escape(f"{protocol}://bucket/out: {message}")):
+        run(manifest, f"{protocol}://bucket/out")

@@ -6,9 +6,12 @@ Manifests are untrusted. URLs are never handed to `fsspec.open`, which would fol
 import contextlib
 import functools
 import ipaddress
+import math
+import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +135,10 @@ class AudioStorage:
         protocol, path = self._split(source)
         if protocol not in self.protocols:
             raise GraniteError(f"{printable(source)}: protocol {protocol!r:.40} is not allowed")
-        files: Any = self.filesystem(protocol)
+        try:
+            files: Any = self.filesystem(protocol)
+        except AccessError as error:
+            raise GraniteError(f"{printable(source)}: {error}") from None
         is_directory = source.endswith("/")
         paths = retried(lambda: files.find(path) if is_directory else files.glob(path))
         for name in sorted(paths):
@@ -140,11 +146,12 @@ class AudioStorage:
                 yield f"{protocol}://{name.lstrip('/')}"
 
     def filesystem(self, protocol: str) -> fsspec.AbstractFileSystem:
-        """fsspec's file system of a protocol. Raises GraniteError if its package is missing."""
+        """fsspec's file system of a protocol. Raises GraniteError if its package is missing or it is out of reach."""
         options: dict[str, Any] = dict(self.options).get(protocol, {})
         if protocol == "https":
             options = {"get_client": _guarded_client, **options}
         try:
+            check_store(protocol, options)
             return fsspec.filesystem(protocol, **options)
         except ImportError as error:
             raise GraniteError(f"protocol {protocol} needs pip install 'granite-jax[remote]' ({error})") from None
@@ -154,6 +161,31 @@ class AudioStorage:
         protocol = scheme(url)
         assert protocol is not None
         return protocol, url if protocol == "https" else url[len(protocol) + 3 :]
+
+
+_STORE_HOSTS = {"gs": ("gcsfs", "storage.googleapis.com"), "s3": ("s3fs", "s3.amazonaws.com")}  # package and host
+_OTHER_HOSTS = ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTPS_PROXY", "https_proxy")
+_UNREACHABLE_SECONDS = 60.0  # for which a host that was not found is not looked for again
+_not_found: dict[str, float] = {}  # when it was, by host
+
+
+def check_store(protocol: str, options: Mapping[str, Any]) -> None:
+    """Raises AccessError if the host of an object store is not found: its package would try for minutes.
+
+    With `options`, or a variable of the environment, that can lead to another host, nothing is checked.
+    """
+    package, host = _STORE_HOSTS.get(protocol, ("", ""))
+    if not host or options or any(map(os.environ.get, _OTHER_HOSTS)):
+        return
+    if fsspec.get_filesystem_class(protocol).__module__.partition(".")[0] != package:
+        return
+    if time.monotonic() - _not_found.get(host, -math.inf) > _UNREACHABLE_SECONDS:
+        try:
+            retried(lambda: socket.getaddrinfo(host, 443))
+            return
+        except OSError:
+            _not_found[host] = time.monotonic()
+    raise AccessError(f"host {host} is not found: is there a network?")
 
 
 # https may only reach servers on the public Internet, whatever a host name resolves to and wherever a redirect leads.

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
-from granite_jax.batch.access import retried, scheme
+from granite_jax.audio.load import AccessError
+from granite_jax.batch.access import check_store, retried, scheme
 from granite_jax.errors import GraniteError
 
 _STALE = 3600.0  # seconds after which a temporary file counts as abandoned
@@ -62,7 +63,10 @@ def open_store(out: str | os.PathLike[str], options: dict[str, Any] | None = Non
     if protocol not in _STORES or "::" in out:
         raise GraniteError(f"{out}: results go to a directory, or to a gs or s3 URL")
     try:
+        check_store(protocol, options or {})
         files = fsspec.filesystem(protocol, **(options or {}))
+    except AccessError as error:
+        raise GraniteError(f"{out}: {error}") from None
     except ImportError as error:
         raise GraniteError(f"{out}: needs pip install 'granite-jax[remote]' ({error})") from None
     return ObjectStore(files, out[len(protocol) + 3 :])

@@ -5,6 +5,7 @@ once.
 """
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -35,6 +36,8 @@ def main() -> None:
         # File names need not be valid Unicode; escapes are, in JSON, too.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    for package in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):  # which log tracebacks of their own
+        logging.getLogger(package).setLevel(logging.CRITICAL)
     warnings.showwarning = lambda message, *_: fail(f"warning: {message}")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it

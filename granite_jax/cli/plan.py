@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from typing import Annotated
 
 import typer
@@ -29,6 +30,7 @@ def plan(
     Prints peak memory of a chip, whether it fits, collectives and copies of the KV cache. Nothing is run. The exit
     status is 1 if a program does not fit, 2 if nothing could be compiled. Needs pip install 'granite-jax[plan]'.
     """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # or XLA prints stack traces of what it cannot read
     import jax
 
     from granite_jax.inference.buckets import make_bucket

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,12 +86,34 @@ def test_decoding_updates_the_cache_in_place(reports: dict[str, dict]) -> None:
     assert decode["cache_copies"] == 0
 
 
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command `plan` for the embedded checkpoint."""
+    environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu()), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, "-m", "granite_jax.cli", "plan", *arguments, "--checkpoint", "demo"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def documented() -> list[str]:
+    """The options of the commands in the documentation, and their chips replaced by others."""
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text(encoding="utf-8")
+    found = re.findall(r"^    granite-jax plan (.+?)(?: +#.*)?$", page, re.MULTILINE)
+    return [*found, *(re.sub(r"v\w+:\S+", "v5p:2x2x1", line) for line in found)]
+
+
+@pytest.mark.parametrize("options", documented())
+def test_the_command_plans_as_documented(options: str) -> None:
+    # Given a command of the documentation, when it is run for short audio, then every program fits, whether this JAX
+    # can read all that the compiler says or not, and nothing else is said
+    done = plan(*options.split(), "--batch", "2", "--seconds", "1", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "")
+    programs = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [program["program"] for program in programs] == ["encode", "prefill", "decode"]
+    assert all(program["fits"] and (program["note"] or program["cache_copies"] == 0) for program in programs)
+
+
 def test_the_command_says_what_does_not_fit() -> None:
     # Given the embedded checkpoint, when it is planned with batches that no chip has memory for
-    environment = os.environ | {"TPU_LIBRARY_PATH": str(libtpu())}
-    command = [sys.executable, "-m", "granite_jax.cli", "plan", "--topology", "v5e:2x2", "--checkpoint", "demo"]
-    command += ["--seconds", "5", "--batch", "500000"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    done = plan("--topology", "v5e:2x2", "--seconds", "5", "--batch", "500000")
 
     # Then it says so, by its exit status, too, and what libtpu has to say is not there
     assert (done.returncode, done.stderr) == (1, "")
