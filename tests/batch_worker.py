@@ -85,7 +85,7 @@ def run_command(arguments: list[str], seconds: float) -> None:
 
     asr = StandIn(seconds)
     job.Transcriber.from_pretrained = lambda *_, **__: asr  # pyright: ignore[reportAttributeAccessIssue]
-    with signals.deadly():
+    with signals.exit_on_signals():
         cli.app(arguments)
 
 

@@ -13,7 +13,7 @@ import granite_jax as gj
 from granite_jax.cli import app
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.automaton import FullError, batch_automata
-from granite_jax.keywords.runaway import is_runaway
+from granite_jax.keywords.repetition import has_repetition_loop
 
 LIMIT = 12
 
@@ -169,4 +169,4 @@ def test_a_boost_that_makes_a_keyword_repeat_is_taken_back(pipeline: SimpleNames
 def test_what_repeats_with_a_keyword_in_it_is_found(
     text: str, ctc_text: str, keywords: list[str], expected: bool
 ) -> None:
-    assert is_runaway(text, ctc_text, keywords) == expected
+    assert has_repetition_loop(text, ctc_text, keywords) == expected

@@ -20,7 +20,7 @@ NAMES = [number.name for number in SIGNALS]
 WORK = {
     "Python": "while True: time.sleep(0.01)",
     "a compiler": "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
-    "a job": "with signals.polled() as stop:\n            while True: time.sleep(0.01)",
+    "a job": "with signals.defer_signals() as stop:\n            while True: time.sleep(0.01)",
 }
 COMMAND = """
 import hashlib, multiprocessing, os, pathlib, tempfile, time
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     child.start()
     work = tempfile.TemporaryDirectory(prefix=f"granite-jax-{{os.getpid()}}-")
     print(child.pid, work.name, flush=True)
-    with signals.deadly(), work:
+    with signals.exit_on_signals(), work:
         {work}
 """
 
@@ -75,7 +75,7 @@ def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
     # Given a signal that is ignored, as by nohup, when it comes, then nothing happens
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with signals.deadly(), signals.polled() as stop:
+        with signals.exit_on_signals(), signals.defer_signals() as stop:
             signal.raise_signal(number)
         assert not stop()
     finally:
@@ -85,7 +85,7 @@ def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
 def test_a_second_signal_interrupts_what_is_polled(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     # Given work that polls, when a signal comes, then it is told; and a second one ends it at once
-    with pytest.raises(SystemExit) as ended, signals.polled() as stop:
+    with pytest.raises(SystemExit) as ended, signals.defer_signals() as stop:
         signal.raise_signal(number)
         assert stop() and (stop.name, stop.status) == (number.name, 128 + number)
         signal.raise_signal(number)
@@ -96,7 +96,7 @@ def test_a_second_signal_interrupts_what_is_polled(number: signal.Signals, capsy
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
 def test_an_interrupted_conversion_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     # Given a directory that is being written, when a signal comes, then nothing is left of it
-    with pytest.raises(SystemExit), signals.deadly(), new_directory(tmp_path / "new") as partial:
+    with pytest.raises(SystemExit), signals.exit_on_signals(), new_directory(tmp_path / "new") as partial:
         (partial / "config.json").write_text("{}")
         signal.raise_signal(number)
     assert not list(tmp_path.iterdir())

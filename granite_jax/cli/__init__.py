@@ -41,5 +41,5 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: fail(f"warning: {message}")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it
-    with signals.deadly():
+    with signals.exit_on_signals():
         app()

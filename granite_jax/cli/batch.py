@@ -87,7 +87,7 @@ def run(
                 f"the environment makes this worker shard {share.index} of {share.count} "
                 "(--shard 0 --num-shards 1 transcribes everything)"
             )
-        with signals.polled() as stop, ProgressDisplay("transcribing") as display:
+        with signals.defer_signals() as stop, ProgressDisplay("transcribing") as display:
             summary = batch.run(
                 manifest,
                 out,

@@ -76,7 +76,7 @@ def evaluate(
         else:
             if out is None:
                 raise GraniteError("--out is missing: the directory of the run")
-            with signals.polled() as stop, ProgressDisplay("transcribing") as display:
+            with signals.defer_signals() as stop, ProgressDisplay("transcribing") as display:
                 results = evaluation.evaluate(
                     sets or [],
                     out,

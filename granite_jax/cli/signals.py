@@ -38,7 +38,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def polled() -> Iterator[Stop]:
+def defer_signals() -> Iterator[Stop]:
     """Within this block signals do not interrupt: what it yields says whether one came. A second one interrupts."""
     stop = Stop()
 
@@ -52,7 +52,7 @@ def polled() -> Iterator[Stop]:
 
 
 @contextlib.contextmanager
-def deadly() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Within this block a signal raises SystemExit, and ends the process if it is still there after some seconds.
 
     Python runs a handler between two steps of the main thread, which can wait for a compiler or a device for minutes.

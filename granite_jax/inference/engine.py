@@ -34,7 +34,7 @@ from granite_jax.inference.results import LOW_AGREEMENT, NOT_FINITE, Transcript,
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import filter_matches, repair
-from granite_jax.keywords.runaway import is_runaway
+from granite_jax.keywords.repetition import has_repetition_loop
 from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
@@ -275,7 +275,7 @@ class Engine:
         for ticket, transcript in results:
             keywords = ticket.request.keywords
             boosted = () if keywords is None or ticket.request.is_retry else keywords.texts
-            if is_runaway(transcript.text, transcript.ctc_text, boosted):
+            if has_repetition_loop(transcript.text, transcript.ctc_text, boosted):
                 self._retry(ticket)
             else:
                 del self._unfinished[ticket.number]

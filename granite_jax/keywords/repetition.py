@@ -7,7 +7,7 @@ _MIN_REPEATS = 4
 _REPETITION = re.compile(rf"(.{{1,60}}?)\1{{{_MIN_REPEATS - 1},}}", re.DOTALL)
 
 
-def is_runaway(text: str, ctc_text: str, keywords: Sequence[str]) -> bool:
+def has_repetition_loop(text: str, ctc_text: str, keywords: Sequence[str]) -> bool:
     """Whether something with a keyword in it is there four times or more without a break, and was not spoken so.
 
     Args:
