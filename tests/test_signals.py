@@ -20,10 +20,11 @@ NAMES = [number.name for number in SIGNALS]
 WORK = {
     "Python": "while True: time.sleep(0.01)",
     "a compiler": "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
+    "threads at its end": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
     "a job": "with signals.defer_signals() as stop:\n            while True: time.sleep(0.01)",
 }
 COMMAND = """
-import hashlib, multiprocessing, os, pathlib, tempfile, time
+import hashlib, multiprocessing, os, pathlib, tempfile, threading, time
 from granite_jax.cli import signals
 
 if __name__ == "__main__":
@@ -70,6 +71,12 @@ def test_a_command_ends_with_its_processes(number: signal.Signals, work: str, tm
     assert not Path(directory).exists()
 
 
+@pytest.fixture
+def no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps the process of the tests from being ended."""
+    monkeypatch.setattr(signals, "_GRACE", 1e6)
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
 def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
     # Given a signal that is ignored, as by nohup, when it comes, then nothing happens
@@ -83,9 +90,10 @@ def test_what_was_ignored_stays_ignored(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+@pytest.mark.usefixtures("no_deadline")
 def test_a_second_signal_interrupts_what_is_polled(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
     # Given work that polls, when a signal comes, then it is told; and a second one ends it at once
-    with pytest.raises(SystemExit) as ended, signals.defer_signals() as stop:
+    with pytest.raises(SystemExit) as ended, signals.exit_on_signals(), signals.defer_signals() as stop:
         signal.raise_signal(number)
         assert stop() and (stop.name, stop.status) == (number.name, 128 + number)
         signal.raise_signal(number)
@@ -94,6 +102,7 @@ def test_a_second_signal_interrupts_what_is_polled(number: signal.Signals, capsy
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+@pytest.mark.usefixtures("no_deadline")
 def test_an_interrupted_conversion_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     # Given a directory that is being written, when a signal comes, then nothing is left of it
     with pytest.raises(SystemExit), signals.exit_on_signals(), new_directory(tmp_path / "new") as partial:

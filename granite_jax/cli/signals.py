@@ -8,6 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -37,6 +38,10 @@ class Stop:
         return 128 + (self.received or 0)
 
 
+class _Interrupt(SystemExit):
+    """A signal ends the command; the exit status says which."""
+
+
 @contextlib.contextmanager
 def defer_signals() -> Iterator[Stop]:
     """Within this block signals do not interrupt: what it yields says whether one came. A second one interrupts."""
@@ -53,7 +58,7 @@ def defer_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Within this block a signal raises SystemExit, and ends the process if it is still there after some seconds.
+    """Within this block a signal raises SystemExit. Some seconds after a signal the process ends, whatever it does.
 
     Python runs a handler between two steps of the main thread, which can wait for a compiler or a device for minutes.
     Another thread therefore watches for signals, too.
@@ -65,6 +70,9 @@ def exit_on_signals() -> Iterator[None]:
     try:
         with _handler(_interrupt):
             yield
+    except _Interrupt as interrupt:
+        fail(f"stopped by {signal.Signals(int(str(interrupt)) - 128).name}")
+        raise
     finally:
         signal.set_wakeup_fd(previous)
         written.close()
@@ -85,26 +93,23 @@ def _handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    fail(f"stopped by {signal.Signals(number).name}")
-    raise SystemExit(128 + number)
+    raise _Interrupt(128 + number)
 
 
 def _watch(received: socket.socket) -> None:
-    """Reads the numbers of signals; ends the process some seconds after the first one."""
+    """Reads the numbers of signals; ends the process some seconds after the first one that is not ignored."""
     with received:
         while data := received.recv(1):
             if data[0] in _SIGNALS and signal.getsignal(data[0]) != signal.SIG_IGN:
-                break
-        else:
-            return
-        received.settimeout(_GRACE)
-        with contextlib.suppress(TimeoutError):
-            while received.recv(64):  # further signals; the other end is closed when the command has ended
-                pass
-            return
+                time.sleep(_GRACE)
+                _leave(data[0])
+
+
+def _leave(number: int) -> None:
+    """Ends the process with all that it has started."""
     for process in multiprocessing.active_children():
         process.kill()
     for directory in Path(tempfile.gettempdir()).glob(f"granite-jax-{os.getpid()}-*"):
         shutil.rmtree(directory, ignore_errors=True)
-    fail(f"stopped by {signal.Signals(data[0]).name}, amid its work; a job that is run again goes on")
-    os._exit(128 + data[0])
+    fail(f"stopped by {signal.Signals(number).name}, amid its work; a job that is run again goes on")
+    os._exit(128 + number)
