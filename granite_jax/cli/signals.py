@@ -65,7 +65,7 @@ def exit_on_signals() -> Iterator[None]:
     """
     watched, written = socket.socketpair()
     written.setblocking(False)
-    threading.Thread(target=_watch, args=(watched,), daemon=True).start()
+    threading.Thread(target=_watch, args=(watched, _GRACE), daemon=True).start()
     previous = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
     try:
         with _handler(_interrupt):
@@ -96,12 +96,12 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise _Interrupt(128 + number)
 
 
-def _watch(received: socket.socket) -> None:
+def _watch(received: socket.socket, grace: float) -> None:
     """Reads the numbers of signals; ends the process some seconds after the first one that is not ignored."""
     with received:
         while data := received.recv(1):
             if data[0] in _SIGNALS and signal.getsignal(data[0]) != signal.SIG_IGN:
-                time.sleep(_GRACE)
+                time.sleep(grace)
                 _leave(data[0])
 
 
