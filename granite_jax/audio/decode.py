@@ -12,7 +12,7 @@ import numpy as np
 import soundfile as sf
 
 from granite_jax import git_lfs
-from granite_jax.audio.media import HEAD, decode_media, media_format
+from granite_jax.audio.media import decode_media, media_format, read_head
 from granite_jax.audio.resample import (
     SAMPLE_RATE,
     Mixer,
@@ -74,7 +74,7 @@ def decode(
         raise AudioError("is empty")
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
-    head = _head(file)
+    head = read_head(file)
     if git_lfs.is_pointer(head):
         raise AudioError(git_lfs.PROBLEM)
     if (kind := media_format(head)) is not None:
@@ -103,11 +103,6 @@ def decode(
     if offset and len(samples) == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
     return Decoded(samples, tuple(dict.fromkeys(flag for stream in streams for flag in stream.flags)))
-
-
-def _head(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read(HEAD)
 
 
 def _decode_next(

@@ -54,6 +54,16 @@ _SHARED_FORMATS = {
 }
 
 
+def read_head(file: BinaryIO) -> bytes:
+    """The first bytes of a file behind an ID3v2 tag, which not only MP3 files have."""
+    file.seek(0)
+    head = file.read(HEAD)
+    if head.startswith(b"ID3") and len(head) >= 10:
+        file.seek(10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True)))
+        head = file.read(HEAD)
+    return head
+
+
 def media_format(head: bytes, *, shared: bool = False) -> MediaFormat | None:
     """The format of a file that begins with `head`, if it is one of FFmpeg's.
 
@@ -100,15 +110,19 @@ class _Decoder(NamedTuple):
 
     def _decode(self, mixer: Mixer, *, seek: bool) -> tuple[np.ndarray, tuple[str, ...]]:
         with self._open() as (av, container):
+            from av.error import FFmpegError
+
             if not container.streams.audio:
                 raise AudioError("has no audio track")
             track = container.streams.audio[0]
             blocks = _Blocks(av, container, track)
             rate, beginning = blocks.rate, blocks.start
             if seek:
-                with _no_seek():
+                try:
                     container.seek(int((self.offset - _PREROLL) * 1e6))
-                blocks = _Blocks(av, container, track)
+                    blocks = _Blocks(av, container, track)
+                except (FFmpegError, AudioError):
+                    raise _NoSeekError from None
             if self.sampling_rate is not None and check_rate(self.sampling_rate) != rate:
                 raise AudioError(
                     f"has a sampling rate of {rate:g} Hz, but sampling_rate={self.sampling_rate!r} was given"
@@ -152,16 +166,6 @@ class _Decoder(NamedTuple):
 
 class _NoSeekError(Exception):
     """The format does not allow to begin amid the recording, or does not tell where it did."""
-
-
-@contextlib.contextmanager
-def _no_seek() -> Iterator[None]:
-    from av.error import FFmpegError
-
-    try:
-        yield
-    except FFmpegError:
-        raise _NoSeekError from None
 
 
 class _Blocks:

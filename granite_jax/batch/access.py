@@ -6,11 +6,9 @@ Manifests are untrusted. URLs are never handed to `fsspec.open`, which would fol
 import contextlib
 import functools
 import ipaddress
-import math
 import os
 import re
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +46,13 @@ def scheme(name: str) -> str | None:
 def without_file_scheme(name: str) -> str:
     """The path of a file URL; any other name unchanged."""
     return name[len("file://") :] if scheme(name) == "file" else name
+
+
+def check_protocols(protocols: Sequence[str]) -> None:
+    """Raises GraniteError naming a protocol that is not among the `KNOWN` ones."""
+    for protocol in protocols:
+        if protocol not in KNOWN:
+            raise GraniteError(f"protocol {protocol!r:.40} is not supported, only {', '.join(KNOWN)}")
 
 
 def retried(call: Callable[[], T]) -> T:
@@ -165,27 +170,33 @@ class AudioStorage:
 
 _STORE_HOSTS = {"gs": ("gcsfs", "storage.googleapis.com"), "s3": ("s3fs", "s3.amazonaws.com")}  # package and host
 _OTHER_HOSTS = ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "HTTPS_PROXY", "https_proxy")
-_UNREACHABLE_SECONDS = 60.0  # for which a host that was not found is not looked for again
-_not_found: dict[str, float] = {}  # when it was, by host
+_found: set[str] = set()  # hosts
 
 
 def check_store(protocol: str, options: Mapping[str, Any]) -> None:
     """Raises AccessError if the host of an object store is not found: its package would try for minutes.
 
-    With `options`, or a variable of the environment, that can lead to another host, nothing is checked.
+    Nothing is checked where `options`, the environment, fsspec's or AWS's configuration can lead to another host.
     """
     package, host = _STORE_HOSTS.get(protocol, ("", ""))
-    if not host or options or any(map(os.environ.get, _OTHER_HOSTS)):
+    if not host or host in _found or options or fsspec.config.conf.get(protocol):
         return
-    if fsspec.get_filesystem_class(protocol).__module__.partition(".")[0] != package:
+    if any(map(os.environ.get, _OTHER_HOSTS)) or (protocol == "s3" and _aws_has_endpoint()):
         return
-    if time.monotonic() - _not_found.get(host, -math.inf) > _UNREACHABLE_SECONDS:
+    if fsspec.get_filesystem_class(protocol).__module__.partition(".")[0] == package:
         try:
             retried(lambda: socket.getaddrinfo(host, 443))
-            return
         except OSError:
-            _not_found[host] = time.monotonic()
-    raise AccessError(f"host {host} is not found: is there a network?")
+            raise AccessError(f"host {host} is not found: is there a network?") from None
+        _found.add(host)
+
+
+def _aws_has_endpoint() -> bool:
+    path = os.environ.get("AWS_CONFIG_FILE") or os.path.expanduser("~/.aws/config")
+    try:
+        return "endpoint_url" in Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 # https may only reach servers on the public Internet, whatever a host name resolves to and wherever a redirect leads.

@@ -12,6 +12,10 @@ Detection = Literal["time", "hash", "off"]
 """By size and time of modification, by a hash of the bytes, or not at all."""
 
 
+_MAX_HASHES = 1000
+_hashes: dict[tuple[int, ...], str] = {}  # of the files read last: a recording can be that of many entries
+
+
 def version_of(file: Any, detection: Detection) -> dict[str, Any]:
     """Describes an open file: `bytes`, `modified` in seconds of the epoch, and a `sha256` if asked for.
 
@@ -25,9 +29,15 @@ def version_of(file: Any, detection: Detection) -> dict[str, Any]:
         return {}
     version = {"bytes": status.st_size, "modified": round(status.st_mtime, 6)}
     if detection == "hash":
-        position = file.tell()
-        version["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(position)
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if key not in _hashes:
+            position = file.tell()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(position)
+            if len(_hashes) >= _MAX_HASHES:
+                _hashes.clear()
+            _hashes[key] = digest
+        version["sha256"] = _hashes[key]
     return version
 
 

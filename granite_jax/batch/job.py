@@ -24,7 +24,7 @@ from typing import Any
 
 import granite_jax
 from granite_jax.audio.load import printable
-from granite_jax.batch.access import KNOWN, PROTOCOLS, AudioStorage, retried, scheme, without_file_scheme
+from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, retried, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
 from granite_jax.batch.listing import (
@@ -200,9 +200,7 @@ def run(
     """
     model_options, job_options = resolve(model, options, fields)
     source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
-    unknown = [protocol for protocol in allow if protocol not in KNOWN]
-    if unknown:
-        raise GraniteError(f"protocol {unknown[0]!r:.40} is not supported, only {', '.join(KNOWN)}")
+    check_protocols(allow)
     if num_readers < 1:
         raise GraniteError(f"num_readers is {num_readers}, not a positive number")
     if readers == "processes":

@@ -5,6 +5,7 @@ import functools
 import glob
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,8 +105,11 @@ def _walk(directory: str, skipped: collections.Counter[str]) -> Iterator[str]:
 
 def _matches(pattern: str) -> Iterator[str]:
     """Files that a glob matches. Its `**` does not follow links, as that of the glob module would, without end."""
+    if pattern.endswith("/"):
+        return  # it matches directories alone
     root = root_of(pattern)
-    relative = os.path.relpath(pattern, root)
+    parts = Path(os.path.relpath(pattern, root)).parts
+    relative = os.path.join(*(part if part == "**" else re.sub(r"\*\*+", "*", part) for part in parts))
     if os.path.basename(relative) == "**":
         relative = os.path.join(relative, "*")
     shows_hidden = [part.startswith(".") for part in Path(relative).parts]

@@ -5,7 +5,9 @@ Every kind of input becomes such a file (`manifest_files`, `listing`), of which 
 
 import dataclasses
 import difflib
+import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -44,7 +46,7 @@ _FOREIGN_FIELDS = (
     *("start", "end", "begin", "stop", "start_time", "end_time", "segments", "channel", "channels", "channel_selector"),
     *("language", "lang", "context", "hotwords", "max_new_tokens", "speculative", "keyword_boost", "keyword_gate"),
 )
-_SAMPLED_LINES = 1000
+_SAMPLED_LINES, _SAMPLED_FIELDS, _MAX_NAME = 1000, 100, 40
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,13 @@ def ignored_fields(line: bytes | None) -> list[str]:
         fields = json.loads((line or b"").decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return []
-    unknown = [key for key in fields if key not in FIELDS] if isinstance(fields, dict) else []
-    known = (*FIELDS, *_FOREIGN_FIELDS)
-    return [key for key in unknown if difflib.get_close_matches(key.lower(), known, 1, 0.85)]
+    keys = itertools.islice(fields, _SAMPLED_FIELDS) if isinstance(fields, dict) else []
+    return [key for key in keys if key not in FIELDS and _looks_decisive(key[:_MAX_NAME].lower())]
+
+
+@functools.lru_cache(maxsize=1000)
+def _looks_decisive(name: str) -> bool:
+    return bool(difflib.get_close_matches(name, (*FIELDS, *_FOREIGN_FIELDS), 1, 0.85))
 
 
 def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) -> Entry:

@@ -111,5 +111,8 @@ def _leave(number: int) -> None:
         process.kill()
     for directory in Path(tempfile.gettempdir()).glob(f"granite-jax-{os.getpid()}-*"):
         shutil.rmtree(directory, ignore_errors=True)
-    fail(f"stopped by {signal.Signals(number).name}, amid its work; a job that is run again goes on")
+    message = f"stopped by {signal.Signals(number).name}, amid its work; a job that is run again goes on"
+    printing = threading.Thread(target=fail, args=(message,), daemon=True)
+    printing.start()
+    printing.join(0.5)  # nobody may be reading
     os._exit(128 + number)

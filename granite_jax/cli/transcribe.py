@@ -54,7 +54,7 @@ def transcribe(
 
     try:
         plots = None if plot is None else _plots_for(plot, files)
-        sources = to_sources(files, allow or ("file", "gs", "s3", "https"))
+        sources = to_sources(files, allow or ("file", "gs", "s3", "https"), reread=plots is not None)
         asr = Transcriber.from_options(model)
         transcripts = []
         with ProgressDisplay("transcribing", prints_results=True) as display:

@@ -185,7 +185,7 @@ def _without_reference(line: bytes) -> str:
 
 
 def _seconds(entry: Entry, access: AudioStorage) -> float | None:
-    """Length of an entry's audio, if need be by its file's header; None if the file is remote."""
+    """Length of an entry's audio, if need be by its file's header; None if the file is remote, or does not tell."""
     if entry.duration is not None:
         return entry.duration
     try:
@@ -193,7 +193,9 @@ def _seconds(entry: Entry, access: AudioStorage) -> float | None:
             return None
         with access.open(entry.audio) as file:
             return max(0.0, soundfile.info(file).duration - entry.offset)
-    except (GraniteError, OSError, soundfile.LibsndfileError):  # the job reports it
+    except soundfile.LibsndfileError:  # it may be a format of FFmpeg's
+        return None
+    except (GraniteError, OSError):  # the job reports it
         return 0.0
 
 

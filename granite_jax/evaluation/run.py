@@ -5,6 +5,7 @@ OUT/results.json   all numbers
 OUT/results.md     the same as tables
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,13 @@ def evaluate(
     decisive = {
         "weights": identity,
         "version": granite_jax.__version__,
-        "options": json.loads(json.dumps(dataclasses.asdict(transcribe_options))),
+        "options": dataclasses.asdict(transcribe_options),
+        "scoring": dataclasses.asdict(scoring),
+        "bias": bias,
     }
+    decisive = json.loads(json.dumps(decisive))
     current = {each.directory: _Finished(each.name, each.directory, each.source, each) for each in opened}
-    sets_by_directory = _former_sets(store.directory / RESULTS, decisive, list(current)) | current
+    _former_sets(store.directory, decisive, current)  # raises before the work
     for evaluation_set in opened:
         with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
             summary = batch.run(
@@ -165,18 +169,47 @@ def evaluate(
             )
         if summary.stopped:
             return None
+    with _locked(store.directory):
+        results = _write_results(
+            store.directory,
+            _former_sets(store.directory, decisive, current) | current,
+            decisive | {"model": os.fspath(model_options.checkpoint) if transcriber is None else identity},
+            scoring,
+        )
+    return results
+
+
+def _write_results(
+    directory: Path, sets: dict[str, "_Finished"], description: dict[str, Any], scoring: "_Scoring"
+) -> dict[str, Any]:
+    """Scores sets whose jobs are done, and writes and returns the results."""
     results = {
-        "model": os.fspath(model_options.checkpoint) if transcriber is None else identity,
-        **decisive,
+        **description,
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "devices": [device.device_kind for device in jax.local_devices()],
-        "scoring": dataclasses.asdict(scoring),
-        **_scores(list(sets_by_directory.values()), store.directory, scoring),
+        **_scores(list(sets.values()), directory, scoring),
     }
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    transcribed.write(store.directory / RESULTS, f"{text}\n")
-    transcribed.write(store.directory / "results.md", to_markdown(results))
+    transcribed.write(directory / RESULTS, f"{text}\n")
+    transcribed.write(directory / "results.md", to_markdown(results))
     return json.loads(text)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Waits for other runs that write their results to the directory, where the system has locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has them
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,23 +319,25 @@ class _Finished:
         return transcribed.collect(self.evaluation_set, directory)
 
 
-def _former_sets(results: Path, decisive: dict[str, Any], again: Sequence[str]) -> dict[str, _Finished]:
+def _former_sets(out: Path, decisive: dict[str, Any], again: Collection[str]) -> dict[str, _Finished]:
     """The sets of earlier runs into one directory, by the directories of their own.
 
     Raises:
-      GraniteError: those that are not evaluated `again` had other weights or options.
+      GraniteError: those that are not evaluated `again` had other weights, options or scoring, or cannot be read.
     """
+    path = out / RESULTS
     try:
-        former = json.loads(results.read_text(encoding="utf-8"))
+        former = json.loads(path.read_text(encoding="utf-8"))
         sets = [_Finished(*(each[key] for key in ("name", "directory", "source"))) for each in former["sets"]]
         different = [key for key, value in decisive.items() if former[key] != value]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise GraniteError(f"{results}: is not the result of an evaluation ({error})") from None
-    kept = [each.name for each in sets if each.directory not in again]
-    if kept and different:
-        raise GraniteError(f"{results}: has results of set {kept[0]} with other {', '.join(different)}")
+        raise GraniteError(f"{path}: is not the result of an evaluation ({error})") from None
+    for kept in [each for each in sets if each.directory not in again]:
+        if different:
+            raise GraniteError(f"{path}: has results of set {kept.name} with other {', '.join(different)}")
+        kept.lines(out / kept.directory)
     return {each.directory: each for each in sets}
 
 

@@ -17,10 +17,16 @@ def has_repetition_loop(text: str, ctc_text: str, keywords: Sequence[str]) -> bo
     """
     if not keywords:
         return False
-    spoken = "".join(ctc_text.lower().split())
-    for match in _REPETITION.finditer(f"{text.lower()} "):
+    spoken = _words(ctc_text).replace(" ", "")
+    for match in _REPETITION.finditer(f"{_words(text)} "):
         twice = match[1] * 2
-        is_spoken = "".join(twice.split()) in spoken
-        if not is_spoken and any(keyword.lower() in twice for keyword in keywords):
+        is_spoken = twice.replace(" ", "") in spoken
+        has_letters = any(char.isalpha() for char in twice)  # numbers repeat their digits
+        if has_letters and not is_spoken and any(_words(keyword) in twice for keyword in keywords):
             return True
     return False
+
+
+def _words(text: str) -> str:
+    """The words of a text, in lower case and without punctuation."""
+    return " ".join(re.findall(r"\w+", text.lower()))
