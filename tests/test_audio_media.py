@@ -112,6 +112,14 @@ def test_without_the_extra_the_error_names_it(
         load_audio(tmp_path / f"clip.{kind}")
 
 
+@pytest.mark.parametrize("size", [0, 300, 100_000])
+def test_tags_before_the_audio_are_skipped(speech: np.ndarray, size: int) -> None:
+    # Given AAC behind an ID3 tag, as in segments of streams, when it is read, then it is that of the file without
+    data = encode(speech, "aac")
+    tag = b"ID3\x04\0\0" + bytes((size >> shift) & 127 for shift in (21, 14, 7, 0)) + bytes(size)
+    np.testing.assert_array_equal(load_audio(tag + data).samples, load_audio(data).samples)
+
+
 def test_channels_that_cancel_out_are_noticed(speech: np.ndarray) -> None:
     # Given channels of opposite phase, when they are read, then one of them is taken
     audio = load_audio(encode(np.stack([speech, -speech]), "mov"))
@@ -143,6 +151,8 @@ def test_what_is_not_there_is_told(speech: np.ndarray) -> None:
         load_audio(written.getvalue())
     with pytest.raises(AudioError, match="has no audio at 60 seconds"):
         load_segment(io.BytesIO(encode(speech, "mov")), "x", offset=60.0)
+    with pytest.raises(AudioError, match="has no audio at 60 seconds"):
+        load_segment(io.BytesIO(encode(speech, "wav")), "x", offset=60.0)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Failures are not final: audio out of reach is tried again, other failures on request, and nothing is rewritten."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +227,19 @@ def test_a_changed_recording_is_transcribed_anew(corpus: Path, tmp_path: Path, c
     # And a third run has nothing to do
     assert run(manifest, out, detect_changes=detection)[0].retried == 0
     assert batch.merge(out)["entries"] == 3
+
+
+def test_a_recording_of_many_segments_is_hashed_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given twenty segments of a file, when hashes are recorded and compared, then its bytes are hashed once
+    hashed: list[Any] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    manifest = write_lines(corpus / "m.jsonl", *({"audio": "b/8.wav", "duration": 0.1} for _ in range(20)))
+    for _ in range(2):
+        run(manifest, tmp_path / "out", detect_changes="hash", part_size=5)
+    assert [Path(name).name for name in hashed].count("8.wav") <= 2  # the two readers can begin together
 
 
 def test_touched_files_keep_their_results_where_a_hash_was_recorded(corpus: Path, tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_what_a_listing_leaves_out_is_told(corpus: Path, tmp_path: Path, name: s
     assert summary.notes == (() if is_listed else (f"1 files are not audio by their names: 1 {kind}",))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "count"), [("**.wav", 0), ("a/**.wav", 5), ("*/***.wav", 10), ("a/[13].wav", 2), ("*/", 0), ("[", 0)]
+)
+def test_globs_match_what_a_shell_would(corpus: Path, tmp_path: Path, pattern: str, count: int) -> None:
+    if count:
+        assert run(f"{corpus}/{pattern}", tmp_path / "out")[0].entries == count
+    else:
+        with pytest.raises(GraniteError, match="no audio files|cannot be read"):
+            run(f"{corpus}/{pattern}", tmp_path / "out")
+
+
 @pytest.mark.parametrize("source", ["{corpus}", "{corpus}/**/*.wav", "{corpus}/**"])
 def test_links_that_lead_in_circles_end(corpus: Path, tmp_path: Path, source: str) -> None:
     # Given a directory with links to itself, when it is listed, then each file is there once

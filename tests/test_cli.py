@@ -217,6 +217,11 @@ def test_protocols_of_urls_can_be_set(loaded: list, recordings: list[str]) -> No
     # Given a protocol that is not among those that are allowed, then its URLs are refused; and - is given once
     result = invoke("transcribe", "https://example.com/a.wav", "--allow", "file")
     assert "protocol 'https' is not allowed, only file (--allow sets them)" in result.stderr
+    result = invoke("transcribe", "a.wav", "--allow", "ftp")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "granite-jax: protocol 'ftp' is not supported, only file, gs, s3, https\n",
+    )
     result = invoke("transcribe", "-", "-")
     assert (result.exit_code, result.stderr) == (2, "granite-jax: standard input, -, can be given once\n")
 

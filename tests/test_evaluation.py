@@ -133,8 +133,32 @@ def test_another_set_is_added_to_the_results(manifest: Path, tmp_path: Path) -> 
     # And the same set again replaces its own results alone; other options need another directory
     assert numbers(evaluate([manifest], tmp_path / "run")[0])["average"] == numbers(expected)["average"]
     third = write_lines(manifest.with_name("third.jsonl"), *read_lines(manifest)[:1])
-    with pytest.raises(GraniteError, match="has results of set other with other options"):
-        evaluate([third, manifest], tmp_path / "run", max_new_tokens=5)
+    for options, name in (
+        ({"max_new_tokens": 5}, "options"),
+        ({"language": "fr"}, "scoring"),
+        ({"bias": True}, "bias"),
+    ):
+        with pytest.raises(GraniteError, match=f"has results of set other with other {name}"):
+            evaluate([third, manifest], tmp_path / "run", **options)
+    # And results that are gone are noticed before the work
+    (tmp_path / "run" / "other" / "utterances.jsonl").unlink()
+    with pytest.raises(GraniteError, match="utterances.jsonl: is not the result of an evaluation"):
+        evaluate([third], tmp_path / "run")
+    assert not (tmp_path / "run" / "third").exists()
+
+
+def test_two_runs_into_one_directory_keep_both_sets(manifest: Path, tmp_path: Path) -> None:
+    # Given two runs of different sets, when one ends while the other works, then the results have both
+    other = write_lines(manifest.with_name("other.jsonl"), *read_lines(manifest)[:2])
+    progressed: list[Any] = []
+
+    def disturb(progress: Any) -> None:
+        if not progressed:
+            progressed.append(progress)
+            evaluate([other], tmp_path / "run")
+
+    found, _ = evaluate([manifest], tmp_path / "run", progress=disturb)
+    assert sorted(each["name"] for each in found["sets"]) == ["calls", "other"]
 
 
 def test_only_programs_that_are_needed_are_compiled_and_times_are_apart(manifest: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def version_of(file: Any, detection: Detection) -> dict[str, Any]:
         return {}
     version = {"bytes": status.st_size, "modified": round(status.st_mtime, 6)}
     if detection == "hash":
-        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        key = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         if key not in _hashes:
             position = file.tell()
             digest = hashlib.file_digest(file, "sha256").hexdigest()
