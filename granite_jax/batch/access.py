@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.config
 import tenacity
 
 from granite_jax.audio.load import AccessError, open_regular, printable
