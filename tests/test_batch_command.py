@@ -123,5 +123,5 @@ def test_changed_recordings_are_told(corpus: Path, tmp_path: Path, command: Any)
     (corpus / "a/1.wav").write_bytes((corpus / "a/5.wav").read_bytes())
     assert command(manifest, "--out", tmp_path / "out", "--detect-changes", "off").stderr == ""
     result = command(manifest, "--out", tmp_path / "out")
-    assert result.stderr == "granite-jax: 1 utterances were transcribed anew because their files have changed\n"
+    assert result.stderr == "granite-jax: utterances transcribed anew because their files have changed: 1\n"
     assert "2 of 2 utterances, 0 failed" in result.stdout

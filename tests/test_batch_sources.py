@@ -72,7 +72,7 @@ def test_what_a_listing_leaves_out_is_told(corpus: Path, tmp_path: Path, name: s
     summary, _ = run(str(corpus), tmp_path / "out")
     assert (summary.entries, summary.failed) == (11 if is_listed else 10, 0)
     kind = Path(name).suffix or "without a suffix"
-    assert summary.notes == (() if is_listed else (f"1 files are not audio by their names: 1 {kind}",))
+    assert summary.notes == (() if is_listed else (f"files left out, not audio by their names: 1 {kind}",))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_links_that_lead_in_circles_end(corpus: Path, tmp_path: Path, source: st
         (corpus / name).symlink_to(corpus)
     summary, _ = run(source.format(corpus=corpus), tmp_path / "out")
     assert (summary.entries, summary.failed) == (10, 0)
-    told = ("3 files are not audio by their names: 3 links to directories",)
+    told = ("files left out, not audio by their names: 3 links to directories",)
     assert summary.notes == (told if source == "{corpus}" else ())
 
 
@@ -104,7 +104,9 @@ def test_files_that_come_later_are_told(corpus: Path, tmp_path: Path) -> None:
         shutil.copy(corpus / "a/1.wav", corpus / name)
     summary, _ = run(str(corpus), tmp_path / "out")
     assert summary.entries == 10
-    assert summary.notes == ("2 audio files came after the job's listing, and are no part of it (use another --out)",)
+    assert summary.notes == (
+        "audio files that came after the job's listing, and are no part of it: 2 (use another --out)",
+    )
 
 
 def test_a_segment_is_what_the_file_holds_there(tmp_path: Path) -> None:

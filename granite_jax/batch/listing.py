@@ -82,7 +82,7 @@ def describe_skipped(skipped: collections.Counter[str]) -> str:
         return ""
     shown = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(_MAX_SHOWN))
     rest = skipped.total() - sum(count for _, count in skipped.most_common(_MAX_SHOWN))
-    return f"{skipped.total()} files are not audio by their names: {shown}" + (f", {rest} others" if rest else "")
+    return f"files left out, not audio by their names: {shown}" + (f", {rest} others" if rest else "")
 
 
 def _walk(directory: str, skipped: collections.Counter[str]) -> Iterator[str]:

@@ -114,7 +114,7 @@ def run(
     for note in summary.notes:
         display.tell(note)
     if summary.changed:
-        fail(f"{summary.changed} utterances were transcribed anew because their files have changed")
+        fail(f"utterances transcribed anew because their files have changed: {summary.changed}")
     if summary.stopped:
         fail(f"stopped by {stop.name}; run again to resume {out}")
         raise typer.Exit(stop.status)
