@@ -290,7 +290,7 @@ def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path)
             listed = set(file)
         if later := sum(to_line(name) not in listed for name in list_audio(source, access, skipped)):
             notes.append(
-                f"audio files that came after the job's listing, and are no part of it: {later} (use another --out)"
+                f"audio files that came after the job's listing, and are left out: {later} (use another --out)"
             )
     return path, [*filter(None, [describe_skipped(skipped)]), *notes]
 
