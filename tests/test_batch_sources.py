@@ -105,7 +105,7 @@ def test_files_that_come_later_are_told(corpus: Path, tmp_path: Path) -> None:
     summary, _ = run(str(corpus), tmp_path / "out")
     assert summary.entries == 10
     assert summary.notes == (
-        "audio files that came after the job's listing, and are no part of it: 2 (use another --out)",
+        "audio files that came after the job's listing, and are left out: 2 (use another --out)",
     )
 
 
