@@ -104,9 +104,7 @@ def test_files_that_come_later_are_told(corpus: Path, tmp_path: Path) -> None:
         shutil.copy(corpus / "a/1.wav", corpus / name)
     summary, _ = run(str(corpus), tmp_path / "out")
     assert summary.entries == 10
-    assert summary.notes == (
-        "audio files that came after the job's listing, and are left out: 2 (use another --out)",
-    )
+    assert summary.notes == ("audio files that came after the job's listing, and are left out: 2 (use another --out)",)
 
 
 def test_a_segment_is_what_the_file_holds_there(tmp_path: Path) -> None:

@@ -27,7 +27,11 @@ from granite_jax.inference.transcriber import Transcriber
 
 
 class Transcribe:
-    """A manifest's columns in; `id`, `audio`, `error` and a transcript's fields out."""
+    """A manifest's columns in; `id`, `audio`, `error` and a transcript's fields out.
+
+    Instead of `audio` there can be `bytes`, the contents of files, with their names in `path`, as
+    `ray.data.read_binary_files(..., include_paths=True)` has them.
+    """
 
     @accepts(ModelOptions, TranscribeOptions)
     def __init__(
@@ -54,14 +58,18 @@ class Transcribe:
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Transcribes a batch; a row that failed has an `error` and no text."""
-        columns = {name: np.asarray(column).tolist() for name, column in rows.items()}
-        count = len(next(iter(columns.values()), []))
+        contents = rows.get("bytes")  # no array: NumPy would drop zeros at their ends
+        columns = {name: np.asarray(column).tolist() for name, column in rows.items() if name != "bytes"}
+        count = len(next(iter(rows.values()), []))
         fields = [{name: _plain(column[i]) for name, column in columns.items()} for i in range(count)]
-        for row in fields:
+        for i, row in enumerate(fields):
+            if contents is not None:
+                row.setdefault("audio", row.get("path") or f"bytes[{i}]")
             if row.get("id") is None:
                 row["id"] = row.get("audio") or row.get("audio_filepath")
         entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
-        loaded_entries = list(self._threads.map(self._reader, entries))
+        data = [None] * count if contents is None else list(contents)
+        loaded_entries = list(self._threads.map(self._reader, entries, data))
         transcripts = {}
         for options in dict.fromkeys(entry.options for entry in entries):
             group = [loaded for loaded in loaded_entries if loaded.entry.options == options]

@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import functools
+import io
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,13 +56,13 @@ class Reader:
     dataset: tuple[str, str] | None = None
     detection: Detection = "time"
 
-    def __call__(self, entry: Entry) -> LoadedEntry:
-        """Loads an entry. Retries transient errors, and returns all others."""
+    def __call__(self, entry: Entry, data: bytes | None = None) -> LoadedEntry:
+        """Loads an entry, from `data` if its file's bytes are there. Retries transient errors; returns all others."""
         if entry.error is not None:
             return LoadedEntry(entry, error=entry.error)
         version: dict[str, Any] = {}
         try:
-            return LoadedEntry(entry, retried(lambda: self._load(entry, version)), file=version)
+            return LoadedEntry(entry, retried(lambda: self._load(entry, data, version)), file=version)
         except FileNotFoundError:
             return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file", is_transient=True)
         except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
@@ -71,11 +72,11 @@ class Reader:
             error_text = f"{printable(entry.audio)}: {reason}"
             return LoadedEntry(entry, error=error_text, file=version, is_transient=is_transient)
 
-    def _load(self, entry: Entry, version: dict[str, Any]) -> Audio:
+    def _load(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Audio:
         """The audio; `version` is filled when its file is open."""
-        if entry.audio.startswith("tfds:"):
+        if data is None and entry.audio.startswith("tfds:"):
             return self._example(entry)
-        with self.access.open(entry.audio) as file:
+        with self.access.open(entry.audio) if data is None else io.BytesIO(data) as file:
             version.update(version_of(file, self.detection))
             return load_segment(
                 file, entry.audio, offset=entry.offset, duration=entry.duration, max_seconds=self.max_seconds

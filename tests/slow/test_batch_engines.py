@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import kubernetes_validate
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -92,6 +93,24 @@ def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
     assert found["id"] == ["x", "none.wav"]
     assert found["error"] == [None, "none.wav: no such file"]
     assert found["text"][0] and not found["text"][1]
+
+
+@pytest.mark.parametrize("names", ["paths", "ids", "neither"])
+def test_rows_can_be_the_bytes_of_files(names: str) -> None:
+    # Given the contents of files, the last of which is none, as Ray reads binary files
+    clips = sorted(CLIPS.glob("*.ogg"))[:2]
+    rows: dict[str, Any] = {"bytes": np.array([*(clip.read_bytes() for clip in clips), b"none\0\0"], object)}
+    if names == "paths":
+        rows["path"] = ["a.ogg", "b.ogg", "c.ogg"]
+    elif names == "ids":
+        rows["id"] = ["x", "y", "z"]
+    # When they are transcribed, then the texts are those of the files, and the last row alone fails
+    transcribe = Transcribe(root=CLIPS, num_readers=2, dtype="float32", batch_size=2)
+    found, expected = transcribe(rows), transcribe({"audio": [clip.name for clip in clips]})
+    assert found["text"] == [*expected["text"], ""]
+    audio = ["a.ogg", "b.ogg", "c.ogg"] if names == "paths" else ["bytes[0]", "bytes[1]", "bytes[2]"]
+    assert found["audio"] == audio and found["id"] == rows.get("id", audio)
+    assert found["error"][:2] == [None, None] and "is not audio" in found["error"][2]
 
 
 def apply_patch(manifest: dict[str, Any], patch: dict[str, Any]) -> None:
