@@ -8,7 +8,6 @@ A part is committed as a whole or not at all; a worker that dies loses its curre
 on its entries.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -24,26 +23,19 @@ from typing import Any
 
 import granite_jax
 from granite_jax.audio.load import printable
-from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, retried, scheme, without_file_scheme
+from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
-from granite_jax.batch.listing import (
-    describe_skipped,
-    identity_of,
-    is_listing,
-    list_audio,
-    root_of,
-    split_tfds,
-    to_line,
-)
+from granite_jax.batch.listing import identity_of, is_listing, root_of, split_tfds
+from granite_jax.batch.local_manifest import local_manifest
 from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
 from granite_jax.batch.reader_processes import check_processes
 from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, reading
-from granite_jax.batch.store import LocalStore, Store, open_store
+from granite_jax.batch.store import Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
-from granite_jax.errors import AudioError, GraniteError
+from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.inference.transcriber import Transcriber, Transcript
 from granite_jax.keywords.options import Entry as Keyword
@@ -52,7 +44,6 @@ from granite_jax.pretrained import open_checkpoint
 PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device works on a chunk while the next one is read
 _LATER_CHUNK_FACTOR = 4  # later chunks have this many times the entries of the first
-_LISTING = "manifest.jsonl"
 _FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a Transcript, in a line
 
 
@@ -212,7 +203,7 @@ def run(
     checkpoint = open_checkpoint(model_options.checkpoint, model_options.revision) if transcriber is None else None
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-")))
-        local, notes = _local_manifest(source, access, store, work)
+        local, notes = local_manifest(source, access, store, work)
         scanned = Manifest.scan(to_json_lines(local, source, work), part_size, job_options, source)
         if scanned.ignored_fields:
             names = ", ".join(scanned.ignored_fields)[:200]
@@ -258,48 +249,6 @@ def run(
             return Reader(access, asr.config.max_seconds, dataset, detect_changes)
 
         return worker.run(load, read_with, readers, num_readers)
-
-
-def _local_manifest(source: str, access: AudioStorage, store: Store, work: Path) -> tuple[Path, list[str]]:
-    """A local file: the manifest, a copy of a remote one, or the listing that the first worker made; and notes."""
-    if not is_listing(source):
-        if scheme(source) is None:
-            return Path(source), []
-        try:
-            with retried(lambda: access.open(source)) as remote:
-                return _copy(remote, work / _LISTING), []
-        except (AudioError, FileNotFoundError, PermissionError) as error:
-            reason = error if isinstance(error, AudioError) else "no such file, or no permission to read it"
-            raise GraniteError(f"{printable(source)}: {reason}") from None
-    skipped: collections.Counter[str] = collections.Counter()
-    is_new = _LISTING not in store.names()
-    if is_new:
-        with open(work / _LISTING, "w", encoding="utf-8") as file:
-            file.writelines(map(to_line, list_audio(source, access, skipped)))
-        if os.path.getsize(work / _LISTING) == 0:
-            raise GraniteError(". ".join(filter(None, [f"{source}: no audio files", describe_skipped(skipped)])))
-        store.create(_LISTING, work / _LISTING)
-    if isinstance(store, LocalStore):
-        path = store.directory / _LISTING
-    else:
-        with store.open(_LISTING) as remote:
-            path = _copy(remote, work / _LISTING)
-    notes = []
-    if not is_new and scheme(source) is None:
-        with open(path, encoding="utf-8") as file:
-            listed = set(file)
-        if later := sum(to_line(name) not in listed for name in list_audio(source, access, skipped)):
-            notes.append(
-                f"audio files that came after the job's listing, and are left out: {later} (use another --out)"
-            )
-    return path, [*filter(None, [describe_skipped(skipped)]), *notes]
-
-
-def _copy(file: Any, path: Path) -> Path:
-    with open(path, "wb") as copy:
-        while block := file.read(1 << 20):
-            copy.write(block)
-    return path
 
 
 def transcribe_group(
