@@ -112,6 +112,13 @@ def test_without_the_extra_the_error_names_it(
         load_audio(tmp_path / f"clip.{kind}")
 
 
+def test_tags_in_another_encoding_are_no_fault(speech: np.ndarray) -> None:
+    # Given Matroska whose tags are Latin-1, when it is read, then it is that of the file without
+    data = encode(speech, "mkv")
+    assert b"Lavf" in data
+    np.testing.assert_array_equal(load_audio(data.replace(b"Lavf", b"L\xe9vf")).samples, load_audio(data).samples)
+
+
 @pytest.mark.parametrize("size", [0, 300, 100_000])
 def test_tags_before_the_audio_are_skipped(speech: np.ndarray, size: int) -> None:
     # Given AAC behind an ID3 tag, as in segments of streams, when it is read, then it is that of the file without

@@ -154,7 +154,7 @@ class _Decoder(NamedTuple):
             raise AudioError(f"is {self.kind.name}, which needs pip install 'granite-jax[media]'") from None
         self.file.seek(0)
         try:
-            with av.open(_Readable(self.file), format=self.kind.demuxer, metadata_errors="replace") as container:
+            with av.open(_Readable(self.file), format=self.kind.demuxer, **_metadata_option(av)) as container:
                 yield av, container
         except FFmpegError as error:
             raise AudioError(f"is not {self.kind.name} that can be read ({one_line(error.strerror)})") from error
@@ -234,6 +234,11 @@ def _declared_seconds(container: Any, track: Any) -> float | None:
         return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
     is_alone = len(container.streams) == 1
     return container.duration / 1e6 if is_alone and container.duration is not None else None
+
+
+def _metadata_option(av: ModuleType) -> dict[str, Any]:
+    """Lets tags be in another encoding than UTF-8: since its version 19, PyAV always does."""
+    return {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class _Readable:
