@@ -21,7 +21,8 @@ from granite_jax.checkpoint.lora import Adapter, factor_paths
 from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, read_json
+from granite_jax.model.config import Config
+from granite_jax.model.json_fields import read_json
 from granite_jax.variants import variant_of
 from granite_jax.variants.tensors import LINEAR, Rule
 
@@ -197,7 +198,7 @@ def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> 
     """For every tensor: its name, its shape, the path of its leaf, and the function that extracts it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
-            spelled = _PREFIX + mapping.new_name(name.removeprefix(_PREFIX)) if new_names else name
+            spelled = _PREFIX + mapping.spelled(name.removeprefix(_PREFIX), "new") if new_names else name
             yield spelled, shape, factor.path, functools.partial(factor.tensor, number)
 
 
@@ -254,7 +255,7 @@ def _released(name: str) -> str:
 def _is_named(modules: tuple[str, ...] | str, name: str) -> bool:
     # An expression may have been written for the names of newer transformers.
     if isinstance(modules, str):
-        return bool(modules) and any(re.fullmatch(modules, n) for n in (name, mapping.new_name(f"{name}.")[:-1]))
+        return bool(modules) and any(re.fullmatch(modules, n) for n in (name, mapping.spelled(f"{name}.", "new")[:-1]))
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 

@@ -19,6 +19,7 @@ from granite_jax.checkpoint.source import local_directory
 from granite_jax.checkpoint.tree import Shape, raise_named
 from granite_jax.convert import reader, writer
 from granite_jax.convert.directory import open_directory
+from granite_jax.convert.mapping import SPELLINGS, Spelling
 from granite_jax.errors import CheckpointError
 
 
@@ -48,7 +49,7 @@ def convert(
     destination: str | PathLike[str],
     dtype: Any = None,
     *,
-    names: writer.Names = "released",
+    names: Spelling = "released",
     revision: str | None = None,
     verify: bool = False,
     progress: reader.Progress | None = None,
@@ -62,7 +63,8 @@ def convert(
       source: a directory of either kind, a hub id, or "demo".
       destination: a directory that does not exist or is empty.
       dtype: "float32" or "bfloat16"; default that of the source.
-      names: spelling of tensor names in a Hugging Face destination: "released", or "new" as newer transformers save.
+      names: spelling of tensor names in a Hugging Face destination: "released"; "new", as transformers since 5.10 has
+        them; or "nested", as transformers about 5.19 saved them.
       revision: branch, tag or commit of a hub id.
       verify: read everything back before the destination appears, and compare it with the source.
       progress: called with (tensors done, total).
@@ -72,8 +74,8 @@ def convert(
         damaged is at fault, too.
     """
     started = time.monotonic()
-    if names not in ("released", "new"):
-        raise CheckpointError(f'names {names!r} is neither "released" nor "new"')
+    if names not in SPELLINGS:
+        raise CheckpointError(f"names {names!r} is none of {', '.join(SPELLINGS)}")
     chosen = None if dtype is None else parse_dtype(dtype)
     directory = local_directory(source, revision) or hub.snapshot(str(source), revision, COMPANIONS)
     opened = open_directory(directory)
@@ -87,7 +89,7 @@ def convert(
             with_adapter = adapter is not None
             leaves = reader.read_leaves(directory, opened.config, chosen, progress, with_adapter=with_adapter)
             copy_files(writer.companions(opened), partial)
-            write_weights(partial, writer.configuration(opened, chosen), leaves, adapter)
+            write_weights(partial, writer.configuration(opened, chosen), opened.config, leaves, adapter)
         else:
             home = Path(destination).absolute()
             writer.export(opened, partial, names, chosen, home=home, progress=progress)

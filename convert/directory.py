@@ -11,10 +11,19 @@ from granite_jax.checkpoint.backend import start_jax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.convert import adapter as adapters
-from granite_jax.convert.reader import INDEX, TORCH_INDEX, TORCH_WEIGHTS, WEIGHTS, WIDEST, open_plans, read_leaves
+from granite_jax.convert.reader import (
+    INDEX,
+    TORCH_INDEX,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    WIDEST,
+    open_plans,
+    read_leaves,
+    tensor_facts,
+)
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import read_json
-from granite_jax.variants import read_config
+from granite_jax.model.json_fields import read_json
+from granite_jax.variants import read_config, variant_of
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -53,7 +62,10 @@ def open_directory(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: holds {contents} {WEIGHTS}")
     raw = read_json(path)
     try:
-        config = read_config(raw)
+        table = variant_of(raw.get("model_type")).tensors
+        config = read_config(raw, orbax.tensor_facts(directory) if is_orbax else tensor_facts(directory, table))
     except CheckpointError as error:
+        if str(error).startswith(str(directory)):
+            raise
         raise CheckpointError(f"{path}: {error}") from None
     return (OrbaxCheckpoint if is_orbax else HuggingFaceCheckpoint)(directory, config, raw, adapters.read)

@@ -1,14 +1,15 @@
 """Finds the leaf of every tensor of a Hugging Face checkpoint, and the tensors of every leaf, by a variant's table.
 
-Two spellings of names exist: as released (`encoder.*`, `language_model.model.*`), which the tables use, and that of
-newer transformers (`model.encoder.*`).
+Three spellings of names exist: `released` (`encoder.*`, `language_model.model.*`), which the tables use; `new`
+(`model.encoder.*`), of transformers since 5.10; and `nested` (`language_model.model.model.*`), which transformers about
+5.19 saved.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,30 +19,38 @@ from granite_jax.variants.tensors import Rule, TensorTable
 
 HFTensor = tuple[str, Shape, str, Callable[[Any], np.ndarray]]  # name, shape, path of its leaf, leaf -> tensor
 
-# (as released, newer transformers); the first that matches counts.
-_SPELLINGS = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("encoder.", "model.encoder."),
-    ("projector.", "model.projector."),
-)
+Spelling = Literal["released", "new", "nested"]
+
+# Prefixes (as released, otherwise); the first that matches counts.
+_SPELLINGS: Mapping[Spelling, tuple[tuple[str, str], ...]] = {
+    "nested": (("language_model.model.", "language_model.model.model."),),
+    "new": (
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("encoder.", "model.encoder."),
+        ("projector.", "model.projector."),
+    ),
+    "released": (),
+}
+SPELLINGS: tuple[Spelling, ...] = tuple(_SPELLINGS)
 _LAYER = re.compile(r"\.(layers?)\.(0|[1-9][0-9]{0,5})\.")
 _TILE = 16
 
 
 def released_name(name: str) -> str:
-    """The released spelling of a name in either spelling."""
-    for released, new in _SPELLINGS:
-        if name.startswith(new):
-            return released + name[len(new) :]
+    """The released spelling of a name in any spelling."""
+    for prefixes in _SPELLINGS.values():
+        for released, other in prefixes:
+            if name.startswith(other):
+                return released + name[len(other) :]
     return name
 
 
-def new_name(name: str) -> str:
-    """The newer transformers' spelling of a released name."""
-    for released, new in _SPELLINGS:
+def spelled(name: str, spelling: Spelling) -> str:
+    """A released name in another spelling."""
+    for released, other in _SPELLINGS[spelling]:
         if name.startswith(released):
-            return new + name[len(released) :]
+            return other + name[len(released) :]
     return name
 
 
@@ -63,7 +72,7 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
     """Finds the leaf of every tensor of a checkpoint.
 
     Args:
-      names: tensor names, in either spelling.
+      names: tensor names, in any spelling.
       table: the table of the model's variant.
       shapes: dotted path -> shape of every leaf the config asks for.
 
@@ -71,7 +80,7 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
       A `Leaf` for every path, and the name of an `lm_head` that repeats a tied embedding, or None.
 
     Raises:
-      CheckpointError: naming tensors that have no leaf, appear in both spellings, or are missing.
+      CheckpointError: naming tensors that have no leaf, appear in several spellings, or are missing.
     """
     rules = {rule.hf: rule for rule in table.rules}
     head = table.tied and table.tied[0]
@@ -86,7 +95,7 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
         if rule is not None and rule.hf == head and rule.path not in shapes:
             duplicate += [name] if tied_head else []
             tied_head = name
-        elif rule is None or (rule.stacked and layer >= shapes[rule.path][0]):
+        elif rule is None or rule.path not in shapes or (rule.stacked and layer >= shapes[rule.path][0]):
             unmatched.append(name)
         elif (rule.path, layer) in matched:
             duplicate += [matched[rule.path, layer], name]

@@ -14,7 +14,8 @@ from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import adapter, mapping, safetensors_file, torch_file
 from granite_jax.convert.safetensors_file import Tensor
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, read_json
+from granite_jax.model.config import BPE_HEAD, HEAD, QUERY, Config, TensorFacts
+from granite_jax.model.json_fields import read_json
 from granite_jax.variants import variant_of
 from granite_jax.variants.tensors import TensorTable
 
@@ -53,7 +54,8 @@ def open_plans(
       CheckpointError: naming the file or tensors that are damaged, unmatched, duplicate, missing or misshapen.
     """
     with contextlib.ExitStack() as stack:
-        tensors, table = _open(directory, stack), variant_of(config.model_type).tensors
+        table = variant_of(config.model_type).tensors
+        tensors = _open(directory, table, stack)
         lora = adapter.read_config(directory) if with_adapter else None
         try:
             leaves, tied_head = mapping.match(tensors, table, expected_shapes(config))
@@ -91,8 +93,28 @@ def read_leaves(
             del leaf  # before the next one is allocated
 
 
-def _open(directory: Path, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
+def tensor_facts(directory: Path, table: TensorTable) -> TensorFacts:
+    """What the tensors tell about the configuration; only headers are read. Raises CheckpointError as `open_plans`."""
+    with contextlib.ExitStack() as stack:
+        shapes = {mapping.released_name(name): x.shape for name, x in _open(directory, table, stack).items()}
+    rules = {rule.path: rule for rule in table.rules if rule.path in (HEAD, QUERY, BPE_HEAD)}
+    found = {path: shapes.get(rule.hf.format(layer=0)) for path, rule in rules.items()}
+    return TensorFacts.from_shapes({path: shape[::-1] for path, shape in found.items() if shape is not None})
+
+
+def _open(directory: Path, table: TensorTable, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
     """Every tensor of the checkpoint by name. Files stay open while `stack` is."""
+    tensors = dict(_open_main(directory, stack))
+    for prefix, file in table.separate.items():
+        if (path := files.find(directory, file)) is not None:
+            separate = safetensors_file.open_file(path, stack)
+            added = {prefix + name: dataclasses.replace(x, name=prefix + name) for name, x in separate.items()}
+            raise_named(f"{directory}: both in {file} and in the other weights:", [n for n in added if n in tensors])
+            tensors |= added
+    return tensors
+
+
+def _open_main(directory: Path, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
     for index, single, open_file in (
         (INDEX, WEIGHTS, lambda path: safetensors_file.open_file(path, stack)),
         (TORCH_INDEX, TORCH_WEIGHTS, torch_file.open_file),

@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from granite_jax.checkpoint.save import CONFIG, copy_files, write_config
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.convert import adapter, mapping, safetensors_file
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
-from granite_jax.model.config import read_json
+from granite_jax.model.json_fields import read_json
 from granite_jax.variants import variant_of
-
-Names = Literal["released", "new"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -42,7 +40,7 @@ class _Entry:
 def export(
     checkpoint: Checkpoint,
     hf_dir: Path,
-    names: Names = "released",
+    names: mapping.Spelling = "released",
     dtype: Any = None,
     *,
     home: Path | None = None,
@@ -53,7 +51,7 @@ def export(
 
     Args:
       checkpoint: the checkpoint to export; its leaves are read one by one.
-      names: spelling of tensor names: as released, or of newer transformers (`model.encoder.*`, `lm_head.weight`).
+      names: spelling of tensor names, as in `mapping`.
       dtype: dtype of the written weights; default that of the checkpoint.
       home: final path of `hf_dir`, by which transformers finds an adapter's base weights.
       max_bytes: size above which the weights are split into several files with an index.
@@ -61,10 +59,10 @@ def export(
     """
     chosen = None if dtype is None else np.dtype(dtype)
     dtypes = {path: chosen or DTYPES[stored] for path, (_, stored) in checkpoint.stored().items()}
-    lora, shards = _adapter_entries(checkpoint, dtypes, names), _shards(_entries(checkpoint, dtypes, names), max_bytes)
-    contents = {adapter.WEIGHTS: lora} if lora else {}
-    for number, shard in enumerate(shards, 1):
-        contents[WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"] = shard
+    lora, tensors = _adapter_entries(checkpoint, dtypes, names), _entries(checkpoint, dtypes, names)
+    separate, tensors = _separated(checkpoint, tensors)
+    shards = dict(_shards(tensors, max_bytes))
+    contents = {**({adapter.WEIGHTS: lora} if lora else {}), **shards, **separate}
     copy_files(companions(checkpoint), hf_dir)
     _write_processor_config(checkpoint, hf_dir)
     if lora:
@@ -89,7 +87,7 @@ def export(
                 done += 1
                 progress(done, len(entries))
     if len(shards) > 1:
-        _write_index(hf_dir, {name: file for name, file in contents.items() if name != adapter.WEIGHTS})
+        _write_index(hf_dir, shards)
     write_config(hf_dir, configuration(checkpoint, chosen))
 
 
@@ -139,7 +137,7 @@ def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**raw, **nested, **declared}
 
 
-def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
+def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:
     # Nothing reads the counters, but transformers writes them: a checkpoint without them would look incomplete.
     counter = variant_of(checkpoint.config.model_type).tensors.counter
     names_of_counters = (
@@ -150,8 +148,18 @@ def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Name
     tensors = [
         _Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in _tensors(checkpoint)
     ]
-    spell = mapping.new_name if names == "new" else str
-    return [dataclasses.replace(entry, name=spell(entry.name)) for entry in counters + tensors]
+    return [dataclasses.replace(entry, name=mapping.spelled(entry.name, names)) for entry in counters + tensors]
+
+
+def _separated(checkpoint: Checkpoint, entries: list[_Entry]) -> tuple[dict[str, list[_Entry]], list[_Entry]]:
+    """The entries of every file of its own, named as in it, and the other entries."""
+    files: dict[str, list[_Entry]] = {}
+    for prefix, file in variant_of(checkpoint.config.model_type).tensors.separate.items():
+        moved = [entry for entry in entries if entry.name.startswith(prefix)]
+        if moved:
+            files[file] = [dataclasses.replace(entry, name=entry.name.removeprefix(prefix)) for entry in moved]
+            entries = [entry for entry in entries if entry not in moved]
+    return files, entries
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
@@ -159,7 +167,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
     return mapping.hf_tensors(variant_of(config.model_type).tensors, expected_shapes(config))
 
 
-def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: Names) -> list[_Entry]:
+def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:
     tensors = _adapter_tensors(checkpoint, new_names=names == "new")
     return [_Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in tensors]
 
@@ -169,8 +177,8 @@ def _adapter_tensors(checkpoint: Checkpoint, *, new_names: bool = False) -> Iter
     return [] if lora is None else adapter.hf_tensors(lora, checkpoint.config, new_names)
 
 
-def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
-    """Files of at most `max_bytes`, or of one tensor."""
+def _shards(entries: list[_Entry], max_bytes: int) -> Iterator[tuple[str, list[_Entry]]]:
+    """Names and entries of files of at most `max_bytes`, or of one tensor."""
     shards: list[list[_Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -179,5 +187,6 @@ def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
             size = 0
         shards[-1].append(entry)
         size += entry.nbytes
-    # Wide elements first, which keeps every tensor aligned.
-    return [sorted(shard, key=lambda entry: -entry.dtype.itemsize) for shard in shards]
+    for number, shard in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        yield name, sorted(shard, key=lambda entry: -entry.dtype.itemsize)  # wide elements first keep tensors aligned

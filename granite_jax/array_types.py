@@ -3,7 +3,7 @@
 Axis names, the same everywhere:
 
     b  batch rows                    l  layers
-    n  audio samples (16 kHz)        w  projector windows
+    n  audio samples (16 kHz)        w  windows of the projector, or of the BPE head
     f  log-mel features (160)        a  audio embeddings (audio tokens)
     t  encoder frames (20 ms)        p  positions of a prompt or of one decode step
     c  CTC labels                    s  positions of the KV cache

@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from granite_jax.checkpoint import files, hub
 from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
 from granite_jax.checkpoint.orbax import PARAMS
@@ -20,7 +22,8 @@ from granite_jax.convert import adapter as adapters
 from granite_jax.convert.api import convert
 from granite_jax.convert.directory import open_directory
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, read_json
+from granite_jax.model.config import Config, TensorFacts
+from granite_jax.model.json_fields import read_json
 from granite_jax.variants import read_config
 
 
@@ -75,8 +78,10 @@ def save(
             shutil.copyfile(tokenizer_file, partial / TOKENIZER)
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-        parsed = read_config(read_json(config) if isinstance(config, Path) else config)
-        write_weights(partial, config, flatten(params).items(), adapters.read(partial, parsed))
+        leaves = flatten(params)
+        facts = TensorFacts.from_shapes({path: np.shape(leaf) for path, leaf in leaves.items()})
+        parsed = read_config(read_json(config) if isinstance(config, Path) else config, facts)
+        write_weights(partial, config, parsed, leaves.items(), adapters.read(partial, parsed))
 
 
 def _converted_snapshot(repo_id: str, revision: str | None) -> Path:

@@ -41,6 +41,7 @@ def write_random_checkpoint(
     names: str = "released",
     shards: int = 1,
     dtype: str = "float32",
+    bpe_labels: int = 0,
     **overrides: Any,
 ) -> dict[str, Any]:
     """Writes config.json, model.safetensors (or `shards` files and an index), the tokenizer and the chat template.
@@ -48,8 +49,9 @@ def write_random_checkpoint(
     Args:
       directory: is made if need be.
       tied: tie the embeddings; the checkpoint then has no lm_head.
-      names: spelling of tensor names, "released" or "new".
+      names: spelling of tensor names, "released", "new" or "nested".
       dtype: "float32" or "bfloat16".
+      bpe_labels: labels of a BPE head, in its own file out_llm.safetensors; 0 for none.
       **overrides: keys of config.json; `encoder_config`, `projector_config` and `text_config` are merged key by key.
 
     Returns:
@@ -66,7 +68,20 @@ def write_random_checkpoint(
     config = make_config(tokenizer, tied, dtype, **overrides)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_tensors(directory, random_tensors(config, seed), names, shards, dtype)
+    if bpe_labels:
+        head = random_bpe_head(config, bpe_labels, seed)
+        to = np.dtype(getattr(ml_dtypes, dtype, dtype))
+        save_file({name: x.astype(to) for name, x in head.items()}, directory / "out_llm.safetensors")
     return config
+
+
+def random_bpe_head(config: dict[str, Any], labels: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The tensors of out_llm.safetensors, float32. Its blank wins about half of the windows."""
+    rng, width = np.random.default_rng(seed + 1000), config["encoder_config"]["hidden_dim"]
+    bias = rng.standard_normal(labels)
+    bias[0] += 4.0
+    weight = rng.standard_normal((labels, width)) * 3 * width**-0.5
+    return {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
@@ -146,7 +161,7 @@ def make_config(tokenizer: tokenizers.Tokenizer, tied: bool, dtype: str, **overr
         "window_size": 15,
     }
     for key, value in overrides.items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
     return config
 
 
@@ -280,10 +295,7 @@ def write_tensors(
 ) -> None:
     """Writes tensors with released names as model.safetensors, or as `shards` files and an index."""
     to = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    spelled = {
-        spell(name) if names == "new" else name: x if x.dtype == np.int64 else x.astype(to)
-        for name, x in tensors.items()
-    }
+    spelled = {spell(name, names): x if x.dtype == np.int64 else x.astype(to) for name, x in tensors.items()}
     if shards == 1:
         save_file(spelled, directory / "model.safetensors", metadata={"format": "pt"})
         return
@@ -297,8 +309,12 @@ def write_tensors(
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def spell(name: str) -> str:
-    """A released name as newer transformers has it."""
+def spell(name: str, names: str = "new") -> str:
+    """A released name as newer transformers has it, or as releases about 5.19 saved it."""
+    if names == "released":
+        return name
+    if names == "nested":
+        return name.replace("language_model.model.", "language_model.model.model.")
     if name == "language_model.lm_head.weight":
         return "lm_head.weight"
     return "model." + name.replace("language_model.model.", "language_model.")

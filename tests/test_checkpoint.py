@@ -152,7 +152,7 @@ def test_a_changed_or_missing_hash_is_an_error(own: Path) -> None:
     [
         ("encoder_config", {"num_layers": 3}, r"wrong shape: encoder\.layers.* \[2, .*\], not \[3, "),
         ("encoder_config", {"output_dim": 7}, r"wrong shape: encoder.out.bias \[348\], not \[7\]"),
-        ("text_config", {"tie_word_embeddings": True}, "no place in the model for decoder.head.kernel"),
+        ("text_config", {"intermediate_size": 81}, r"wrong shape: decoder.layers.down.kernel .* not \[2, 81"),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])

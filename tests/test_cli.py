@@ -231,7 +231,10 @@ def test_protocols_of_urls_can_be_set(loaded: list, recordings: list[str]) -> No
     [
         (["--task", "translate"], "granite-jax: task 'translate' needs target_language"),
         (["--to", "fr"], "granite-jax: target_language 'fr' is for task 'translate' only"),
-        (["--prompt", "two\nlines"], "granite-jax: prompt 'two\\nlines' has the control character"),
+        (
+            ["--prompt", "two\nlines", "--allow-custom-prompt"],
+            "granite-jax: prompt 'two\\nlines' has the control character",
+        ),
         (["--task", "summarise"], "Invalid value for '--task'"),
         (["--format", "xml"], "Invalid value for '--format'"),
         (["--dtype", "int8"], "Invalid value for '--dtype'"),

@@ -1,14 +1,21 @@
 """config.json as strangers write it: what the model cannot compute is refused, by its key."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import hf_fixture
 import pytest
 
-from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.checkpoint.tree import expected_shapes, flatten
+from granite_jax.convert import convert
+from granite_jax.errors import CheckpointError, GraniteError
+from granite_jax.model.config import Config, TensorFacts
+from granite_jax.pretrained import open_checkpoint
+from granite_jax.variants import RELEASES
+from granite_jax.variants import release as release_named
+from granite_jax.variants.releases import release_of
 
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 
@@ -68,3 +75,184 @@ def test_infinity_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="attention_multiplier is inf"):
         Config.from_file(tmp_path / "config.json")
+
+
+# Keys whose meaning depends on the transformers that wrote the file.
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """A configuration of 2 encoder heads and a hidden size of 40; None takes a key away, `null` makes it null."""
+    raw = hf_fixture.make_config(hf_fixture.make_tokenizer(), False, "float32")
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        target = raw[section] if section else raw
+        if value is None:
+            target.pop(name, None)
+        else:
+            target[name] = None if value == "null" else value
+    return raw
+
+
+OLD, MIDDLE, NEW = "4.57.6", "5.8.1", "5.24.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "value", "attention_dim", "expected"),
+    [
+        (OLD, None, 0, 128),
+        (MIDDLE, None, 0, 128),
+        ("5.9.0", None, 0, 20),
+        (NEW, None, 0, 20),
+        ("5.21.0.dev0", "null", 0, 20),
+        (None, "null", 0, 20),  # only new releases read null at all
+        (None, 7, 0, 7),
+    ],
+)
+def test_the_width_of_encoder_heads_is_what_the_writer_meant(version, value, attention_dim, expected) -> None:
+    # Given a file without dim_head, or with null, when it is read, then the width is what its transformers would take
+    raw = changed(encoder_config__dim_head=value, transformers_version=version)
+    assert Config.from_dict(raw, TensorFacts(True, attention_dim)).encoder.dim_head == expected
+
+
+def test_without_a_version_the_tensors_tell_the_width_of_encoder_heads() -> None:
+    # Given neither dim_head nor a version, when the tensors are known, then they decide, which is told
+    raw = changed(encoder_config__dim_head=None)
+    for attention_dim, dim_head in ((256, 128), (40, 20)):
+        with pytest.warns(UserWarning, match=f"dim_head is absent, and the tensors make it {dim_head}"):
+            assert Config.from_dict(raw, TensorFacts(True, attention_dim)).encoder.dim_head == dim_head
+    # And otherwise, or if they fit neither meaning, the key is named
+    for facts in (None, TensorFacts(True, 50)):
+        with pytest.raises(CheckpointError, match="dim_head is absent, which means 128 or 20"):
+            Config.from_dict(raw, facts)
+    # And where both mean the same, nothing is told
+    raw["encoder_config"]["hidden_dim"] = raw["projector_config"]["encoder_hidden_size"] = 256
+    assert Config.from_dict(raw).encoder.dim_head == 128
+
+
+@pytest.mark.parametrize("value", [None, "null"])
+def test_absent_heads_of_keys_are_as_many_as_those_of_queries(value: str | None) -> None:
+    # Given no num_key_value_heads and no head_dim, when it is read, then every query head has its own, equally wide
+    raw = changed(text_config__num_key_value_heads=value, text_config__head_dim=value)
+    assert (Config.from_dict(raw).decoder.num_key_value_heads, Config.from_dict(raw).decoder.head_dim) == (4, 12)
+
+
+# Version, top level, text_config, whether there is a head -> tied; found by running those releases, but 4.57.
+TIES = [
+    (OLD, None, True, False, True),
+    (OLD, False, True, True, True),  # and the head must repeat the embedding
+    (OLD, True, False, True, False),
+    (MIDDLE, True, None, False, False),  # a missing head, which is named later
+    (MIDDLE, True, False, True, False),
+    (MIDDLE, False, True, False, True),
+    (MIDDLE, None, True, True, False),  # a head that is there is used
+    (NEW, None, None, False, True),
+    (NEW, None, False, False, True),
+    (NEW, True, False, False, True),
+    (NEW, False, True, False, False),
+    (NEW, True, True, True, False),
+    ("5.10.0", None, False, False, True),
+    ("5.9.1", None, False, False, False),
+    (None, True, True, False, True),
+    (None, None, True, False, True),
+    (None, True, True, True, False),
+    (None, None, None, True, False),
+    (None, True, False, True, False),
+]
+
+
+@pytest.mark.parametrize(("version", "top", "text", "has_head", "tied"), TIES)
+def test_ties_are_what_the_writer_meant(version, top, text, has_head: bool, tied: bool) -> None:
+    # Given keys that are absent or contradict each other, when they are read, then the writer's transformers decides
+    raw = changed(tie_word_embeddings=top, text_config__tie_word_embeddings=text, transformers_version=version)
+    assert Config.from_dict(raw, TensorFacts(has_head, 24)).decoder.tie_word_embeddings is tied
+
+
+@pytest.mark.parametrize(("top", "text", "wrong"), [(None, None, "is absent"), (False, True, "contradicts itself")])
+def test_without_a_version_the_tensors_tell_whether_embeddings_are_tied(top, text, wrong: str) -> None:
+    # Given unclear keys and no version, when there is no head, then that decides, and is told
+    raw = changed(tie_word_embeddings=top, text_config__tie_word_embeddings=text)
+    with pytest.warns(UserWarning, match=f"tie_word_embeddings {wrong}, and the tensors have no output head"):
+        assert Config.from_dict(raw, TensorFacts(False, 24)).decoder.tie_word_embeddings
+    # And without tensors, the key is named
+    with pytest.raises(CheckpointError, match=f"tie_word_embeddings {wrong}, which means one or the other"):
+        Config.from_dict(raw)
+
+
+def test_a_wrong_guess_about_the_head_names_it(tmp_path: Path) -> None:
+    # Given a file that its transformers would not tie, without a head, when it is opened, then the head is missed
+    hf_fixture.write_random_checkpoint(tmp_path, tied=True, **hf_fixture.TINY)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {
+        "transformers_version": NEW,
+        "tie_word_embeddings": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="missing: language_model.lm_head.weight"):
+        open_checkpoint(tmp_path).stored()
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_open_questions_are_answered_by_the_tensors_of_either_format(tmp_path: Path, kind: str) -> None:
+    # Given a file without a version, dim_head and ties, of a tied checkpoint with a BPE head, when it is opened
+    config = hf_fixture.write_random_checkpoint(
+        tmp_path / "hf", tied=True, bpe_labels=9, encoder_config={"dim_head": 128, "num_layers": 2},
+    )  # fmt: skip
+    if kind == "orbax":
+        convert(tmp_path / "hf", tmp_path / "orbax")
+    del (
+        config["encoder_config"]["dim_head"],
+        config["tie_word_embeddings"],
+        config["text_config"]["tie_word_embeddings"],
+    )
+    (tmp_path / kind / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"^config.json: "):
+        opened = open_checkpoint(tmp_path / kind)
+
+    # Then its tensors decide, and it loads
+    assert opened.config.encoder.dim_head == 128 and opened.config.decoder.tie_word_embeddings
+    assert opened.config.encoder.bpe_output_dim == 9
+    assert flatten(opened.read())["encoder.out_bpe.kernel"].shape == (40, 9)
+
+
+# Published models.
+
+
+def test_published_models_have_configurations_without_weights() -> None:
+    # Given the registry, when the models are counted, then their sizes are those of the released files
+    sizes = {}
+    for name, release in RELEASES.items():
+        shapes = expected_shapes(release.config)
+        assert "encoder.out_bpe.bias" in shapes or name.endswith(("3.3-2b", "3.3-8b", "4.0-1b-speech"))
+        sizes[name] = round(sum(math.prod(shape) for shape in shapes.values()) / 1e9, 2)
+    assert sizes == {
+        "granite-speech-3.3-2b": 3.01,
+        "granite-speech-3.3-8b": 8.65,
+        "granite-4.0-1b-speech": 2.31,
+        "granite-speech-4.1-2b": 2.42,
+        "granite-speech-5.0-2b": 2.42,
+    }
+    with pytest.raises(GraniteError, match="no published model 'granite-9' is known, only granite-speech-3.3-2b,"):
+        release_named("granite-9")
+
+
+@pytest.mark.parametrize(
+    ("raw", "directory", "name", "found"),
+    [
+        ({}, "models/mine", "granite-4.0-1b-speech", None),
+        (
+            {"_name_or_path": "ibm-granite/granite-4.0-1b-speech"},
+            "mine",
+            "granite-4.0-1b-speech",
+            "granite-4.0-1b-speech",
+        ),
+        ({"granite_jax": {"model": "granite-speech-3.3-2b"}}, "mine", "granite-speech-3.3-2b", "granite-speech-3.3-2b"),
+        ({}, "cache/ibm-granite--granite-4.0-1b-speech/0123", "granite-4.0-1b-speech", "granite-4.0-1b-speech"),
+        ({}, "models/Granite-4.0-1b-Speech", "granite-4.0-1b-speech", "granite-4.0-1b-speech"),
+        ({}, "mine", "granite-speech-4.1-2b", "granite-speech-4.1-2b"),
+        ({}, "granite-4.0-1b-speech", "granite-speech-5.0-2b", "granite-speech-5.0-2b"),  # has YaRN, whatever its name
+        ({"_name_or_path": 3, "granite_jax": []}, "mine", "granite-speech-5.0-2b", "granite-speech-5.0-2b"),
+    ],
+)
+def test_checkpoints_are_recognized_by_name_or_by_what_only_one_model_has(raw, directory, name, found) -> None:
+    # Given a configuration and a directory, when its model is asked for, then it is that of the name or of the shapes
+    known = release_of(RELEASES[name].config, raw, Path(directory))
+    assert (known and known.name) == found

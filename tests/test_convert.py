@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import hf_fixture
 import ml_dtypes
@@ -21,7 +22,7 @@ from granite_jax.checkpoint.tree import expected_shapes, flatten, unflatten
 from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import AudioError, CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.model.config import Config, TensorFacts
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.variants import granite_speech
 
@@ -42,21 +43,27 @@ def read(directory: Path) -> dict:
 
 
 def all_tensors(directory: Path) -> dict[str, np.ndarray]:
-    return {k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()}
+    main = {k: v for file in directory.glob("model*.safetensors") for k, v in load_file(file).items()}
+    head = directory / "out_llm.safetensors"
+    return main | ({f"out_llm.{k}": v for k, v in load_file(head).items()} if head.exists() else {})
 
 
 @pytest.mark.parametrize(
-    ("dtype", "names", "tied", "shards"),
+    ("dtype", "names", "tied", "shards", "bpe_labels"),
     [
-        ("float32", "released", False, 1),
-        ("bfloat16", "released", True, 1),
-        ("bfloat16", "new", False, 3),
-        ("float16", "new", True, 2),
+        ("float32", "released", False, 1, 0),
+        ("bfloat16", "released", True, 1, 9),
+        ("bfloat16", "new", False, 3, 5),
+        ("float16", "new", True, 2, 0),
+        ("bfloat16", "nested", False, 2, 0),
+        ("float32", "nested", True, 1, 7),
     ],
 )
-def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, names, tied: bool, shards: int) -> None:
+def test_round_trip_is_bit_exact(
+    tmp_path: Path, dtype: str, names: Any, tied: bool, shards: int, bpe_labels: int
+) -> None:
     # Given a checkpoint, with values whose bits arithmetic would not keep
-    config = hf_fixture.write_random_checkpoint(tmp_path / "hf", tied=tied, dtype=dtype, **TINY)
+    config = hf_fixture.write_random_checkpoint(tmp_path / "hf", tied=tied, dtype=dtype, bpe_labels=bpe_labels, **TINY)
     tensors = hf_fixture.random_tensors(config, seed=3)
     odd = np.array([0x7FC10000, 0xFF800000, 0x80000000, 0x00010000], np.uint32).view(np.float32)
     tensors["encoder.layers.1.ff1.up_proj.bias"][:4] = odd  # NaN with payload, -inf, -0, subnormal
@@ -75,6 +82,7 @@ def test_round_trip_is_bit_exact(tmp_path: Path, dtype: str, names, tied: bool, 
         assert tensor.tobytes() == after[name].tobytes() or "num_batches_tracked" in name, name
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "hf" / file).read_bytes() == (tmp_path / "back" / file).read_bytes(), file
+    assert before.get("out_llm.bias", np.zeros(0)).size == bpe_labels
 
 
 def test_tensors_take_the_axes_the_modules_expect(source: Path) -> None:
@@ -128,15 +136,57 @@ def test_the_table_covers_the_parameter_tree(tied: bool) -> None:
     paths = [rule.path for rule in TABLE.rules]
     assert len(set(paths)) == len(paths) == len({rule.hf for rule in TABLE.rules})
     head = {"decoder.head.kernel"} if tied else set()
-    assert set(paths) - head == set(expected_shapes(Config.from_dict(config)))
+    assert set(paths) - head == set(
+        expected_shapes(Config.from_dict(config, TensorFacts(not tied, 8, bpe_output_dim=5)))
+    )
 
 
 def test_names_translate_both_ways() -> None:
-    # Given every released name, when it is respelt, then it is what newer transformers has, and it comes back
+    # Given every released name, when it is respelt, then it is what other transformers have, and it comes back
     for name, _ in hf_fixture.hf_shapes(FULL_SIZE):
-        assert mapping.new_name(name) == hf_fixture.spell(name)
-        assert mapping.released_name(hf_fixture.spell(name)) == name
-        assert mapping.released_name(name) == name
+        for names in mapping.SPELLINGS:
+            assert mapping.spelled(name, names) == hf_fixture.spell(name, names)
+            assert mapping.released_name(hf_fixture.spell(name, names)) == name
+
+
+def test_one_option_writes_any_spelling(source: Path, tmp_path: Path) -> None:
+    # Given a checkpoint, when it is written in any spelling, then the names are that spelling, and the bits the same
+    expected = all_tensors(source)
+    for names in mapping.SPELLINGS:
+        convert(source, tmp_path / names / "own")
+        convert(tmp_path / names / "own", tmp_path / names / "hf", names=names)
+        found = all_tensors(tmp_path / names / "hf")
+        assert set(found) == {hf_fixture.spell(name, names) for name in expected}
+        assert all(found[hf_fixture.spell(name, names)].tobytes() == x.tobytes() for name, x in expected.items()
+                   if "num_batches_tracked" not in name)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"weight": (5, 9), "bias": (5,)}, r"wrong shape: out_llm.weight \[5, 9\], not \[5, 8\]"),
+        ({"weight": (5, 8)}, "missing: out_llm.bias"),
+        ({"bias": (5,)}, "no place in the model for out_llm.bias"),
+        ({"weight": (5, 8), "bias": (5,), "scale": (5,)}, "no place in the model for out_llm.scale"),
+        ({"weight": (400, 8), "bias": (400,)}, "the BPE head has 400 labels, more than the vocabulary and a blank"),
+    ],
+)
+def test_a_bpe_head_that_does_not_fit_is_named(source: Path, head: dict[str, Any], message: str) -> None:
+    # Given an out_llm.safetensors of another model, when the checkpoint is read, then the error names the tensor
+    save_file({name: np.zeros(shape, np.float32) for name, shape in head.items()}, source / "out_llm.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(source).stored()
+
+
+def test_a_damaged_bpe_head_is_noticed(tmp_path: Path) -> None:
+    # Given a converted checkpoint whose BPE head has another hash, when it is loaded, then the error names the leaf
+    hf_fixture.write_random_checkpoint(tmp_path / "hf", bpe_labels=6, **TINY)
+    convert(tmp_path / "hf", tmp_path / "own")
+    tensors = json.loads((tmp_path / "own" / "tensors.json").read_text())
+    tensors["encoder.out_bpe.kernel"]["sha256"] = "0" * 64
+    (tmp_path / "own" / "tensors.json").write_text(json.dumps(tensors))
+    with pytest.raises(CheckpointError, match=r"damaged .*: encoder.out_bpe.kernel$"):
+        open_checkpoint(tmp_path / "own").read()
 
 
 def test_casting_casts_the_declared_dtype_too(source: Path, tmp_path: Path) -> None:
@@ -215,7 +265,7 @@ def test_a_destination_in_use_is_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not an empty directory"):
         convert(source, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
-    with pytest.raises(CheckpointError, match='neither "released" nor "new"'):
+    with pytest.raises(CheckpointError, match="'old' is none of nested, new, released"):
         convert(source, tmp_path / "other", names="old")  # type: ignore[arg-type]
 
 

@@ -135,7 +135,7 @@ def test_another_set_is_added_to_the_results(manifest: Path, tmp_path: Path) -> 
     third = write_lines(manifest.with_name("third.jsonl"), *read_lines(manifest)[:1])
     for options, name in (
         ({"max_new_tokens": 5}, "options"),
-        ({"language": "fr"}, "scoring"),
+        ({"reference_language": "fr"}, "scoring"),
         ({"bias": True}, "bias"),
     ):
         with pytest.raises(GraniteError, match=f"has results of set other with other {name}"):
@@ -282,7 +282,7 @@ def test_the_command_evaluates_and_compares(manifest: Path, tmp_path: Path, monk
         (str(manifest),): "--out is missing",
         (str(manifest), "--compare", str(out), str(out)): "--compare takes two finished runs and no SET",
         (str(manifest), "--out", "gs://bucket/out"): "an evaluation is written to a local directory",
-        (str(manifest), "--out", str(out), "--language", "klingon"): "unknown language 'klingon'",
+        (str(manifest), "--out", str(out), "--reference-language", "klingon"): "unknown language 'klingon'",
         (str(manifest), "--out", str(out), "--task", "punctuate"): "another job: options.task",
         ("--out", str(out)): "there is no set",
     }.items():

@@ -37,7 +37,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_serv
     """A hub with one small repository, and empty caches."""
     files = tmp_path / "repository"
     hf_fixture.write_random_checkpoint(files, shards=2, **TINY)
-    for name in ("out_llm.safetensors", "train.py", "pytorch_model.bin"):
+    for name in ("decoder_only.safetensors", "train.py", "pytorch_model.bin"):
         (files / name).write_bytes(b"not wanted")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

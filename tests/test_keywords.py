@@ -217,8 +217,8 @@ def test_one_list_for_all_or_a_list_for_each() -> None:
     # Given a list for each, then each has its own, without repetitions
     lists = lists_by_input([["Kai", "Kai"], None, [], {"Zoe": 2}], 4)
     assert lists == [("Kai", "Kai"), None, (), (("Zoe", 2),)]
-    assert validated(["Kai", "Kai", ("Zoe", 2)], KeywordOptions()) == (("Kai", None), ("Zoe", 2.0))
-    assert validated(("  New\u3000 York ",), KeywordOptions()) == (("New York", None),)
+    assert validated(["Kai", "Kai", ("Zoe", 2)], KeywordOptions(), 100) == (("Kai", None), ("Zoe", 2.0))
+    assert validated(("  New\u3000 York ",), KeywordOptions(), 100) == (("New York", None),)
 
 
 @pytest.mark.parametrize("line", ["Kai :2.0", "Kai Zoe : 1", "Kai,2", "Kai;3.5", "Kai = 4 "])
@@ -253,7 +253,7 @@ def test_boosts_in_other_forms_are_not_taken_for_words(tmp_path: Path, line: str
 def test_hostile_keywords_are_named(keywords: object, message: str) -> None:
     with pytest.raises(gj.GraniteError, match=message):
         lists_by_input(keywords, 2)
-        validated(keywords, KeywordOptions())
+        validated(keywords, KeywordOptions(), 100)
 
 
 @pytest.mark.parametrize(

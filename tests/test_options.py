@@ -20,7 +20,12 @@ from granite_jax.inference.options import ModelOptions, TranscribeOptions, resol
     [
         ({"task": "summarize"}, "unknown task 'summarize'"),
         ({"task": "translate"}, "needs target_language"),
-        ({"prompt": "two\nlines"}, "control character"),
+        ({"prompt": "two\nlines", "allow_custom_prompt": True}, "control character"),
+        ({"prompt": 3}, "prompt must be a string, not int"),
+        ({"prompt": "x", "language": "fr"}, "a prompt excludes target_language and language"),
+        ({"task": "translate", "target_language": "fr", "language": "en"}, "is a hint for transcripts"),
+        ({"draft_from": "words"}, "draft_from is"),
+        ({"draft_from": "bpe", "speculative": False}, "draft_from is for drafts"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, not a positive number"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"speculative": "fast"}, "speculative is one of"),

@@ -23,8 +23,9 @@ def test_a_retrace_names_the_argument_that_changed() -> None:
     programs = Programs(config, jnp.float32)
 
     def trace(samples: int) -> None:
-        shapes = jax.ShapeDtypeStruct((1, samples), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
-        jax.eval_shape(programs.encode, abstract_params(config), *shapes, make_keyword_batch([None]))
+        count = jax.ShapeDtypeStruct((1,), jnp.int32)
+        inputs = jax.ShapeDtypeStruct((1, samples), jnp.float32), count, make_keyword_batch([None]), count
+        jax.eval_shape(programs.encode, abstract_params(config), *inputs)
 
     trace(4800)
     assert retraces(programs, 1) == []

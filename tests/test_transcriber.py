@@ -258,8 +258,8 @@ def test_max_new_tokens_is_respected(asr: Transcriber) -> None:
     for limit in (1, 7, 30):
         transcript = asr.transcribe(speech(2.5), max_new_tokens=limit, speculative=False)
         assert transcript.tokens == full.tokens[:limit]
-        expected = {"route": "greedy", "llm_passes": limit, "draft_tokens": 0, "accepted_tokens": 0, "finish": "length"}
-        assert transcript.stats == expected
+        counts = {"llm_passes": limit, "draft_tokens": 0, "accepted_tokens": 0}
+        assert transcript.stats == {"route": "greedy", **counts, "draft_from": None, "finish": "length"}
 
 
 def boosted(checkpoint: Path, directory: Path, tokens: list[str]) -> tuple[Path, list[int]]:
@@ -313,7 +313,7 @@ def test_two_hundred_lengths_compile_nothing_new(asr: Transcriber) -> None:
         {"max_new_tokens": 1},
         {"max_new_tokens": 3, "task": "punctuate"},
         {"max_new_tokens": 20, "task": "translate", "target_language": "fr"},
-        {"max_new_tokens": 2, "prompt": "what language is this?"},
+        {"max_new_tokens": 2, "prompt": "what language is this?", "allow_custom_prompt": True},
     ]
     transcripts = [
         t for i in range(4) for t in asr.transcribe(inputs[50 * i : 50 * i + 50], on_error="return", **options[i])
@@ -327,13 +327,14 @@ def test_two_hundred_lengths_compile_nothing_new(asr: Transcriber) -> None:
 def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
     # Given a prompt far longer than buckets for short audio have room for, when short audio comes with it
     prompt = "write down " + "every word of it, " * 20
-    (transcript,) = asr.transcribe([speech(1)], prompt=prompt, max_new_tokens=6)
+    fields: dict[str, Any] = {"prompt": prompt, "allow_custom_prompt": True, "max_new_tokens": 6}
+    (transcript,) = asr.transcribe([speech(1)], **fields)
 
     # Then it is transcribed as with a bucket made for it
     length = asr._prompt_length(asr._prompt(prompt)) + asr._engine.num_audio_tokens(Audio("", speech(1)))
     assert length > asr.buckets[0].prompt
     fitting = like(asr, batch_size=1, buckets=[Bucket(1, 4 * 4800, length, length + 6)])
-    assert fitting.transcribe([speech(1)], prompt=prompt, max_new_tokens=6)[0].tokens == transcript.tokens
+    assert fitting.transcribe([speech(1)], **fields)[0].tokens == transcript.tokens
 
 
 def test_the_default_task_is_its_documented_prompt(asr: Transcriber) -> None:
@@ -353,8 +354,8 @@ def test_the_default_task_is_its_documented_prompt(asr: Transcriber) -> None:
         ({"task": "translate"}, PromptError, "task 'translate' needs target_language"),
         ({"task": "translate", "target_language": "tlh"}, PromptError, "unknown language 'tlh'"),
         ({"target_language": "fr"}, PromptError, "target_language 'fr' is for task 'translate' only"),
-        ({"prompt": ""}, PromptError, "prompt is empty"),
-        ({"prompt": "a\nb"}, PromptError, "control character"),
+        ({"prompt": "", "allow_custom_prompt": True}, PromptError, "prompt is empty"),
+        ({"prompt": "a\nb", "allow_custom_prompt": True}, PromptError, "control character"),
         ({"max_new_tokens": 0}, GraniteError, "max_new_tokens is 0"),
         ({"on_error": "ignore"}, GraniteError, "on_error"),
     ],

@@ -27,8 +27,8 @@ def _variant() -> variants.Variant:
     rules = tuple(dataclasses.replace(r, hf=RENAMED) if r.hf == RELEASED else r for r in base.tensors.rules)
     return dataclasses.replace(
         base,
-        read_config=lambda raw: dataclasses.replace(
-            Config.from_dict({**raw, "model_type": "granite_speech"}), model_type=raw["model_type"]
+        read_config=lambda raw, facts: dataclasses.replace(
+            Config.from_dict({**raw, "model_type": "granite_speech"}, facts), model_type=raw["model_type"]
         ),
         tensors=dataclasses.replace(base.tensors, rules=rules),
         capabilities=Capabilities(tasks=("punctuate",), languages=()),

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from granite_jax.checkpoint.directory import Checkpoint
-from granite_jax.text.tasks import LANGUAGES
+from granite_jax.text.tasks import LANGUAGES, Capabilities
 
 
 def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
@@ -16,9 +16,11 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
       verify: read all weights and check their hashes; Hugging Face directories have none, and are only read.
 
     Returns:
-      `directory`, `kind`, `dtype`; `parameters` and `bytes` by part and in `total`; `tasks` and `languages` (targets of
-      translation); `limits`: `positions` of the language model, `vocabulary` and `ctc_labels`; `adapter`, None or rank,
-      alpha and targets; `config`; `verified`.
+      `directory`, `kind`, `dtype`; `model`, the published model that it is or was tuned from, or None; `parameters` and
+      `bytes` by part and in `total`; `tasks`, `languages` (targets of translation) and `speech_languages`; `prompts` by
+      task, with hints and keywords where the model takes them, and those recorded in `config.json`; `limits`:
+      `positions` of the language model, `vocabulary`, `ctc_labels`, `bpe_labels` and `prompt_keywords`; `adapter`, None
+      or rank, alpha and targets; `config`; `verified`.
 
     Raises:
       CheckpointError: naming what is damaged, missing, unexpected or misshapen.
@@ -32,19 +34,24 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
     if verify:
         for _ in checkpoint.leaves():
             pass
-    capabilities, adapter = checkpoint.capabilities, checkpoint.adapter
+    capabilities, adapter, release = checkpoint.capabilities, checkpoint.adapter, checkpoint.release
     return {
         "directory": str(checkpoint.directory),
         "kind": checkpoint.kind,
+        "model": None if release is None else release.name,
         "dtype": "+".join(sorted({dtype for _, dtype in stored.values()})),
         "parameters": dict(sorted(parameters.items())),
         "bytes": dict(sorted(sizes.items())),
         "tasks": list(capabilities.tasks),
         "languages": list(capabilities.languages) if "translate" in capabilities.tasks else [],
+        "speech_languages": list(capabilities.speech_languages),
+        "prompts": _prompts(capabilities),
         "limits": {
             "positions": config.decoder.max_position_embeddings,
             "vocabulary": config.decoder.vocab_size,
             "ctc_labels": config.encoder.output_dim,
+            "bpe_labels": config.encoder.bpe_output_dim,
+            "prompt_keywords": capabilities.prompts.max_keywords,
         },
         "adapter": None
         if adapter is None
@@ -54,6 +61,26 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
     }
 
 
+def _prompts(capabilities: Capabilities) -> dict[str, str]:
+    """Every prompt by what it is for, with LANGUAGE and KEYWORDS in the places of these."""
+    prompts, found = capabilities.prompts, dict[str, str]()
+    wordings = {
+        "transcribe": prompts.transcribe,
+        "transcribe, keywords": f"{prompts.with_keywords} Keywords: KEYWORDS",
+        "punctuate": prompts.punctuate,
+        "punctuate, language": prompts.punctuate_in.format("LANGUAGE"),
+        "translate": prompts.translate.format("LANGUAGE"),
+        "translate-punctuated": prompts.translate_punctuated.format("LANGUAGE"),
+    }
+    for purpose, text in wordings.items():
+        if text and purpose.split(",")[0] in capabilities.tasks:
+            found[purpose] = text
+    found |= {f"transcribe, {code}": text for code, text in prompts.transcribe_in}
+    if prompts.hint:
+        found["before a transcript's, language"] = prompts.hint.format("LANGUAGE").strip()
+    return found | {f"recorded {number}": text for number, text in enumerate(capabilities.trained_prompts, 1)}
+
+
 def to_lines(description: dict[str, Any]) -> list[str]:
     """Formats a description as readable lines.
 
@@ -61,18 +88,22 @@ def to_lines(description: dict[str, Any]) -> list[str]:
     `seconds_with_one_token`.
     """
     limits, adapter = description["limits"], description["adapter"]
-    lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}"]
+    model = f", {description['model']} or tuned from it" if description["model"] else ""
+    lines = [f"{description['directory']}: {description['kind']}, {description['dtype']}{model}"]
     for part, count in description["parameters"].items():
         lines.append(f"  {part:10} {count:>15,} parameters {description['bytes'][part]:>15,} bytes")
     languages = ", ".join(f"{code} ({LANGUAGES[code]})" for code in description["languages"])
+    heads = f", {limits['bpe_labels']} labels of the BPE head" if limits["bpe_labels"] else ""
     lines += [
         f"  tasks      {', '.join(description['tasks'])}",
+        f"  speech     {', '.join(description['speech_languages'])}",
         f"  languages  {languages or 'no translation'}",
         f"  limits     {limits['positions']:,} positions, {limits['vocabulary']:,} tokens, "
-        f"{limits['ctc_labels']} CTC labels",
+        f"{limits['ctc_labels']} CTC labels{heads}, {limits['prompt_keywords']:,} keywords in a prompt",
         f"  audio      {limits['seconds']:.0f} s with the default max_new_tokens, "
         f"{limits['seconds_with_one_token']:.0f} s with max_new_tokens=1",
     ]
+    lines += [f"  prompt     {purpose}: {text}" for purpose, text in description["prompts"].items()]
     if adapter is not None:
         targets = adapter["target_modules"]
         shown = targets if isinstance(targets, str) else ", ".join(sorted(targets))

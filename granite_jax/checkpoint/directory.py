@@ -28,10 +28,11 @@ from granite_jax.checkpoint import files, lora, orbax
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.checkpoint.tree import expected_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError, PromptError
-from granite_jax.model.config import Config, read_json
-from granite_jax.text.tasks import Capabilities, ChatTemplate, instruction
+from granite_jax.model.config import Config
+from granite_jax.model.json_fields import read_json
+from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
-from granite_jax.variants import variant_of
+from granite_jax.variants import Release, variant_of
 
 # A conversion copies these files, where present, and no others: a directory can contain anything.
 COMPANIONS = (
@@ -174,14 +175,21 @@ class Checkpoint(abc.ABC):
           CheckpointError: one of them is missing, damaged or not of this model.
         """
         try:
-            self.chat_template().tokens(self.tokenizer(), instruction("transcribe"))
+            self.chat_template().tokens(self.tokenizer(), self.capabilities.prompts.transcribe)
         except PromptError as error:
             raise CheckpointError(f"{self.directory}: {error}") from error
 
     @property
+    def release(self) -> Release | None:
+        """The published model that this is, or was tuned from; None if that is unknown."""
+        find = variant_of(self.config.model_type).release_of
+        return find(self.config, self.raw_config, self.directory.absolute()) if find else None
+
+    @property
     def capabilities(self) -> Capabilities:
-        """What the model was trained for, from `granite_jax` in `config.json` or else from its variant."""
-        return Capabilities.from_config(self.raw_config, variant_of(self.config.model_type).capabilities)
+        """What the model was trained for: `granite_jax` in `config.json`, or else its release, or else its variant."""
+        known = self.release or variant_of(self.config.model_type)
+        return Capabilities.from_config(self.raw_config, known.capabilities)
 
     @property
     def _tokenizer_config(self) -> dict[str, Any]:

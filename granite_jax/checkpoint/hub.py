@@ -24,7 +24,8 @@ _WEIGHTS = (
     ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
-_ADAPTER = "adapter_model.safetensors"
+# Further weights, where present.
+_ADDITIONS = ("adapter_model.safetensors", "out_llm.safetensors")
 
 
 def snapshot(repo_id: str, revision: str | None, companions: Iterable[str]) -> Path:
@@ -64,7 +65,7 @@ def needed(files: Iterable[str], companions: Iterable[str]) -> list[str]:
     """Selects the files to download from those of a repository."""
     # Names are used as patterns: skip those with wildcards or a path that leads out of the directory.
     plain = [name for name in files if re.fullmatch(r"[\w./-]+", name) and ".." not in name]
-    selected = {name for name in plain if name in {CONFIG, _ADAPTER, *companions}}
+    selected = {name for name in plain if name in {CONFIG, *_ADDITIONS, *companions}}
     for patterns in _WEIGHTS:
         weights = [name for name in plain if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if any(name == pattern for name in weights for pattern in patterns):

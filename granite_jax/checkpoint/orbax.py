@@ -26,7 +26,8 @@ from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files
 from granite_jax.checkpoint.tree import check_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import read_json
+from granite_jax.model.config import TensorFacts
+from granite_jax.model.json_fields import read_json
 
 PARAMS, TENSORS = "params", "tensors.json"
 _MARKER = "commit_success.txt"
@@ -133,6 +134,21 @@ def stored_dtypes(directory: Path, expected: Mapping[str, Shape]) -> dict[str, n
     except CheckpointError as error:
         raise CheckpointError(f"{directory / PARAMS}: {error}") from None
     return {path: DTYPES[name] for path, name in dtypes.items()}
+
+
+def tensor_facts(directory: Path) -> TensorFacts:
+    """What the tensors tell about the configuration; no weights are read.
+
+    Raises CheckpointError if neither `tensors.json` nor Orbax's own metadata can be read.
+    """
+    if (path := files.find(directory, TENSORS)) is not None:
+        records = read_json(path)
+        shapes = {name: record.get("shape") for name, record in records.items() if isinstance(record, Mapping)}
+    else:
+        tree = _orbax(directory, "read", ocp.metadata).metadata
+        shapes = {name: list(x.shape) for name, x in flatten(tree if isinstance(tree, Mapping) else {}).items()}
+    valid = {name: tuple(shape) for name, shape in shapes.items() if isinstance(shape, list)}
+    return TensorFacts.from_shapes({n: shape for n, shape in valid.items() if all(type(size) is int for size in shape)})
 
 
 def _groups(paths: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:

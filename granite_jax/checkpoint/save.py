@@ -16,22 +16,28 @@ from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.lora import Adapter
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import read_json
-from granite_jax.variants import read_config
+from granite_jax.model.config import Config
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 
 
 def write_weights(
-    directory: Path, config: Mapping[str, Any] | Path, leaves: orbax.Leaves, adapter: Adapter | None = None
+    directory: Path,
+    raw_config: Mapping[str, Any] | Path,
+    config: Config,
+    leaves: orbax.Leaves,
+    adapter: Adapter | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes `leaves` and then `config.json` into a directory that holds all other files already.
 
+    Args:
+      raw_config: the content of `config.json`, or a file to copy.
+      config: the configuration that the leaves are checked against.
+
     Returns shape, dtype and hash of every leaf by dotted path. Raises CheckpointError naming leaves that do not belong.
     """
-    parsed = read_config(read_json(config) if isinstance(config, Path) else config)
-    records = orbax.write(directory, leaves, {**(adapter.shapes if adapter else {}), **expected_shapes(parsed)})
-    write_config(directory, config)
+    records = orbax.write(directory, leaves, {**(adapter.shapes if adapter else {}), **expected_shapes(config)})
+    write_config(directory, raw_config)
     return records
 
 

@@ -20,7 +20,7 @@ def convert(
         options.DtypeName | None, typer.Option(help="default: that of the source", show_default=False)
     ] = None,
     names: Annotated[
-        Literal["released", "new"], typer.Option(help="tensor names of a Hugging Face destination")
+        Literal["released", "new", "nested"], typer.Option(help="tensor names of a Hugging Face destination")
     ] = "released",
     revision: options.Revision = None,
     verify: Annotated[bool, typer.Option("--verify", help="read everything back and compare")] = False,

@@ -33,7 +33,10 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="A B", help="two finished runs, in place of sets", show_default=False),
     ] = None,
-    language: Annotated[str, typer.Option(help="language of the references; selects the normalizer")] = "en",
+    reference_language: Annotated[
+        str | None,
+        typer.Option(help="of the references, selects the normalizer; default: --language, or en", show_default=False),
+    ] = None,
     normalizer: Annotated[
         Literal["english", "basic", "lowercase"] | None,
         typer.Option(help="default: english for English, basic for others", show_default=False),
@@ -82,7 +85,7 @@ def evaluate(
                     out,
                     model,
                     options,
-                    language=language,
+                    reference_language=reference_language,
                     normalizer=normalizer,
                     keyword_lists=keyword_lists or (),
                     bias=bias,

@@ -22,12 +22,11 @@ def inspect(
     from granite_jax.checkpoint.describe import describe, to_lines
     from granite_jax.inference.buckets import longest_audio
     from granite_jax.pretrained import open_checkpoint
-    from granite_jax.text.tasks import instruction
 
     try:
         opened = open_checkpoint(checkpoint, revision)
         description = describe(opened, verify=verify)
-        prompt = opened.chat_template().tokens(opened.tokenizer(), instruction())
+        prompt = opened.chat_template().tokens(opened.tokenizer(), opened.capabilities.prompts.transcribe)
         length = len(prompt.prefix) + len(prompt.suffix)
         description["limits"]["seconds"] = longest_audio(opened.config, length)
         description["limits"]["seconds_with_one_token"] = longest_audio(opened.config, length, 1)

@@ -54,21 +54,35 @@ _OPTIONS: dict[str, Any] = {
     "parallel": Annotated[Parallel, typer.Option(help="how batches are spread over this machine's devices")],
     "model_parallel": ModelParallel,
     "task": Annotated[
-        Literal["transcribe", "punctuate", "translate"],
-        typer.Option(help="raw transcript, transcript with punctuation, or translation"),
+        Literal["transcribe", "punctuate", "translate", "translate-punctuated"],
+        typer.Option(help="raw transcript, transcript with punctuation, or translation without and with it"),
     ],
     "compilation_cache": Annotated[bool, typer.Option(help="keep compiled programs in the user's cache directory")],
     "target_language": Annotated[
         str | None,
         typer.Option("--target-language", "--to", help="of a translation, as in fr or French", show_default=False),
     ],
-    "prompt": Annotated[str | None, typer.Option(help="your own prompt, instead of the task's", show_default=False)],
+    "language": Annotated[
+        str | None,
+        typer.Option(help="of a transcript's speech, for models that take such a hint", show_default=False),
+    ],
+    "prompt": Annotated[
+        str | None,
+        typer.Option(help="one of the model's prompts (see inspect), instead of the task's", show_default=False),
+    ],
+    "allow_custom_prompt": Annotated[
+        bool, typer.Option("--allow-custom-prompt", help="send prompts that the model does not know, too")
+    ],
     "max_new_tokens": Annotated[
         int | None, typer.Option(min=1, help="default: 200, or 6 a second of audio if that is more", show_default=False)
     ],
     "speculative": Annotated[
         Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", "off"],
         typer.Option(help="use of the encoder's drafts: for the same text sooner, or accepted when plausible"),
+    ],
+    "draft_from": Annotated[
+        Literal["ctc", "bpe"] | None,
+        typer.Option(help="the encoder's head that drafts; default: bpe where there is one", show_default=False),
     ],
     "ctc_threshold": Annotated[
         float | None,

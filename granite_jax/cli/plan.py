@@ -16,9 +16,10 @@ def plan(
     topology: Annotated[
         str, typer.Option(help="chips to compile for, as in v5e:2x4, v6e:2x2 or v5p:2x2x1", show_default=False)
     ],
-    checkpoint: Annotated[
-        str | None, typer.Option(help="as in transcribe; default: the released model", show_default=False)
-    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="as in transcribe", show_default=False)] = None,
+    model: Annotated[
+        str, typer.Option(help="without a checkpoint: name of a published model, as in granite-speech-5.0-2b")
+    ] = "granite-4.0-1b-speech",
     batch: Annotated[int, typer.Option(min=1, help="rows of a full batch on each copy of the weights")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="length of the longest audio in a full batch")] = 20.0,
     dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights")] = "bfloat16",
@@ -34,14 +35,14 @@ def plan(
     import jax
 
     from granite_jax.inference.buckets import make_bucket
-    from granite_jax.model.config import Config
     from granite_jax.planning import aot
     from granite_jax.pretrained import open_checkpoint
+    from granite_jax.variants import release
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if any, is left alone
     fits = True
     try:
-        config = open_checkpoint(checkpoint).config if checkpoint else Config.granite_4_0_1b()
+        config = open_checkpoint(checkpoint).config if checkpoint else release(model).config
         bucket = make_bucket(config, batch, seconds)
         for program in aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel):
             fits &= program.fits

@@ -82,7 +82,7 @@ def evaluate(
     options: TranscribeOptions | None = None,
     *,
     transcriber: tuple[Transcriber, str] | None = None,
-    language: str = "en",
+    reference_language: str | None = None,
     normalizer: normalize.Name | None = None,
     keyword_lists: Sequence[str | os.PathLike[str]] = (),
     bias: bool = False,
@@ -103,7 +103,8 @@ def evaluate(
       out: a local directory, for one checkpoint and one set of options. Results of other sets, of earlier runs, stay.
       model, options: as in `batch.run`.
       transcriber: a loaded Transcriber in place of a checkpoint, and a name for its weights and dtype.
-      language: language of the references, as a code or a name; for a translation, its target is taken instead.
+      reference_language: language of the references, as a code or a name; default the target of a translation, or the
+        option `language`, or English.
       normalizer: as in `normalize.normalizer`; default "english" for English, "basic" for others.
       keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER.
       bias: whether the model is told each utterance's list: that of `keyword_lists`, or else the set's own.
@@ -121,7 +122,7 @@ def evaluate(
       OSError: results cannot be written.
     """
     model_options, transcribe_options = resolve(model, options, fields)
-    scoring = _Scoring.choose(transcribe_options, language, normalizer)
+    scoring = _Scoring.choose(transcribe_options, reference_language, normalizer)
     lists = read_keyword_lists(keyword_lists)
     opened = [_with_lists(evaluation_set, lists, scoring.normalize) for evaluation_set in open_sets(sets, root)]
     for evaluation_set in opened:
@@ -221,9 +222,9 @@ class _Scoring:
     normalizer: normalize.Name
 
     @classmethod
-    def choose(cls, options: TranscribeOptions, language: str, name: normalize.Name | None) -> "_Scoring":
-        translation = options.task == "translate" or options.target_language is not None
-        code = language_code(options.target_language if translation and options.target_language else language)
+    def choose(cls, options: TranscribeOptions, language: str | None, name: normalize.Name | None) -> "_Scoring":
+        translation = options.target_language is not None
+        code = language_code(options.target_language or language or options.language or "en")
         if translation:
             score_translations(["a"], ["a"], language=code)  # fails before hours of work if its tokenizer is missing
         return cls(translation, code, name or normalize.default_name(code))

@@ -28,7 +28,7 @@ import numpy as np
 from granite_jax.audio.load import Audio, printable
 from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.options import DraftFrom, TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.results import LOW_AGREEMENT, NOT_FINITE, Transcript, disagreement
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
@@ -38,6 +38,7 @@ from granite_jax.keywords.repetition import has_repetition_loop
 from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.keywords.utterance import utterance_automaton
 from granite_jax.model import ctc
+from granite_jax.model.bpe_head import bpe_tokens
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, num_frames
 from granite_jax.text.tasks import PromptTokens
@@ -59,6 +60,7 @@ class Request:
       options: how drafts and keywords are used. Requests with different options can share a batch.
       draft: token ids of the caller's draft, if any.
       keywords: the keywords that bias decoding, if any.
+      flags: of the transcript, besides those of the audio and of the text.
       is_retry: whether keywords are only looked for, because their boosts made one repeat.
     """
 
@@ -69,6 +71,7 @@ class Request:
     options: TranscribeOptions = dataclasses.field(default_factory=TranscribeOptions)
     draft: tuple[int, ...] | None = None
     keywords: Keywords | None = None
+    flags: tuple[str, ...] = ()
     is_retry: bool = False
 
 
@@ -90,6 +93,7 @@ class _Row:
     ctc_text: str
     drafted_text: str
     draft: tuple[int, ...]
+    draft_from: str | None
     entropy: float
     spotted: tuple[str, ...] = ()
     automaton: KeywordAutomaton | None = None
@@ -172,7 +176,7 @@ class Engine:
         """Runs the programs of a bucket on silence."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
-        row = _Row(_Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future()), "", "", (), 0.0)
+        row = _Row(_Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future()), "", "", (), None, 0.0)
         with self._driving:
             audio = self._encode(bucket, [row.ticket]).audio
             jax.block_until_ready(self._decode(bucket, [row], audio).tokens)
@@ -340,11 +344,21 @@ class Engine:
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
         keywords = make_keyword_batch([request.keywords and request.keywords.labels for request in padded])
-        return self.programs.encode(self._params, samples, lengths, keywords)
+        bpe_wanted = np.array([self._draft_from(request) == "bpe" for request in padded], np.int32)
+        return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted)
+
+    def _draft_from(self, request: Request) -> DraftFrom | None:
+        """The head that makes a request's draft, if one does."""
+        drafting = request.options.drafting
+        if request.draft is not None or not drafting.drafts:
+            return None
+        return drafting.draft_from or ("bpe" if self._config.encoder.bpe_output_dim else "ctc")
 
     def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
         """Waits for a batch's labels, finds the keywords in them, and makes drafts from them."""
-        labels, entropy, scores = jax.device_get((encoded.labels, encoded.entropy, encoded.spotting))
+        names = ("labels", "entropy", "spotting", "bpe_labels", "bpe_entropy")
+        host: dict[str, Any] = jax.device_get({name: getattr(encoded, name) for name in names})
+        labels, scores = host["labels"], host["spotting"]
         rows = []
         for i, ticket in enumerate(batch):
             request, biasing = ticket.request, ticket.request.options.biasing
@@ -357,11 +371,16 @@ class Engine:
                 spotted = tuple(keywords.texts[m.keyword] for m in matches if m.keyword in keywords.whole)
                 if not request.is_retry:
                     automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
+            head, entropy = self._draft_from(request), host["entropy"][i]
+            if head == "bpe":
+                drafted = " ".join(self._tokenizer.decode(bpe_tokens(host["bpe_labels"][i])).split())
+                entropy = host["bpe_entropy"][i]
             draft = request.draft
-            if draft is None:
-                draft = tuple(self._tokenizer.encode(drafted)) if request.options.drafting.drafts else ()
-            max_length = min(draft_budget(len(request.audio.samples)), request.max_new_tokens)
-            rows.append(_Row(ticket, text, drafted, draft[:max_length], float(entropy[i]), spotted, automaton))
+            if draft is None:  # cut as the language model would: a head's own tokens are often others for the same text
+                draft = () if head is None else tuple(self._tokenizer.encode(drafted))
+            draft = draft[: min(draft_budget(len(request.audio.samples)), request.max_new_tokens)]
+            source = head if request.draft is None else "caller"
+            rows.append(_Row(ticket, text, drafted, draft, source, float(entropy), spotted, automaton))
         return rows
 
     def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
@@ -445,6 +464,7 @@ class Engine:
             "llm_passes": passes,
             "draft_tokens": drafted,
             "accepted_tokens": accepted,
+            "draft_from": row.draft_from,
             "finish": "end" if state["ended"][i] else "length",
         }
         # Rounded, because batch mates may change the last bits.
@@ -460,6 +480,7 @@ class Engine:
             "llm_passes": 0,
             "draft_tokens": len(tokens),
             "accepted_tokens": len(tokens),
+            "draft_from": row.draft_from,
             "finish": "end" if len(tokens) == len(drafted) else "length",
         }
         return self._finished(row, tokens, stats, tokens, range(len(tokens)))
@@ -479,6 +500,7 @@ class Engine:
         doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
         flags = (
             *audio.flags,
+            *row.request.flags,
             *(("retried",) if row.request.is_retry else ()),
             *(("low-agreement",) if doubtful else ()),
         )

@@ -12,12 +12,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn, keyword_entries, plain_number
-from granite_jax.text.tasks import instruction
+from granite_jax.text.chat_template import check_text
+from granite_jax.text.tasks import TASKS, check_task
 
 Parallel = Literal["shard_map", "pmap"]
 Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", False]
+DraftFrom = Literal["ctc", "bpe"]
 
 PRESETS: Mapping[str, tuple[float, float]] = {
     "relaxed": (0.7, 0.2),
@@ -68,15 +70,17 @@ class SpeculativeOptions:
     """How drafts are used.
 
     Fields:
-      drafts: whether the encoder's CTC head drafts for inputs that come without a draft.
+      drafts: whether the encoder drafts for inputs that come without a draft.
       ctc_threshold: in nats; a CTC text is final if all of its frames have less entropy. 0 accepts none.
       verify_threshold: likelihood that every draft token must exceed in the language model. Infinite (lossless): the
         tokens must be those of greedy decoding.
+      draft_from: the head that drafts; None for the BPE head if there is one.
     """
 
     drafts: bool = True
     ctc_threshold: float = 0.0
     verify_threshold: float = math.inf
+    draft_from: DraftFrom | None = None
 
     @classmethod
     def from_mode(
@@ -103,8 +107,11 @@ class SpeculativeOptions:
         for name, value in thresholds.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise GraniteError(f"{name} is {value!r:.60}, not a finite number of at least 0")
-        preset = dict(zip(arguments, PRESETS[str(speculative)], strict=True))
-        return cls(drafts=True, **(preset | thresholds))
+        ctc, verify = PRESETS[str(speculative)]
+        return cls(
+            ctc_threshold=thresholds.get("ctc_threshold", ctc),
+            verify_threshold=thresholds.get("verify_threshold", verify),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,14 +119,19 @@ class TranscribeOptions:
     """What to write, and how. `Transcriber.transcribe` takes the same fields.
 
     Fields:
-      task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
+      task: "transcribe" (lower case, no punctuation), "punctuate", "translate" or "translate-punctuated".
       target_language: language of a translation, as a code ("fr") or an English name ("French").
-      prompt: a prompt that replaces the task's.
+      language: a hint in which language the speech of a transcript is, likewise, for models that take one.
+      prompt: another of the prompts that the model was trained with, which replaces the task's. Any other is ignored,
+        with a warning and the flag "prompt-fallback", and the raw transcript is written instead.
+      allow_custom_prompt: send any other prompt, too. What the model then writes is for research.
       max_new_tokens: default 200, or 6 per second of audio if that is more.
       speculative: how drafts save passes of the language model. "lossless": the same text as without drafts, only
         sooner. "relaxed" (or "relaxed-accurate"), "relaxed-fast": a confident draft of the CTC head is final, and so is
-        one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The CTC head drafts raw
+        one that the language model finds plausible (arXiv 2603.11243). False: no drafts. The encoder drafts raw
         transcripts only: other tasks and your own prompts have no drafts, except a `draft` that you pass.
+      draft_from: the encoder's head that drafts: "ctc" for characters, or "bpe" for the language model's tokens, which
+        is the default where the checkpoint has such a head. "bpe" drafts punctuated transcripts, too, if it is given.
       ctc_threshold: in relaxed modes, in nats: a CTC text is final if all of its frames have less entropy.
       verify_threshold: in relaxed modes: the likelihood that every token of a draft must exceed to be accepted.
       keywords: up to 2,048 names and terms that may be spoken, in the letter case that the text should have (raw
@@ -137,9 +149,12 @@ class TranscribeOptions:
 
     task: str = "transcribe"
     target_language: str | None = None
+    language: str | None = None
     prompt: str | None = None
+    allow_custom_prompt: bool = False
     max_new_tokens: int | None = None
     speculative: Speculative = "lossless"
+    draft_from: DraftFrom | None = None
     ctc_threshold: float | None = None
     verify_threshold: float | None = None
     keywords: tuple[Entry, ...] = ()
@@ -149,12 +164,25 @@ class TranscribeOptions:
 
     def __post_init__(self) -> None:
         _make_numbers_plain(self)
-        instruction(self.task, target_language=self.target_language, prompt=self.prompt)
+        self._check_prompt()
         limit = self.max_new_tokens
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise GraniteError(f"max_new_tokens is {limit!r:.60}, not a positive number")
         object.__setattr__(self, "keywords", keyword_entries(self.keywords))
         _ = self.drafting, self.biasing  # raise an error if a field is invalid
+
+    def _check_prompt(self) -> None:
+        if self.prompt is None:
+            check_task(self.task, self.target_language, self.language)
+            return
+        if not isinstance(self.prompt, str):
+            raise PromptError(f"prompt must be a string, not {type(self.prompt).__name__}")
+        if self.target_language is not None or self.language is not None:
+            raise PromptError("a prompt excludes target_language and language: a prompt of your own names them itself")
+        if self.task not in TASKS:
+            check_task(self.task)
+        if self.allow_custom_prompt:
+            check_text("prompt", self.prompt)
 
     @property
     def raw(self) -> bool:
@@ -165,7 +193,16 @@ class TranscribeOptions:
     def drafting(self) -> SpeculativeOptions:
         """How drafts are used."""
         chosen = SpeculativeOptions.from_mode(self.speculative, self.ctc_threshold, self.verify_threshold)
-        return chosen if self.raw else SpeculativeOptions(drafts=False)
+        if self.draft_from not in (None, "ctc", "bpe"):
+            raise GraniteError(f'draft_from is "ctc" or "bpe", not {self.draft_from!r:.60}')
+        if self.draft_from is not None and not chosen.drafts:
+            raise GraniteError(f"draft_from is for drafts, which speculative={self.speculative!r} does without")
+        if self.raw:
+            return dataclasses.replace(chosen, draft_from=self.draft_from)
+        if self.draft_from == "bpe" and self.task == "punctuate" and self.prompt is None:
+            # No draft of the encoder is final: what it knows of punctuation is the language model's to judge.
+            return dataclasses.replace(chosen, draft_from="bpe", ctc_threshold=0.0)
+        return SpeculativeOptions(drafts=False)
 
     @functools.cached_property
     def biasing(self) -> KeywordOptions:

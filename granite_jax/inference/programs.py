@@ -1,6 +1,6 @@
 """The three compiled programs of inference, each a jitted function of (params, inputs).
 
-    encode    waveforms, CTC labels of keywords -> audio embeddings, best CTC labels, keyword scores
+    encode    waveforms, CTC labels of keywords -> audio embeddings, best labels of the CTC heads, keyword scores
                                                               on shapes (batch, samples)
     prefill   prompts, audio embeddings, drafts, keyword automata -> verifier output, KV cache
                                                               on shapes (batch, prompt, draft, capacity)
@@ -33,6 +33,7 @@ from granite_jax.keywords.automaton import BatchedAutomata
 from granite_jax.keywords.selector import KeywordSelector
 from granite_jax.keywords.spotter import KeywordBatch, SpottingScores
 from granite_jax.model import ctc, granite_speech
+from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import KVCache
 from granite_jax.model.features import log_mel, num_frames
@@ -50,29 +51,39 @@ class Encoded:
       labels: best CTC label of every frame, int32, blank past the row's end.
       entropy: float32, the largest entropy of a valid frame's labels, in nats.
       spotting: the keywords with the best scores.
+      bpe_labels: best label of the BPE head for every window of four frames, int32, blank past the row's end and in
+        rows that did not ask for them; None without such a head.
+      bpe_entropy: likewise of its windows.
     """
 
     audio: AudioEmbeddings
     labels: Int[Array, "b t"]
     entropy: Float[Array, "b"]
     spotting: SpottingScores
+    bpe_labels: Int[Array, "b w"] | None
+    bpe_entropy: Float[Array, "b"] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """How drafts are proposed.
+    """How drafts are made and proposed.
 
     Fields:
       window: draft tokens proposed in one decode step.
       realign: name of the rule in `decoding.REALIGN` that finds where the draft goes on after a rejection.
+      importance: which activations the BPE head's weights of frames come from, as in `model.bpe_head`. Nothing
+        published says which one the released heads were trained with.
     """
 
     window: int = decoding.WINDOW
     realign: str = "nearest"
+    importance: Importance = "before"
 
     def __post_init__(self):
         if self.window < 0 or self.realign not in decoding.REALIGN:
             raise GraniteError(f"{self}: window is 0 or more, realign one of {', '.join(decoding.REALIGN)}")
+        if self.importance not in ("before", "after"):
+            raise GraniteError(f'importance is "before" or "after", not {self.importance!r:.60}')
 
 
 class Programs:
@@ -96,7 +107,7 @@ class Programs:
         tables = {field.name: REPLICATED for field in dataclasses.fields(BatchedAutomata)}
         keywords = BatchedAutomata(**tables | {"starts": BATCH})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
-        self.encode = compiled(self._counted(self._encode), (REPLICATED, BATCH, BATCH, BATCH), BATCH)
+        self.encode = compiled(self._counted(self._encode), (REPLICATED, *[BATCH] * 4), BATCH)
         prompts = (REPLICATED, BATCH, BATCH, BATCH, BATCH, keywords)
         self.prefill = compiled(self._counted(self._prefill), prompts, (BATCH, cache), static="capacity")
         drafts = (REPLICATED, BATCH, cache, BATCH, BATCH, BATCH, keywords)
@@ -116,13 +127,21 @@ class Programs:
 
         return counted
 
-    def _encode(self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch) -> Encoded:
+    def _encode(
+        self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch, bpe_wanted: Lengths
+    ) -> Encoded:
+        """`bpe_wanted`: int32, 0 for rows that do not ask for the BPE head's labels."""
         frames = num_frames(lengths)
-        hidden = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, dtype=self.dtype).hidden
+        options: dict[str, Any] = {"importance": self.speculation.importance, "dtype": self.dtype}
+        encoded = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, **options)
+        hidden = encoded.hidden
         logits = granite_speech.ctc_logits(self.config, params, hidden, dtype=self.dtype)
         audio = granite_speech.project(self.config, params, hidden, frames, dtype=self.dtype)
         labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
-        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords))
+        bpe = None, None
+        if self.config.encoder.bpe_output_dim:
+            bpe = granite_speech.bpe_labels(self.config, params, encoded, frames, bpe_wanted, dtype=self.dtype)
+        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords), *bpe)
 
     def _prefill(
         self,

@@ -11,6 +11,7 @@ NOT_FINITE = "the model computes no numbers for it (NaN): its weights are damage
 FLAGS = {
     "truncated-input": "the file lacks its end",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
+    "prompt-fallback": "the model was not trained with the prompt, so this is the raw transcript",
     "retried": "a keyword repeated without end, so this text was written without boosts",
     "low-agreement": "the encoder's own text differs much, so this text may not be what was said",
 }
@@ -31,9 +32,9 @@ class Transcript:
       ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
       stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
         the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
-        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `finish`: "end"
-        if the model ended the text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those
-        that were heard, best first.
+        prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `draft_from`:
+        the encoder's head that drafted, "ctc" or "bpe", or "caller", or None; `finish`: "end" if the model ended the
+        text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those that were heard, best first.
       draft: ids of the draft as it was proposed.
       accepted_spans: the spans of `tokens` that were taken from the draft, each (position in `tokens`, position in
         `draft`, size).

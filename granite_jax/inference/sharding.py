@@ -38,6 +38,7 @@ PARTITION_RULES: Mapping[str, int] = {
     r"encoder\.layers\.convolution\.(up\.kernel|up\.bias|depthwise)": -1,
     r"encoder\.layers\.convolution\.batch_norm\.\w+": -1,
     r"encoder\.layers\.convolution\.down\.kernel": -2,
+    r"encoder\.out_bpe\.(kernel|bias)": -1,
     r"decoder\.layers\.attention\.[qkv]\.kernel": -1,
     r"decoder\.layers\.attention\.out\.kernel": -2,
     r"decoder\.layers\.(gate|up)\.kernel": -1,

@@ -26,6 +26,7 @@ from granite_jax.inference.engine import Engine, Request
 from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.results import Emissions, Transcript
+from granite_jax.inference.safeguard import safeguarded
 from granite_jax.inference.sharding import DeviceList, DeviceMesh
 from granite_jax.keywords.lists import Keywords, lists_by_input, prepare, validated
 from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
@@ -33,7 +34,7 @@ from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.text.tasks import Capabilities, ChatTemplate, PromptTokens, instruction
+from granite_jax.text.tasks import Capabilities, ChatTemplate, PromptTokens
 from granite_jax.text.tokenizer import Tokenizer
 
 _MAX_CACHED_LISTS = 16  # prepared lists of keywords
@@ -145,7 +146,7 @@ class Transcriber:
 
     def warmup(self, buckets: Sequence[Bucket] | None = None) -> None:
         """Compiles the programs of all buckets (or those given) by running them on silence."""
-        prompt = self._prompt(instruction())
+        prompt = self._prompt(self.capabilities.prompts.transcribe)
         for bucket in buckets or self.buckets:
             self._engine.compile(bucket, prompt)
 
@@ -191,8 +192,7 @@ class Transcriber:
 
         Raises:
           GraniteError: an option is unknown or out of range.
-          PromptError: the checkpoint does not support the task, language or prompt; or naming a keyword that is not
-            usable.
+          PromptError: the checkpoint does not support the task or a language; or naming a keyword that is not usable.
           AudioError: naming an input that is not readable, too short or not finite.
           ContextError: naming an input that does not fit the model's positions with its prompt and new tokens.
           CheckpointError: naming an input for which the weights give NaN.
@@ -249,8 +249,9 @@ class Transcriber:
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
         resolved = dataclasses.replace(options or TranscribeOptions(), **fields)
-        if resolved.prompt is None:
-            self.capabilities.check(resolved.task, resolved.target_language)
+        resolved, flags = safeguarded(resolved, self.capabilities)
+        if resolved.drafting.draft_from == "bpe" and not self.config.encoder.bpe_output_dim:
+            raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
         if resolved.speculative != "lossless" and drafts is not None:
             drafts = list(drafts)
             if any(draft is not None for draft in drafts):
@@ -270,7 +271,7 @@ class Transcriber:
                 prompt, keywords = shared if entries is None else self._prepared(resolved, entries)
                 request = self._request(source, sampling_rate, name, resolved, prompt)
                 tokens = None if draft is None else tuple(self.tokenizer.encode(draft))
-                return self._engine.submit(dataclasses.replace(request, keywords=keywords, draft=tokens))
+                return self._engine.submit(dataclasses.replace(request, keywords=keywords, draft=tokens, flags=flags))
             except GraniteError as error:
                 failed: Future[Transcript] = Future()
                 if on_error == "raise":
@@ -330,13 +331,17 @@ class Transcriber:
 
     def _prepared(self, options: TranscribeOptions, keywords: Sequence[Entry]) -> tuple[PromptTokens, Keywords | None]:
         """The prompt with a list of keywords, and the list prepared for decoding; both are cached for later inputs."""
-        entries = validated(keywords, options.biasing)
-        key = (options.task, options.target_language, options.prompt, options.biasing, entries)
+        entries = validated(keywords, options.biasing, self.capabilities.prompts.max_keywords)
+        key = (options.task, options.target_language, options.language, options.prompt, options.biasing, entries)
         with self._preparing:
             if key not in self._lists:
                 mentioned = tuple(text for text, _ in entries) if options.biasing.prompt else ()
-                text = instruction(
-                    options.task, target_language=options.target_language, prompt=options.prompt, keywords=mentioned
+                text = self.capabilities.instruction(
+                    task=options.task,
+                    target_language=options.target_language,
+                    language=options.language,
+                    prompt=options.prompt,
+                    keywords=mentioned,
                 )
                 prepared = None
                 if entries and options.biasing.decoder:
@@ -347,7 +352,7 @@ class Transcriber:
             return self._lists[key]
 
     def _prompt(self, text: str) -> PromptTokens:
-        return self.template.tokens(self.tokenizer, text)
+        return self.template.tokens(self.tokenizer, text, self.capabilities.prompts.max_chars)
 
     def _prompt_length(self, prompt: PromptTokens) -> int:
         """Tokens of a prompt besides those of the audio."""

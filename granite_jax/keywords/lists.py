@@ -20,7 +20,6 @@ from granite_jax.text.chat_template import check_text
 from granite_jax.text.tokenizer import Tokenizer
 
 MAX_KEYWORDS = spotter.MAX_KEYWORDS
-MAX_PROMPT_KEYWORDS = 100  # longer lists confuse the model more than they help
 MAX_CHARACTERS = 100
 _FOREIGN_BOOST = re.compile(r"[^\t](\s:|[,;=])\s*\d+(\.\d+)?\s*$")  # of sherpa-onnx and of tables
 _SPOKEN_PUNCTUATION = "&%@#/*"
@@ -72,8 +71,13 @@ def read_keywords(path: Path) -> list[Entry]:
     return entries
 
 
-def validated(entries: Iterable[Any], options: KeywordOptions) -> tuple[tuple[str, float | None], ...]:
+def validated(
+    entries: Iterable[Any], options: KeywordOptions, max_in_prompt: int
+) -> tuple[tuple[str, float | None], ...]:
     """A list of keywords without repetitions, each with its own boost or None.
+
+    Args:
+      max_in_prompt: the most keywords that the model's prompt mentions.
 
     Raises:
       PromptError: naming a keyword that is not a readable line of text or is too long; or there are too many.
@@ -89,9 +93,9 @@ def validated(entries: Iterable[Any], options: KeywordOptions) -> tuple[tuple[st
         boosts[text] = boost if boost is None else check_boost(f"the boost of keyword {text!r:.60}", boost)
     if len(boosts) > MAX_KEYWORDS:
         raise PromptError(f"{len(boosts)} keywords for one input, at most {MAX_KEYWORDS} are accepted")
-    if options.prompt and len(boosts) > MAX_PROMPT_KEYWORDS:
+    if options.prompt and len(boosts) > max_in_prompt:
         raise PromptError(
-            f"{len(boosts)} keywords are too many for a prompt, at most {MAX_PROMPT_KEYWORDS}: "
+            f"{len(boosts)} keywords are too many for a prompt, at most {max_in_prompt}: "
             'keywords_in="decoder" takes more'
         )
     return tuple(boosts.items())

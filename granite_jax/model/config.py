@@ -5,14 +5,17 @@ leaves out values equal to them. Anything that this implementation does not comp
 """
 
 import dataclasses
-import json
-import sys
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from granite_jax.array_types import Shape
 from granite_jax.errors import CheckpointError
 from granite_jax.model.features import HOP, SAMPLING_RATE
+from granite_jax.model.json_fields import boolean, number, positive_integer, read_json, require, section, without_nulls
+from granite_jax.model.rotary import Rotary
 
 _GRANITE_4_0_1B = Path(__file__).with_name("granite-4.0-1b-speech.json")
 
@@ -32,6 +35,7 @@ class EncoderConfig:
     max_pos_emb: int
     conv_kernel_size: int
     conv_expansion_factor: int
+    bpe_output_dim: int = 0  # labels of the BPE head, blank included; 0 if there is none
 
     @property
     def inner_dim(self) -> int:
@@ -71,7 +75,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rope_theta: float
+    rotary: Rotary
     rms_norm_eps: float
     hidden_act: str
     embedding_multiplier: float
@@ -85,6 +89,35 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorFacts:
+    """What a checkpoint's tensors tell, for where its `config.json` does not.
+
+    Fields:
+      has_head: whether there is an output head besides the embedding.
+      attention_dim: outputs of the encoder's query projections, all heads together.
+      bpe_output_dim: labels of the BPE head; 0 if there is none.
+    """
+
+    has_head: bool
+    attention_dim: int
+    bpe_output_dim: int = 0
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> "TensorFacts":
+        """From the shapes of a parameter tree's leaves by dotted path; those that are missing are reported later."""
+        last = {path: shape[-1] for path, shape in shapes.items() if shape}
+        return cls(
+            has_head=HEAD in shapes,
+            attention_dim=last.get(QUERY, 0),
+            bpe_output_dim=last.get(BPE_HEAD, 0),
+        )
+
+
+HEAD, QUERY, BPE_HEAD = "decoder.head.kernel", "encoder.layers.attention.q.kernel", "encoder.out_bpe.kernel"
+"""The leaves that `TensorFacts` are read from."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """The whole model. Hashable: a static argument of every jitted function."""
 
@@ -95,24 +128,32 @@ class Config:
     model_type: str = "granite_speech"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Config":
+    def from_dict(cls, raw: Mapping[str, Any], facts: TensorFacts | None = None) -> "Config":
         """Reads the dictionary of a Hugging Face `config.json` whose `model_type` is `granite_speech`.
 
+        Keys whose meaning changed between releases of transformers mean what they meant in the release that wrote the
+        file, its `transformers_version`. Without that, the tensors decide, with a warning.
+
+        Args:
+          facts: of the checkpoint's tensors. Without these, a file of unknown meaning is refused.
+
         Raises:
-          CheckpointError: naming the key that is missing, has a wrong type or asks for something not implemented.
+          CheckpointError: naming the key that is missing, has a wrong type, contradicts another or asks for something
+            not implemented.
         """
-        _require(raw, "", "model_type", ("granite_speech",))
-        window_size = _get(raw, "", "window_size", int, 15)
-        downsample_rate = _get(raw, "", "downsample_rate", int, 5)
+        require(raw, "", "model_type", ("granite_speech",))
+        version = _version(raw)
+        window_size = number(raw, "", "window_size", int, 15)
+        downsample_rate = number(raw, "", "downsample_rate", int, 5)
         if window_size < 1 or downsample_rate < 1 or window_size % downsample_rate:
             raise CheckpointError(
                 f"config: window_size {window_size} is not a multiple of downsample_rate {downsample_rate}"
             )
         config = cls(
-            encoder=_encoder(_section(raw, "encoder_config")),
-            projector=_projector(_section(raw, "projector_config"), window_size, window_size // downsample_rate),
-            decoder=_decoder(_section(raw, "text_config"), raw),
-            audio_token_id=_get(raw, "", "audio_token_index", int, _get(raw, "", "audio_token_id", int, 49155)),
+            encoder=_encoder(section(raw, "encoder_config"), version, facts),
+            projector=_projector(section(raw, "projector_config"), window_size, window_size // downsample_rate),
+            decoder=_decoder(section(raw, "text_config"), _tied(raw, version, facts), version),
+            audio_token_id=number(raw, "", "audio_token_index", int, number(raw, "", "audio_token_id", int, 49155)),
         )
         config._check()
         return config
@@ -145,8 +186,15 @@ class Config:
                 not 0 <= (decoder.pad_token_id or 0) < decoder.vocab_size,
                 "text_config.pad_token_id is outside the vocabulary",
             ),
-            (not decoder.rope_theta > 0, "text_config.rope_theta is not positive"),
             (not decoder.logits_scaling > 0, "text_config.logits_scaling is not positive"),
+            (
+                encoder.bpe_output_dim > decoder.vocab_size + 1,
+                f"the BPE head has {encoder.bpe_output_dim} labels, more than the vocabulary and a blank",
+            ),
+            (
+                encoder.bpe_output_dim and encoder.num_layers < 2,
+                "the BPE head needs an encoder of at least two layers",
+            ),
             (encoder.input_dim != 160, "encoder_config.input_dim is not 160 (two stacked frames of 80 mels)"),
         ]
         for failed, problem in problems:
@@ -169,35 +217,92 @@ class Config:
         return -(-num_frames // self.projector.window_size) * self.projector.num_queries
 
 
-def _encoder(raw: Mapping[str, Any]) -> EncoderConfig:
-    def get(key: str, default: int) -> int:
-        return _positive(raw, "encoder_config.", key, default)
+def _version(raw: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Major and minor version of the transformers that wrote the file."""
+    version = re.match(r"(\d{1,4})\.(\d{1,4})", str(raw.get("transformers_version")))
+    return None if version is None else (int(version[1]), int(version[2]))
 
+
+def _encoder(raw: Mapping[str, Any], version: tuple[int, int] | None, facts: TensorFacts | None) -> EncoderConfig:
+    def get(key: str, default: int) -> int:
+        return positive_integer(raw, "encoder_config.", key, default)
+
+    num_heads, hidden_dim = get("num_heads", 8), get("hidden_dim", 1024)
     return EncoderConfig(
         input_dim=get("input_dim", 160),
         num_layers=get("num_layers", 10),
-        hidden_dim=get("hidden_dim", 1024),
+        hidden_dim=hidden_dim,
         feedforward_mult=get("feedforward_mult", 4),
-        num_heads=get("num_heads", 8),
-        dim_head=get("dim_head", 128),
+        num_heads=num_heads,
+        dim_head=_dim_head(raw, num_heads, hidden_dim, version, facts),
         output_dim=get("output_dim", 42),
         context_size=get("context_size", 200),
         max_pos_emb=get("max_pos_emb", 512),
         conv_kernel_size=get("conv_kernel_size", 15),
         conv_expansion_factor=get("conv_expansion_factor", 2),
+        bpe_output_dim=facts.bpe_output_dim if facts else 0,
     )
+
+
+def _dim_head(
+    raw: Mapping[str, Any], num_heads: int, hidden_dim: int, version: tuple[int, int] | None, facts: TensorFacts | None
+) -> int:
+    """Width of the encoder's attention heads: if absent 128, but since transformers 5.9 `hidden_dim // num_heads`."""
+    key, share = "encoder_config.dim_head", hidden_dim // num_heads
+    if raw.get("dim_head") is not None:
+        return positive_integer(raw, "encoder_config.", "dim_head", 128)
+    if share < 1:
+        raise CheckpointError(f"config: {key} is absent, and hidden_dim less than num_heads")
+    if "dim_head" in raw or share == 128 or (version is not None and version >= (5, 9)):
+        return share
+    if version is not None:
+        return 128
+    if facts is None or facts.attention_dim not in (128 * num_heads, share * num_heads):
+        raise CheckpointError(f"config: {key} is absent, which means 128 or {share} by the version of transformers")
+    _tell(f"{key} is absent, and the tensors make it {facts.attention_dim // num_heads}")
+    return facts.attention_dim // num_heads
+
+
+def _tied(raw: Mapping[str, Any], version: tuple[int, int] | None, facts: TensorFacts | None) -> bool:
+    """Whether the output head repeats the embedding.
+
+    transformers asked `text_config` (default: no), since 5.10 it asks the file's top level (default: yes); since 5.0 it
+    uses a head that is there whatever the file says.
+    """
+    key = "tie_word_embeddings"
+    by_text, by_top = boolean(section(raw, "text_config"), "text_config.", key), boolean(raw, "", key)
+    said = {value for value in (by_text, by_top) if value is not None}
+    if version is not None:
+        declared = by_text or False if version < (5, 10) else by_top is not False
+    else:
+        declared = said.pop() if len(said) == 1 else None
+    if facts is None and declared is None:
+        wrong = "contradicts itself" if said else "is absent"
+        raise CheckpointError(f"config: {key} {wrong}, which means one or the other by the version of transformers")
+    if facts is None:
+        return bool(declared)
+    if facts.has_head and not (declared and version is not None and version < (5, 0)):
+        return False
+    if declared is None:
+        wrong = "contradicts itself" if said else "is absent"
+        _tell(f"{key} {wrong}, and the tensors have no output head: it repeats the embedding")
+    return declared is not False
+
+
+def _tell(note: str) -> None:
+    warnings.warn(f"config.json: {note}", stacklevel=2)
 
 
 def _projector(raw: Mapping[str, Any], window_size: int, num_queries: int) -> ProjectorConfig:
     prefix = "projector_config."
-    _require(raw, prefix, "model_type", ("blip_2_qformer",))
-    _require(raw, prefix, "hidden_act", ("gelu",), default="gelu")
+    require(raw, prefix, "model_type", ("blip_2_qformer",))
+    require(raw, prefix, "hidden_act", ("gelu",), default="gelu")
     # Blip2QFormerConfig's default is 2, which leaves every other layer without cross-attention; no release has that.
-    _require(raw, prefix, "cross_attention_frequency", (1,), default=2)
-    _require(raw, prefix, "use_qformer_text_input", (False,), default=False)
+    require(raw, prefix, "cross_attention_frequency", (1,), default=2)
+    require(raw, prefix, "use_qformer_text_input", (False,), default=False)
 
     def get(key: str, default: int) -> int:
-        return _positive(raw, prefix, key, default)
+        return positive_integer(raw, prefix, key, default)
 
     return ProjectorConfig(
         hidden_size=get("hidden_size", 768),
@@ -206,30 +311,25 @@ def _projector(raw: Mapping[str, Any], window_size: int, num_queries: int) -> Pr
         num_attention_heads=get("num_attention_heads", 12),
         intermediate_size=get("intermediate_size", 3072),
         hidden_act="gelu",
-        layer_norm_eps=_get(raw, prefix, "layer_norm_eps", float, 1e-12),
+        layer_norm_eps=number(raw, prefix, "layer_norm_eps", float, 1e-12),
         window_size=window_size,
         num_queries=num_queries,
     )
 
 
-def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
+def _decoder(raw: Mapping[str, Any], tied: bool, version: tuple[int, int] | None) -> DecoderConfig:
     prefix = "text_config."
-    _require(raw, prefix, "model_type", ("granite",))
-    _require(raw, prefix, "hidden_act", ("silu",), default="silu")
-    _require(raw, prefix, "attention_bias", (False,), default=False)
-    _require(raw, prefix, "mlp_bias", (False,), default=False)
-    # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise CheckpointError(
-            f"config: text_config rope scaling {rope!a:.80} is not supported, only the default rotary embedding"
-        )
+    raw = without_nulls(raw, "num_key_value_heads", "head_dim")
+    require(raw, prefix, "model_type", ("granite",))
+    require(raw, prefix, "hidden_act", ("silu",), default="silu")
+    require(raw, prefix, "attention_bias", (False,), default=False)
+    require(raw, prefix, "mlp_bias", (False,), default=False)
 
     def get(key: str, default: int) -> int:
-        return _positive(raw, prefix, key, default)
+        return positive_integer(raw, prefix, key, default)
 
     hidden_size, num_heads = get("hidden_size", 4096), get("num_attention_heads", 32)
-    tied = raw.get("tie_word_embeddings", top.get("tie_word_embeddings", False))
+    max_positions = get("max_position_embeddings", 2048)
     eos = raw.get("eos_token_id", 2)
     first_eos = {"eos_token_id": eos[0]} if isinstance(eos, list) and eos else raw
     return DecoderConfig(
@@ -240,64 +340,20 @@ def _decoder(raw: Mapping[str, Any], top: Mapping[str, Any]) -> DecoderConfig:
         num_attention_heads=num_heads,
         num_key_value_heads=get("num_key_value_heads", num_heads),
         head_dim=get("head_dim", hidden_size // num_heads),
-        max_position_embeddings=get("max_position_embeddings", 2048),
-        rope_theta=_get(rope if "rope_theta" in rope else raw, prefix, "rope_theta", float, 10000.0),
-        rms_norm_eps=_get(raw, prefix, "rms_norm_eps", float, 1e-6),
+        max_position_embeddings=max_positions,
+        rotary=Rotary.from_dict(raw, max_positions, version),
+        rms_norm_eps=number(raw, prefix, "rms_norm_eps", float, 1e-6),
         hidden_act="silu",
-        embedding_multiplier=_get(raw, prefix, "embedding_multiplier", float, 1.0),
-        attention_multiplier=_get(raw, prefix, "attention_multiplier", float, 1.0),
-        residual_multiplier=_get(raw, prefix, "residual_multiplier", float, 1.0),
-        logits_scaling=_get(raw, prefix, "logits_scaling", float, 1.0),
-        tie_word_embeddings=bool(tied),
+        embedding_multiplier=number(raw, prefix, "embedding_multiplier", float, 1.0),
+        attention_multiplier=number(raw, prefix, "attention_multiplier", float, 1.0),
+        residual_multiplier=number(raw, prefix, "residual_multiplier", float, 1.0),
+        logits_scaling=number(raw, prefix, "logits_scaling", float, 1.0),
+        tie_word_embeddings=tied,
         bos_token_id=_token(raw, "bos_token_id", 1),
-        eos_token_id=_get(first_eos, prefix, "eos_token_id", int, 2),
+        eos_token_id=number(first_eos, prefix, "eos_token_id", int, 2),
         pad_token_id=_token(raw, "pad_token_id", None),
     )
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object from a file. Raises CheckpointError naming the file."""
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8 or JSON, or a number of 5,000 digits
-        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: holds {type(raw).__name__}, not a JSON object")
-    return raw
-
-
-def _section(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    section = raw.get(key)
-    if not isinstance(section, Mapping):
-        raise CheckpointError(f"config: {key} is missing or not an object")
-    return section
-
-
-def _get(raw: Mapping[str, Any], prefix: str, key: str, kind: type, default: Any) -> Any:
-    value = raw.get(key, default)
-    accepted = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not {kind.__name__}")
-    if kind is float and not abs(value) <= sys.float_info.max:  # NaN, infinite, or an integer that no float can hold
-        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not a finite number")
-    return kind(value)
-
-
-def _positive(raw: Mapping[str, Any], prefix: str, key: str, default: int) -> int:
-    value = _get(raw, prefix, key, int, default)
-    # No real model comes near the bound; larger values would overflow shapes before an error could name the key.
-    if not 0 < value < 2**31:
-        raise CheckpointError(f"config: {prefix}{key} is {value!a:.80}, not a positive 32-bit integer")
-    return value
-
-
 def _token(raw: Mapping[str, Any], key: str, default: int | None) -> int | None:
-    return None if raw.get(key, default) is None else _get(raw, "text_config.", key, int, default)
-
-
-def _require(raw: Mapping[str, Any], prefix: str, key: str, supported: tuple, default: Any = None) -> None:
-    value = raw.get(key, default)
-    if value not in supported:
-        raise CheckpointError(
-            f"config: {prefix}{key} {value!a:.80} is not supported, only {' or '.join(map(repr, supported))}"
-        )
+    return None if raw.get(key, default) is None else number(raw, "text_config.", key, int, default)

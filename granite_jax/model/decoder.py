@@ -195,7 +195,7 @@ class Decoder(nnx.Module):
         config = self.config
         h = embeddings * config.embedding_multiplier
         positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None] + (0 if cache is None else cache.lengths[:, None])
-        cos, sin = self._rotary(jnp.broadcast_to(positions, h.shape[:2]))
+        cos, sin = config.rotary.tables(jnp.broadcast_to(positions, h.shape[:2]), config.head_dim)
         definition, layers = nnx.split(self.layers, graph=False)
 
         def layer(h, state):
@@ -215,10 +215,3 @@ class Decoder(nnx.Module):
             kernel, equation = self.head.kernel[...], "bpd,dv->bpv"
         logits = jnp.einsum(equation, h, kernel, preferred_element_type=jnp.float32)
         return logits / self.config.logits_scaling
-
-    def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine tables in float32: `[b, p, h]`."""
-        half = jnp.arange(0, self.config.head_dim, 2, dtype=jnp.float32) / self.config.head_dim
-        angles = positions[..., None].astype(jnp.float32) * (self.config.rope_theta**-half)[None, None, :]
-        angles = jnp.concatenate([angles, angles], axis=-1)
-        return jnp.cos(angles), jnp.sin(angles)

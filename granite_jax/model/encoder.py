@@ -15,7 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
+from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import EncoderConfig
+from granite_jax.model.ctc import BLANK
 from granite_jax.model.layer_norm import LayerNorm
 
 
@@ -186,11 +188,14 @@ class EncoderOutput:
       hidden: activations of the last block, `[b, t, d]`; finite but meaningless past a row's length.
       layers: output of every block before self-conditioning, `[l, b, t, d]`, or None if not captured.
       batch_statistics: those used by every block's BatchNorm.
+      importance: float32 `[b, t]`, probability of the middle block's CTC output that a frame is no blank; 0 if no block
+        is in the middle.
     """
 
     hidden: jax.Array
     layers: jax.Array | None
     batch_statistics: BatchStatistics
+    importance: jax.Array
 
 
 class Encoder(nnx.Module):
@@ -202,34 +207,53 @@ class Encoder(nnx.Module):
         self.layers = nnx.vmap(lambda rngs: ConformerBlock(config, rngs), graph=False)(rngs.split(config.num_layers))
         self.out = nnx.Linear(config.hidden_dim, config.output_dim, rngs=rngs)
         self.out_mid = nnx.Linear(config.output_dim, config.hidden_dim, rngs=rngs)
+        if config.bpe_output_dim:
+            self.out_bpe = nnx.Linear(config.hidden_dim, config.bpe_output_dim, rngs=rngs)
 
     def __call__(
-        self, features: Features, lengths: Lengths, *, capture_layers: bool = False, train: bool = False
+        self,
+        features: Features,
+        lengths: Lengths,
+        *,
+        capture_layers: bool = False,
+        train: bool = False,
+        importance: Importance = "before",
     ) -> EncoderOutput:
         """Encodes features whose rows hold `lengths` valid frames.
 
-        `train` normalizes by the batch's own statistics; `capture_layers` keeps every block's output.
+        `train` normalizes by the batch's own statistics; `capture_layers` keeps every block's output; `importance`
+        says which activations of the middle block that of frames is computed from.
         """
         valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)
 
-        def block(h, layer_and_index):
+        def condition(h, weights):
+            posteriors = jax.nn.softmax(self.ctc_logits(h))
+            conditioned = h + self.out_mid(posteriors.astype(h.dtype))
+            if importance == "after":
+                posteriors = jax.nn.softmax(self.ctc_logits(conditioned))
+            return conditioned, 1 - posteriors[..., BLANK]
+
+        def block(carry, layer_and_index):
+            h, weights = carry
             layer, index = layer_and_index
             h, statistics = nnx.merge(definition, layer)(h, valid, train)
             captured = h if capture_layers else None
-            h = jax.lax.cond(index == self.config.self_condition_layer, self._self_condition, lambda h: h, h)
-            return h, (captured, statistics)
+            is_middle = index == self.config.self_condition_layer
+            carry = jax.lax.cond(is_middle, condition, lambda h, weights: (h, weights), h, weights)
+            return carry, (captured, statistics)
 
         h = self.input(features)
-        h, (captured, statistics) = jax.lax.scan(
-            block, h, (layers, jnp.arange(self.config.num_layers, dtype=jnp.int32))
+        weights = h[..., 0].astype(jnp.float32) * 0  # varies like `h` under shard_map
+        (h, weights), (captured, statistics) = jax.lax.scan(
+            block, (h, weights), (layers, jnp.arange(self.config.num_layers, dtype=jnp.int32))
         )
-        return EncoderOutput(h, captured, statistics)
-
-    def _self_condition(self, h: Activations) -> Activations:
-        posteriors = jax.nn.softmax(self.ctc_logits(h)).astype(h.dtype)
-        return h + self.out_mid(posteriors)
+        return EncoderOutput(h, captured, statistics, weights)
 
     def ctc_logits(self, h: Activations) -> CTCLogits:
         """CTC logits of any block's activations, float32: the middle and the final head are the same."""
         return self.out(h).astype(jnp.float32)
+
+    def bpe_logits(self, pooled: Float[Array, "n d"]) -> Float[Array, "n v"]:
+        """Logits of the BPE head, float32, of pooled activations."""
+        return self.out_bpe(pooled).astype(jnp.float32)

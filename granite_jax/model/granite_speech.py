@@ -26,6 +26,8 @@ from granite_jax.array_types import (
     Params,
     Tokens,
 )
+from granite_jax.model import bpe_head
+from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import Decoder, KVCache
 from granite_jax.model.encoder import Encoder, EncoderOutput
@@ -99,6 +101,7 @@ def encode(
     *,
     capture_layers: bool = False,
     train: bool = False,
+    importance: Importance = "before",
     dtype: DTypeLike | None = None,
 ) -> EncoderOutput:
     """Runs the Conformer encoder.
@@ -108,9 +111,11 @@ def encode(
       lengths: valid frames of each row, `features.num_frames(samples)`.
       capture_layers: also return every block's output.
       train: normalize by the batch's own statistics.
+      importance: which activations of the middle block the output's `importance` is computed from.
     """
     encoder: Encoder = _part(config, params, "encoder")
-    return encoder(features.astype(dtype), lengths, capture_layers=capture_layers, train=train)
+    options = {"capture_layers": capture_layers, "train": train, "importance": importance}
+    return encoder(features.astype(dtype), lengths, **options)
 
 
 @_float32_means_float32
@@ -118,6 +123,30 @@ def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DT
     """CTC logits, float32 `[b, t, c]`, of a block's activations (the middle and the final head are the same)."""
     encoder: Encoder = _part(config, params, "encoder")
     return encoder.ctc_logits(hidden.astype(dtype))
+
+
+@_float32_means_float32
+def bpe_labels(
+    config: Config,
+    params: Params,
+    encoded: EncoderOutput,
+    lengths: Lengths,
+    wanted: Lengths,
+    *,
+    dtype: DTypeLike | None = None,
+) -> tuple[Int[Array, "b w"], Float[Array, "b"]]:
+    """The best label of the BPE head for every window of four frames: int32, label `i` is the token `i - 1`.
+
+    Args:
+      encoded: what `encode` returned for rows of `lengths` valid frames.
+      wanted: int32, 0 for rows whose labels nobody needs.
+
+    Returns:
+      Labels `[b, ceil(t / 4)]`, blank past each row's end, and each row's largest entropy of a window, float32 nats.
+    """
+    encoder: Encoder = _part(config, params, "encoder")
+    pooled = bpe_head.pool(encoded.hidden.astype(dtype), encoded.importance, lengths)
+    return bpe_head.best_labels(encoder.bpe_logits, pooled, lengths, wanted)
 
 
 @_float32_means_float32

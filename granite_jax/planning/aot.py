@@ -110,7 +110,7 @@ def plan(
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
 
     keywords = KeywordBatch(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
-    encode_inputs = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), keywords)
+    encode_inputs = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), keywords, of_rows(jnp.int32))
     yield _read("encode", _compile(programs.encode.lower(*encode_inputs)), 0, config, limit)
 
     audio = jax.tree.map(

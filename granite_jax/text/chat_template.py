@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MAX_PROMPT_CHARS = 8192
 MAX_TEMPLATE_CHARS = 1 << 18
 
+_INSTRUCTION = re.compile(r"\b(transcri|translat)\w*", re.IGNORECASE)
 _RENDER_SECONDS = 20  # More than the worker allows itself, so that it reports the reason.
 _STAND_IN = "text" + secrets.token_hex(16)
 """Takes the instruction's place while the template is rendered; no template or text can contain it by design."""
@@ -46,18 +48,19 @@ class ChatTemplate:
     eos_token: str = "<|end_of_text|>"
     audio_token: str = "<|audio|>"
 
-    def tokens(self, tokenizer: Tokenizer, instruction: str) -> PromptTokens:
+    def tokens(self, tokenizer: Tokenizer, instruction: str, max_chars: int = MAX_PROMPT_CHARS) -> PromptTokens:
         """The ids of one user turn, `<|audio|>` and then the instruction, up to where the answer begins.
 
         Special tokens of the template are interpreted; in the instruction they are plain text. Between special tokens,
         template and instruction are encoded together, so that the ids are those of the rendered text as a whole.
 
         Raises:
-          PromptError: the instruction is not one line of text, or the template is faulty, exceeds its limits, drops or
-            alters the instruction, or does not have the audio exactly once.
+          PromptError: the instruction is not one line of at most `max_chars` characters, or the template is faulty,
+            exceeds its limits, drops or alters the instruction, gives one of its own, or does not have the audio
+            exactly once.
           CheckpointError: the tokenizer has no audio token.
         """
-        check_text("instruction", instruction)
+        check_text("instruction", instruction, max_chars)
         core = instruction.strip()  # Space around it is rendered with the template, which may strip it.
         start = instruction.index(core)
         rendered = self._render(instruction[:start], instruction[start + len(core) :])
@@ -87,14 +90,14 @@ class ChatTemplate:
         return positions[0]
 
 
-def check_text(name: str, text: str) -> str:
+def check_text(name: str, text: str, max_chars: int = MAX_PROMPT_CHARS) -> str:
     """Returns `text` if it is one line of readable text: a line feed would let it open another turn."""
     if not isinstance(text, str):
         raise PromptError(f"{name} must be a string, not {type(text).__name__}")
     if not text.strip():
         raise PromptError(f"{name} is empty")
-    if len(text) > MAX_PROMPT_CHARS:
-        raise PromptError(f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARS} are accepted")
+    if len(text) > max_chars:
+        raise PromptError(f"{name} has {len(text)} characters, at most {max_chars} are accepted")
     control = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")), None)
     if control is not None:
         raise PromptError(f"{name} {text!r:.60} has the control character {control!a}")
@@ -104,6 +107,8 @@ def check_text(name: str, text: str) -> str:
 def _check_stand_in(rendered: str, specials: list[SpecialToken]) -> None:
     if rendered.count(_STAND_IN) != 1:
         raise PromptError(f"chat template: has the instruction {rendered.count(_STAND_IN)} times, expected once")
+    if (own := _INSTRUCTION.search(rendered)) is not None:
+        raise PromptError(f"chat template: gives an instruction of its own ({own[0]!r:.40})")
     start = rendered.index(_STAND_IN)
     if any(special.start < start + len(_STAND_IN) and special.end > start for special in specials):
         raise PromptError("chat template: the tokenizer takes ordinary letters for special tokens")

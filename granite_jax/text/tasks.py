@@ -1,17 +1,34 @@
-"""What the model is asked to do: the instructions of IBM's model cards, and the chat template that wraps them."""
+"""What a model is asked to do: the prompts of model cards, and the recognition of a caller's own prompts.
+
+A prompt of a caller's own is sent only if the model was trained with it, because a model that does not know a prompt
+can do anything. `Capabilities.recognize` decides that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import functools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from granite_jax.errors import CheckpointError, PromptError
-from granite_jax.text.chat_template import ChatTemplate, PromptTokens, check_text
+from granite_jax.text.chat_template import MAX_PROMPT_CHARS, ChatTemplate, PromptTokens, check_text
 
-__all__ = ["LANGUAGES", "TASKS", "Capabilities", "ChatTemplate", "PromptTokens", "instruction", "language_code"]
+__all__ = [
+    "LANGUAGES",
+    "TASKS",
+    "Capabilities",
+    "ChatTemplate",
+    "PromptTokens",
+    "Prompts",
+    "check_task",
+    "instruction",
+    "language_code",
+]
 
-TASKS = ("transcribe", "punctuate", "translate")
+TASKS = ("transcribe", "punctuate", "translate", "translate-punctuated")
 LANGUAGES = {
     "en": "English",
     "fr": "French",
@@ -22,54 +39,131 @@ LANGUAGES = {
     "it": "Italian",
     "zh": "Mandarin",
 }
-"""Translation targets and their names in the prompt. Speech may be in the first six, translated from or to English;
-Italian and Mandarin are targets for English speech only."""
+"""Languages and their names in prompts. Speech may be in the first six, translated from or to English; Italian and
+Mandarin are targets for English speech, and of granite-speech-5.0-2b speech, too."""
+SPEECH_LANGUAGES = ("en", "fr", "de", "es", "pt", "ja")
 
 _TRANSCRIBE = "can you transcribe the speech into a written format?"
-_TRANSCRIBE_WITH_KEYWORDS = "transcribe the speech to text."
-_PUNCTUATE = "transcribe the speech with proper punctuation and capitalization."
-_TRANSLATE = "translate the speech to {}."
 _ALIASES = {name.lower(): code for code, name in LANGUAGES.items()} | {"chinese": "zh", "mandarin chinese": "zh"}
+_KEYWORDS = " Keywords: "
+# What would make a keyword in a prompt a second instruction, or another turn.
+_LIKE_AN_INSTRUCTION = re.compile(
+    r"(transcri|translat)\w*\b.*\b(speech|audio|text|into|to)\b"
+    r"|(keywords|user|assistant|system)\s*:"
+    r"|reconnaître le contenu",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that a model was trained with. The defaults are those of granite-speech-4.1-2b's card, without hints.
+
+    Fields:
+      transcribe: for a raw transcript, lower case and without punctuation.
+      transcribe_in: the same in other languages than English, as pairs of the speech's language and the prompt.
+      with_keywords: takes the place of `transcribe` where keywords are mentioned after it.
+      punctuate: for a transcript with punctuation and capitals.
+      punctuate_in: the same with a language hint; `{}` stands for the language's name. Empty if there is none.
+      translate, translate_punctuated: for a translation, without and with punctuation; `{}` stands for the target.
+      hint: a sentence with a language hint before the prompt of any transcript; empty if there is none.
+      max_keywords: the most keywords that a prompt mentions.
+    """
+
+    transcribe: str = _TRANSCRIBE
+    transcribe_in: tuple[tuple[str, str], ...] = ()
+    with_keywords: str = "transcribe the speech to text."
+    punctuate: str = "transcribe the speech with proper punctuation and capitalization."
+    punctuate_in: str = ""
+    translate: str = "translate the speech to {}."
+    translate_punctuated: str = "translate the speech to {} with proper punctuation and capitalization."
+    hint: str = ""
+    max_keywords: int = 100
+
+    @property
+    def max_chars(self) -> int:
+        """The most characters of a prompt and its keywords."""
+        return MAX_PROMPT_CHARS * max(1, self.max_keywords // 100)
+
+    def text(
+        self,
+        task: str,
+        *,
+        target_language: str | None = None,
+        language: str | None = None,
+        with_keywords: bool = False,
+    ) -> str:
+        """The prompt of a task; the arguments as in `instruction`. Raises PromptError if there is no such hint."""
+        if target_language is not None:
+            wording = self.translate if task == "translate" else self.translate_punctuated
+            return wording.format(LANGUAGES[language_code(target_language)])
+        plain = self.punctuate if task == "punctuate" else self.with_keywords if with_keywords else self.transcribe
+        if language is None:
+            return plain
+        code = language_code(language)
+        if self.hint:
+            return self.hint.format(LANGUAGES[code]) + plain
+        if task == "punctuate" and self.punctuate_in:
+            return self.punctuate_in.format(LANGUAGES[code])
+        hinted = {"en": plain, **({} if with_keywords else dict(self.transcribe_in))}
+        if task == "transcribe" and self.transcribe_in and code in hinted:
+            return hinted[code]
+        raise PromptError(f"this model has no prompt for task {task!r} with the hint that speech is {LANGUAGES[code]}")
+
+
+def check_task(task: str, target_language: str | None = None, language: str | None = None) -> None:
+    """Checks the fields that choose a prompt, as far as any model goes.
+
+    Raises:
+      PromptError: one is unknown, missing, or at odds with another.
+    """
+    if task not in TASKS:
+        raise PromptError(f"unknown task {task!r:.60}, supported: {_listed(TASKS)}")
+    is_translation = task.startswith("translate")
+    if is_translation and target_language is None:
+        raise PromptError(f"task {task!r} needs target_language, one of {_listed(LANGUAGES)}")
+    if not is_translation and target_language is not None:
+        raise PromptError(f"target_language {target_language!r:.60} is for task 'translate' only, not for {task!r}")
+    if is_translation and language is not None:
+        raise PromptError(f"language {language!r:.60} is a hint for transcripts, not for task {task!r}")
+    for named in (target_language, language):
+        if named is not None:
+            language_code(named)
 
 
 def instruction(
     task: str = "transcribe",
     *,
     target_language: str | None = None,
+    language: str | None = None,
     prompt: str | None = None,
     keywords: Iterable[str] = (),
+    prompts: Prompts | None = None,
 ) -> str:
     """The text that follows the audio in the user's turn.
 
     Args:
-      task: "transcribe" (lower case, no punctuation), "punctuate" or "translate".
+      task: "transcribe" (lower case, no punctuation), "punctuate", "translate" or "translate-punctuated".
       target_language: target of a translation, as a code ("fr") or a name ("French").
-      prompt: a prompt to use instead of the task's.
+      language: a hint in which language the speech of a transcript is, likewise.
+      prompt: a prompt to use instead of the task's, unchecked.
       keywords: names and terms to mention in the prompt.
+      prompts: those of the model.
 
     Raises:
-      PromptError: an argument is unknown, missing, at odds with another, or not one line of text of at most 8,192
-        characters.
+      PromptError: an argument is unknown, missing, at odds with another, or not one line of text; the model has no
+        prompt for it; or a keyword reads like an instruction.
     """
-    _check_task(task)
+    prompts = prompts or Prompts()
     clause = _keyword_clause(keywords)
     if prompt is not None:
-        if target_language is not None:
-            raise PromptError(
-                "prompt and target_language exclude each other: a prompt of your own names the target itself"
-            )
-        text = check_text("prompt", prompt)
-    elif task == "translate":
-        if target_language is None:
-            raise PromptError(f"task 'translate' needs target_language, one of {_listed(LANGUAGES)}")
-        text = _TRANSLATE.format(LANGUAGES[language_code(target_language)])
-    elif target_language is not None:
-        raise PromptError(f"target_language {target_language!r:.60} is for task 'translate' only, not for {task!r}")
-    elif task == "punctuate":
-        text = _PUNCTUATE
+        if target_language is not None or language is not None:
+            raise PromptError("a prompt excludes target_language and language: a prompt of your own names them itself")
+        text = check_text("prompt", prompt, prompts.max_chars)
     else:
-        text = _TRANSCRIBE_WITH_KEYWORDS if clause else _TRANSCRIBE
-    return check_text("prompt with keywords", text + clause)
+        check_task(task, target_language, language)
+        text = prompts.text(task, target_language=target_language, language=language, with_keywords=bool(clause))
+    return check_text("prompt with keywords", text + clause, prompts.max_chars)
 
 
 def language_code(language: str) -> str:
@@ -86,15 +180,12 @@ def _keyword_clause(keywords: Iterable[str]) -> str:
     if isinstance(keywords, str):
         raise PromptError(f"keywords must be a list of strings, not one string ({keywords!r:.60})")
     names = [check_text("keyword", keyword).strip() for keyword in keywords]
-    listed = next((name for name in names if "," in name), None)
-    if listed is not None:
-        raise PromptError(f"keyword {listed!r:.60} has a comma, which separates keywords in the prompt: split it")
-    return f" Keywords: {', '.join(names)}" if names else ""
-
-
-def _check_task(task: str) -> None:
-    if task not in TASKS:
-        raise PromptError(f"unknown task {task!r:.60}, supported: {_listed(TASKS)}")
+    for name in names:
+        if "," in name:
+            raise PromptError(f"keyword {name!r:.60} has a comma, which separates keywords in the prompt: split it")
+        if _LIKE_AN_INSTRUCTION.search(name):
+            raise PromptError(f"keyword {name!r:.60} reads like an instruction, and would be one in the prompt")
+    return f"{_KEYWORDS}{', '.join(names)}" if names else ""
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -103,33 +194,110 @@ def _listed(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a checkpoint was trained for: tasks, and codes of the languages it can translate to."""
+    """What a checkpoint was trained for.
+
+    Fields:
+      tasks: names from `TASKS`.
+      languages: codes of the languages that it can translate to.
+      speech_languages: codes of the languages that it understands.
+      prompts: the prompts of its tasks.
+      trained_prompts: further prompts that it was trained with.
+    """
 
     tasks: tuple[str, ...] = TASKS
     languages: tuple[str, ...] = tuple(LANGUAGES)
+    speech_languages: tuple[str, ...] = SPEECH_LANGUAGES
+    prompts: Prompts = Prompts()
+    trained_prompts: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], default: Capabilities | None = None) -> Capabilities:
-        """Reads {"granite_jax": {"tasks": [...], "languages": [...]}} of a config.json.
+        """Reads {"granite_jax": {"tasks": [...], "languages": [...], "prompts": [...]}} of a config.json.
 
-        Absent keys are taken from `default`, which itself defaults to everything. Raises CheckpointError for anything
-        but lists of known names.
+        "prompts" are the `trained_prompts`. Absent keys are taken from `default`, which itself defaults to everything.
+        Raises CheckpointError for anything but lists of known names and of prompts that are one line of text.
         """
         default = default or cls()
-        section = config.get("granite_jax", {})
-        if not isinstance(section, Mapping):
-            raise CheckpointError(f"config: granite_jax must be an object, not {section!r:.60}")
-        tasks = _names(section, "tasks", TASKS, default.tasks)
-        return cls(tasks, _names(section, "languages", tuple(LANGUAGES), default.languages))
+        recorded = config.get("granite_jax", {})
+        if not isinstance(recorded, Mapping):
+            raise CheckpointError(f"config: granite_jax must be an object, not {recorded!r:.60}")
+        tasks = _names(recorded, "tasks", TASKS, default.tasks)
+        languages = _names(recorded, "languages", tuple(LANGUAGES), default.languages)
+        trained = recorded.get("prompts", [])
+        try:
+            if not isinstance(trained, Sequence) or isinstance(trained, str):
+                raise PromptError("it is no list")
+            trained_prompts = tuple(check_text("a prompt", prompt) for prompt in trained)
+        except PromptError as error:
+            raise CheckpointError(f"config: granite_jax.prompts must be a list of prompts, but {error}") from None
+        return cls(tasks, languages, default.speech_languages, default.prompts, trained_prompts)
 
-    def check(self, task: str, target_language: str | None = None) -> None:
-        """Raises PromptError unless the checkpoint was trained for the task, and for that target if given."""
-        _check_task(task)
+    def check(self, task: str, target_language: str | None = None, language: str | None = None) -> None:
+        """Raises PromptError unless the checkpoint was trained for the task, with that target and hint if given."""
+        check_task(task, target_language, language)
         if task not in self.tasks:
             raise PromptError(f"this checkpoint was not trained for task {task!r}, only for {_listed(self.tasks)}")
         if target_language is not None and language_code(target_language) not in self.languages:
             trained = _listed(self.languages) or "no language"
             raise PromptError(f"this checkpoint was not trained to translate to {target_language!r}, only to {trained}")
+        if language is not None:
+            if language_code(language) not in self.speech_languages:
+                trained = _listed(self.speech_languages)
+                raise PromptError(f"this checkpoint was not trained for speech in {language!r}, only in {trained}")
+            self.prompts.text(task, language=language)
+
+    def instruction(self, **fields: Any) -> str:
+        """`instruction` with this checkpoint's prompts."""
+        return instruction(**fields, prompts=self.prompts)
+
+    def recognize(self, prompt: str) -> dict[str, Any] | None:
+        """The fields of `instruction` that ask for what a prompt asks for; None if the model was not trained with it.
+
+        Prompts are the same whatever their case and spaces, and are sent as the model knows them. A keyword clause at
+        the end is recognized if it would be accepted as `keywords`.
+        """
+        try:
+            check_text("prompt", prompt, self.prompts.max_chars)
+        except PromptError:
+            return None
+        known = self._own_prompts
+        if (fields := known.get(_folded(prompt))) is not None:
+            return {"task": "transcribe", "target_language": None, "language": None, "prompt": None} | fields
+        base, separator, listed = prompt.partition(_KEYWORDS)
+        if not separator or (fields := known.get(_folded(base))) is None:
+            return None
+        keywords = [keyword.strip() for keyword in listed.split(",")]
+        if len(keywords) > self.prompts.max_keywords:
+            return None
+        try:
+            prefix = fields.get("prompt") or self.prompts.text(**fields)
+            text = instruction(prompt=prefix, keywords=keywords, prompts=self.prompts)
+        except PromptError:
+            return None
+        return {"task": "transcribe", "target_language": None, "language": None, "prompt": text}
+
+    @functools.cached_property
+    def _own_prompts(self) -> dict[str, dict[str, Any]]:
+        """By folded text, the fields that lead to every prompt without keywords."""
+        own: dict[str, dict[str, Any]] = {_folded(text): {"prompt": text} for text in self.trained_prompts}
+        for fields in self._choices():
+            with contextlib.suppress(PromptError):  # the model has no such hint, or none with keywords
+                own[_folded(self.prompts.text(**fields))] = fields
+                text = self.prompts.text(**fields, with_keywords=True)
+                own.setdefault(_folded(text), {"prompt": text})
+        return own
+
+    def _choices(self) -> Iterator[dict[str, Any]]:
+        for task in self.tasks:
+            if task.startswith("translate"):
+                yield from ({"task": task, "target_language": code} for code in self.languages)
+            else:
+                yield from ({"task": task, "language": code} for code in self.speech_languages)
+                yield {"task": task}  # last, because it is what a hint of English can be the same as
+
+
+def _folded(prompt: str) -> str:
+    return " ".join(prompt.split()).casefold()
 
 
 def _names(

@@ -1,14 +1,15 @@
-"""The members of the family by the `model_type` of their `config.json`."""
+"""The members of the family by the `model_type` of their `config.json`, and the published models by name."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.model.config import Config, TensorFacts
 from granite_jax.variants import granite_speech
+from granite_jax.variants.releases import RELEASES, Release, release
 from granite_jax.variants.variant import Variant
 
-__all__ = ["VARIANTS", "Variant", "read_config", "variant_of"]
+__all__ = ["RELEASES", "VARIANTS", "Release", "Variant", "read_config", "release", "variant_of"]
 
 VARIANTS: Mapping[str, Variant] = {"granite_speech": granite_speech.VARIANT}
 
@@ -21,10 +22,13 @@ def variant_of(model_type: Any) -> Variant:
     return VARIANTS[model_type]
 
 
-def read_config(raw: Mapping[str, Any]) -> Config:
+def read_config(raw: Mapping[str, Any], facts: TensorFacts | None = None) -> Config:
     """Reads the dictionary of a Hugging Face `config.json` of any variant.
+
+    Args:
+      facts: of the checkpoint's tensors, for what the file leaves open.
 
     Raises:
       CheckpointError: naming the key that is missing, ill-typed or asks for what is not implemented.
     """
-    return variant_of(raw.get("model_type")).read_config(raw)
+    return variant_of(raw.get("model_type")).read_config(raw, facts)

@@ -3,6 +3,7 @@
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.text.tasks import Capabilities
+from granite_jax.variants.releases import release_of
 from granite_jax.variants.tensors import (
     BIAS_HALVES,
     DEPTHWISE,
@@ -53,6 +54,7 @@ def _encoder() -> list[Rule]:
         *norm(f"{hf}.post_norm", f"{path}.norm"),
         *linear("encoder.out", "encoder.out"),
         *linear("encoder.out_mid", "encoder.out_mid"),
+        *linear("out_llm", "encoder.out_bpe"),  # in a file of its own, of which not all checkpoints have one
     ]
 
 
@@ -104,6 +106,7 @@ VARIANT = Variant(
     tensors=TensorTable(
         rules=(*_encoder(), *_projector(), *_decoder()),
         tied=(_HEAD, _EMBEDDING),
+        separate={"out_llm.": "out_llm.safetensors"},
         counter="encoder.layers.{layer}.conv.batch_norm.num_batches_tracked",
         ignored=(  # tables that are computed from the config
             "encoder.attention_dists",
@@ -112,4 +115,5 @@ VARIANT = Variant(
         ),
     ),
     capabilities=Capabilities(),
+    release_of=release_of,
 )

@@ -5,7 +5,7 @@ equal layers are stacked on a leading axis, `{layer}` in the Hugging Face name.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -70,11 +70,13 @@ class TensorTable:
     Fields:
       rules: of the tensors that carry information.
       tied: names of the output head and of the embedding that it repeats when the two are tied; None without a head.
+      separate: prefix of tensors that are in a safetensors file of their own, without the prefix -> the file's name.
       counter: name of an int64 scalar that transformers writes for every layer of the encoder and nothing reads.
       ignored: further names that carry no information.
     """
 
     rules: tuple[Rule, ...]
     tied: tuple[str, str] | None = None
+    separate: Mapping[str, str] = dataclasses.field(default_factory=dict)
     counter: str | None = None
     ignored: tuple[str, ...] = ()

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from granite_jax.model.config import Config
+from granite_jax.model.config import Config, TensorFacts
 from granite_jax.text.tasks import Capabilities
+from granite_jax.variants.releases import Release
 from granite_jax.variants.tensors import TensorTable
 
 
@@ -14,13 +16,17 @@ class Variant:
     """One `model_type`.
 
     Fields:
-      read_config: the dictionary of a `config.json` -> the configuration; raises CheckpointError naming the key.
+      read_config: the dictionary of a `config.json`, and facts of the tensors if these are known -> the configuration;
+        raises CheckpointError naming the key.
       abstract_params: configuration -> the parameter tree as `jax.ShapeDtypeStruct`s.
       tensors: names of the tensors in Hugging Face checkpoints.
-      capabilities: tasks and languages, unless a checkpoint's `config.json` names its own.
+      capabilities: tasks, languages and prompts, unless a checkpoint's `config.json` names its own.
+      release_of: finds the published model that a checkpoint is, from its configuration, its `config.json` and its
+        directory.
     """
 
-    read_config: Callable[[Mapping[str, Any]], Config]
+    read_config: Callable[[Mapping[str, Any], TensorFacts | None], Config]
     abstract_params: Callable[[Config], dict[str, Any]]
     tensors: TensorTable
     capabilities: Capabilities
+    release_of: Callable[[Config, Mapping[str, Any], Path], Release | None] | None = None

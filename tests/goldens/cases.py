@@ -93,6 +93,31 @@ CASES = {
         },
         "new",
     ),
+    # YaRN, in the form of transformers 4: positions far beyond those of pretraining.
+    "yarn": Case(
+        6,
+        {
+            "text_config": {
+                **{"rope_parameters": None, "rope_theta": 10000.0, "max_position_embeddings": 2048},
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256},
+            },
+        },
+        "nested",
+    ),
+    # YaRN with every optional key, its factor from the positions.
+    "yarn-options": Case(
+        7,
+        {
+            "text_config": {
+                **{"head_dim": 24, "max_position_embeddings": 1536},
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "rope_theta": 500.0, "original_max_position_embeddings": 128},
+                    **{"factor": None, "beta_fast": 8.0, "beta_slow": 0.5, "truncate": False},
+                    **{"mscale": 0.7, "mscale_all_dim": 0.3},
+                },
+            },
+        },
+    ),
     # A window is one embedding; a table of positions larger than needed; stored in bfloat16; frequent end of text.
     "bfloat16": Case(
         5,
@@ -107,9 +132,41 @@ CASES = {
 }
 
 
-GOLDEN_CASES = ("base", "odd", "multipliers")
+GOLDEN_CASES = ("base", "odd", "multipliers", "yarn")
 GOLDEN_SOUNDS = ("noise-0.3s", "chirp-2.5s")
 STRIDE = 7  # goldens keep every seventh frame, position or step
+
+
+ROTARY_PATH = Path(__file__).parent / "rotary.json"
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+# Keys of a `text_config`: granite-speech-5.0-2b's, then every option alone, in both forms.
+ROTARY_CASES: list[dict[str, Any]] = [
+    {"head_dim": 128, "max_position_embeddings": 16384, "rope_theta": 10000.0, "rope_scaling": _YARN},
+    {"head_dim": 128, "max_position_embeddings": 16384, "rope_parameters": _YARN | {"rope_theta": 10000.0}},
+    {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 1e7},
+    {"head_dim": 64, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    {"head_dim": 64, "max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 2.5}},
+    {"head_dim": 128, "max_position_embeddings": 65536, "rope_parameters": _YARN | {"factor": None}},
+    *(
+        {"head_dim": 128, "max_position_embeddings": 16384, "rope_parameters": _YARN | options}
+        for options in (
+            {"factor": 40.0},
+            {"factor": 0.5},
+            {"original_max_position_embeddings": 1000},
+            {"beta_fast": 16, "beta_slow": 2},
+            {"beta_fast": 3.0, "beta_slow": 3.0, "truncate": False},
+            {"truncate": False},
+            {"truncate": True},
+            {"attention_factor": 0.9},
+            {"mscale": 0.707, "mscale_all_dim": 1.0},
+            {"mscale": 2.0},
+            {"rope_theta": 123.0},
+        )
+    ),
+    # The ramp is cut off at both ends, and is one point.
+    {"head_dim": 8, "max_position_embeddings": 64, "rope_parameters": _YARN | {"original_max_position_embeddings": 9}},
+    {"head_dim": 4, "max_position_embeddings": 64, "rope_parameters": _YARN | {"beta_fast": 1e-9, "beta_slow": 1e-12}},
+]
 
 
 def golden_path(case: str) -> Path:
