@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n auto --maxprocesses=4 --dist=loadscope --no-loadsco
 # slow tier compile as users do.
 QUICK_COMPILATION := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
-.PHONY: demo test test-slow test-plan test-all soak lint types parity notebooks demo-checkpoint clean
+.PHONY: demo test test-slow test-plan test-all soak lint types parity parity-forms notebooks demo-checkpoint clean
 
 demo: $(VENV)/.package
 	$(PY) samples/demo.py
@@ -53,6 +53,11 @@ types: $(VENV)/.dev
 parity: $(VENV)/.parity
 	$(PY) -m pytest tests/parity $(ARGS)
 
+# Configurations that are newer than that oracle, in an environment of their own.
+parity-forms:
+	$(MAKE) .venv-forms/.parity-forms VENV=.venv-forms
+	$(QUICK_COMPILATION) .venv-forms/bin/python -m pytest -n 2 tests/parity_forms $(ARGS)
+
 # The notebooks from their scripts (REPOSITORY=owner/name: installing from there), and the README's picture.
 notebooks: $(VENV)/.test-slow
 	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
@@ -76,7 +81,7 @@ $(VENV)/.package: pyproject.toml | $(VENV)/.created
 	@touch $@
 
 # The package with an extra.
-$(VENV)/.test $(VENV)/.test-slow $(VENV)/.dev $(VENV)/.train: $(VENV)/.%: pyproject.toml | $(VENV)/.created
+$(VENV)/.test $(VENV)/.test-slow $(VENV)/.dev $(VENV)/.train $(VENV)/.parity-forms: $(VENV)/.%: pyproject.toml | $(VENV)/.created
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
