@@ -1,6 +1,6 @@
 """What drafts save: passes of the language model, tokens a pass, throughput against greedy decoding, word error rates.
 
-    python benchmarks/speculation.py [--checkpoint demo] [--audio DIR] [--batch 8] [--sweep]
+    python benchmarks/speculation.py [--checkpoint demo] [--audio DIR] [--batch 8] [--sweep | --bpe-head FILE]
 
 Prints Markdown tables. Drafts are those of the encoder's CTC head, as they are and with 10 and 20 % of their words
 corrupted (replaced, misspelt, left out, or followed by another). Two procedures to compare with accept the same tokens
@@ -12,6 +12,9 @@ as the lossless mode, but use less of the draft:
 Tokens are counted without end-of-text, the prefill as one pass. All modes are timed in turn in this process, after a
 run that compiles, and the ratio of greedy decoding's time to each mode's is taken within a turn; the median over the
 turns is printed.
+
+`--bpe-head` adds an out_llm.safetensors to the checkpoint and compares the drafts of both heads instead, by the kind of
+the utterances.
 """
 
 import argparse
@@ -19,7 +22,9 @@ import dataclasses
 import functools
 import json
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
 from benchmarks.timing import elapsed, measure_in_turns, median_ratios
+from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.programs import Speculation
@@ -49,6 +55,7 @@ class Speech:
 
     audio: list[np.ndarray]
     texts: list[str]
+    kinds: list[str]
 
 
 def read_speech(directory: Path, limit: int | None) -> Speech:
@@ -56,7 +63,7 @@ def read_speech(directory: Path, limit: int | None) -> Speech:
     (index,) = directory.glob("*.jsonl")
     entries = [json.loads(line) for line in index.read_text().splitlines()][:limit]
     audio = [soundfile.read(directory / entry["audio"], dtype="float32")[0] for entry in entries]
-    return Speech(audio, [entry["text"] for entry in entries])
+    return Speech(audio, [entry["text"] for entry in entries], [entry.get("kind", "all") for entry in entries])
 
 
 def corrupt(text: str, rate: float, vocabulary: Sequence[str], rng: random.Random) -> str:
@@ -202,6 +209,30 @@ def sweep(make: Callable[[Speculation], Transcriber], speech: Speech, turns: int
         print(f"| {setting.window} | {' | '.join(columns)} |", flush=True)
 
 
+def compare_heads(checkpoint: str, head: Path, speech: Speech, batch: int) -> None:
+    """Prints the drafts of both heads and what they save, for every kind of utterance."""
+    with tempfile.TemporaryDirectory() as directory:
+        convert(checkpoint, Path(directory) / "hf")
+        shutil.copyfile(head, Path(directory) / "hf" / "out_llm.safetensors")
+        asr = Transcriber.from_pretrained(Path(directory) / "hf", dtype="float32", batch_size=batch)
+        greedy = asr.transcribe(speech.audio, speculative=False)
+        print("\n| utterances | drafts | WER of the drafts | accepted | passes / utterance | tokens / pass | differ |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        drafted = {name: asr.transcribe(speech.audio, draft_from=name) for name in ("ctc", "bpe")}
+        for kind in dict.fromkeys(speech.kinds):
+            rows = [i for i, other in enumerate(speech.kinds) if other == kind]
+            references = [speech.texts[i] for i in rows]
+            for name, found in [("none", greedy), *drafted.items()]:
+                chosen = [found[i] for i in rows]
+                drafts = [asr.tokenizer.decode(t.draft) for t in chosen]
+                error = score(references, drafts).wer if name != "none" else ""
+                share = sum(t.stats["accepted_tokens"] for t in chosen) / sum(len(t.tokens) for t in chosen)
+                passes = passes_of(chosen)
+                differ = sum(t.tokens != greedy[i].tokens for i, t in zip(rows, chosen, strict=True))
+                print(f"| {kind}, {len(rows)} | {name} | {error} | {share:.0%} | {sum(passes) / len(rows):.2f} "
+                      f"| {tokens_per_pass(chosen, passes):.2f} | {differ} |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo")
@@ -210,6 +241,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--turns", type=int, default=5, help="of timing")
     parser.add_argument("--sweep", action="store_true", help="windows instead of modes")
+    parser.add_argument("--bpe-head", type=Path, help="heads instead of modes")
     args = parser.parse_args()
     speech = read_speech(args.audio, args.limit)
     checkpoint = Transcriber.from_pretrained(args.checkpoint, dtype="float32", batch_size=args.batch)
@@ -229,7 +261,9 @@ def main() -> None:
     seconds = sum(len(samples) for samples in speech.audio) / 16_000
     print(f"{len(speech.audio)} utterances, {seconds:.0f} s, {args.checkpoint}, float32, batch {args.batch}, "
           f"{jax.devices()[0].device_kind}")  # fmt: skip
-    if args.sweep:
+    if args.bpe_head:
+        compare_heads(args.checkpoint, args.bpe_head, speech, args.batch)
+    elif args.sweep:
         sweep(make, speech, args.turns)
     else:
         compare(make(Speculation()), make(Speculation(realign="none")), params, speech, args.turns)

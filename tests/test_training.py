@@ -1,5 +1,6 @@
 """Losses, optimizer steps, batches and evaluation of the embedded checkpoint's recipe."""
 
+import dataclasses
 import functools
 
 import jax
@@ -65,6 +66,26 @@ def test_ctc_steps_learn_one_batch_and_keep_real_running_statistics(config, para
     assert losses[-1] < 0.8 * losses[0]
     assert not np.allclose(after["mean"], before["mean"]) and not np.allclose(after["var"], before["var"])
     assert np.all(np.asarray(after["var"]) > 0)
+
+
+@pytest.mark.slow
+def test_bpe_steps_learn_one_batch_on_a_frozen_encoder(config, params):
+    # Given one batch of noise with tokens, a fresh encoder that stays as it is, and an empty head of nine labels
+    rng = np.random.default_rng(0)
+    samples = rng.normal(size=(2, 16_000)).astype(np.float32)
+    lengths, labels, label_lengths = np.array([16_000, 12_000]), rng.integers(1, 9, (2, 5)), np.array([5, 3])
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, bpe_output_dim=9))
+    optimizer = promoting(steps.make_optimizer(3e-2, 60, 2))
+    head = {"out_bpe": {"kernel": jnp.zeros((32, 9)), "bias": jnp.zeros(9)}}
+    state = steps.TrainState(head, optimizer.init(head))
+    step = steps.bpe_step(config, optimizer, params["encoder"])
+    # When trained on it
+    losses = []
+    for _ in range(40):
+        state, loss = step(state, samples, lengths, labels, label_lengths)
+        losses.append(float(loss))
+    # Then the loss falls
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def test_batch_statistics_ignore_padding(config, params):

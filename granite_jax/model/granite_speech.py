@@ -126,6 +126,19 @@ def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DT
 
 
 @_float32_means_float32
+def bpe_logits(
+    config: Config, params: Params, encoded: EncoderOutput, lengths: Lengths, *, dtype: DTypeLike | None = None
+) -> Float[Array, "b w v"]:
+    """Logits of the BPE head for every window of four frames, float32, of what `encode` returned.
+
+    All at once, for training; `bpe_labels` never holds those of more than a few windows.
+    """
+    encoder: Encoder = _part(config, params, "encoder")
+    pooled = bpe_head.pool(encoded.hidden.astype(dtype), encoded.importance, lengths)
+    return encoder.bpe_logits(pooled.reshape(-1, pooled.shape[-1])).reshape(*pooled.shape[:2], -1)
+
+
+@_float32_means_float32
 def bpe_labels(
     config: Config,
     params: Params,

@@ -16,9 +16,9 @@ import optax
 from jaxtyping import Array, Float
 
 from granite_jax.array_types import Features, Lengths, Logits, Samples, Tokens
-from granite_jax.model import granite_speech
+from granite_jax.model import bpe_head, granite_speech
 from granite_jax.model.config import Config
-from granite_jax.model.encoder import BatchStatistics
+from granite_jax.model.encoder import BatchStatistics, EncoderOutput
 from granite_jax.model.features import log_mel, num_frames
 
 MIDDLE_WEIGHT = 0.2
@@ -112,6 +112,52 @@ def _follow_statistics(old: Any, new: Any, statistics: BatchStatistics) -> Any:
     norm = new["encoder"]["layers"]["convolution"]["batch_norm"]
     norm.update(moved)
     return new
+
+
+def bpe_loss(
+    config: Config,
+    params: Any,
+    encoded: EncoderOutput,
+    frames: Lengths,
+    labels: Tokens,
+    label_lengths: Lengths,
+) -> Float[Array, ""]:
+    """CTC loss of the BPE head in nats a label, over windows of four frames; `params` are those of the encoder.
+
+    Texts of more labels than windows, which have no alignment, are left out.
+    """
+    logits = granite_speech.bpe_logits(config, params, encoded, frames)
+    windows = -(-frames // bpe_head.WINDOW)
+    padding = (jnp.arange(logits.shape[1])[None, :] >= windows[:, None]).astype(jnp.float32)
+    label_padding = (jnp.arange(labels.shape[1])[None, :] >= label_lengths[:, None]).astype(jnp.float32)
+    losses = optax.ctc_loss(logits, padding, labels, label_padding)
+    aligned = (losses < 1e4).astype(jnp.float32)  # optax gives the others a huge loss
+    return jnp.sum(losses * aligned) / jnp.maximum(jnp.sum(label_lengths.astype(jnp.float32) * aligned), 1.0)
+
+
+def bpe_step(config: Config, optimizer: optax.GradientTransformation, encoder: Any) -> Callable:
+    """The jitted step of a BPE head on a frozen `encoder`: (state, samples, lengths, labels, label lengths) -> ...
+
+    `state.params` is `{"out_bpe": ...}`. Returns (state, loss).
+    """
+
+    @jax.jit
+    def step(state: TrainState, samples: Samples, lengths: Lengths, labels: Tokens, label_lengths: Lengths):
+        frames = num_frames(lengths)
+
+        def loss_of(head: Any) -> jax.Array:
+            params = {"encoder": {**encoder, **head}}
+            return bpe_loss(config, params, encoded, frames, labels, label_lengths)
+
+        encoded = granite_speech.encode(
+            config, {"encoder": {**encoder, **state.params}}, log_mel(samples, lengths), frames
+        )
+        encoded = jax.tree.map(jax.lax.stop_gradient, encoded)
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), moments), loss
+
+    return step
 
 
 def lm_loss(

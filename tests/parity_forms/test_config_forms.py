@@ -58,7 +58,7 @@ def with_values(**values: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-# Name: what the weights are made for, whether they are tied, the changes of config.json, and the version that it states.
+# Name: what the weights are made for, whether they are tied, the changes of config.json, the version that it states.
 FORMS: dict[str, tuple[dict[str, Any], bool, list[Callable[[dict[str, Any]], None]], str | None]] = {
     "dim_head absent": (WIDE, False, [without("encoder_config.dim_head")], "5.24.0"),
     "dim_head null": (WIDE, False, [with_values(encoder_config__dim_head=None)], None),
@@ -79,7 +79,8 @@ FORMS: dict[str, tuple[dict[str, Any], bool, list[Callable[[dict[str, Any]], Non
         {"text_config": {"rope_parameters": YARN, "max_position_embeddings": 512}}, False, [], "5.24.0",
     ),
     "yarn in rope_scaling": (
-        {"text_config": {"rope_parameters": None, "rope_scaling": YARN, "max_position_embeddings": 512}}, False, [], None,
+        {"text_config": {"rope_parameters": None, "rope_scaling": YARN, "max_position_embeddings": 512}},
+        False, [], None,
     ),
     "yarn, options": (
         {

@@ -9,6 +9,7 @@ be run separately and continues where it was interrupted:
     encoder    train the encoder by CTC
     decoder    train projector and decoder on the frozen encoder
     export     write the checkpoint in bfloat16
+    bpe-head   train a BPE head on the frozen encoder of a checkpoint, for tests
     evaluate   word error rates on the tuning or the test utterances
 
 Choose by the tuning utterances; the test utterances are for reports. Work files stay in WORK; the checkpoint is written
@@ -16,9 +17,12 @@ to WORK/demo and belongs in `checkpoints/demo`.
 """
 
 import collections
+import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +35,7 @@ import typer
 from orbax.checkpoint import v1 as ocp
 
 from granite_jax import pretrained
+from granite_jax.convert import convert
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.results import disagreement
 from granite_jax.inference.transcriber import Transcriber
@@ -41,7 +46,7 @@ from granite_jax.text.tasks import ChatTemplate, instruction
 from granite_jax.training import batches
 from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo import sets, synthesis
-from granite_jax.training.steps import TrainState, ctc_step, lm_step, make_optimizer
+from granite_jax.training.steps import TrainState, bpe_step, ctc_step, lm_step, make_optimizer
 
 SEED = 20261
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")
@@ -50,6 +55,7 @@ ENCODER_STEPS, ENCODER_FRAMES, ENCODER_PEAK = 10_000, 2_000, 8e-4  # frames of a
 DECODER_STEPS, DECODER_FRAMES, DECODER_PEAK = 14_000, 2_000, 8e-4
 JOINED_SHARE = 0.2  # of the decoder's batches have rows of several utterances, joined in the encoder's activations
 CORRUPTED_SHARE, CORRUPTION = 0.5, 0.15  # of the rows have a history with wrong tokens; at most this share of it
+BPE_STEPS, BPE_FRAMES, BPE_PEAK = 1_500, 4_000, 5e-3
 WARMUP = 150
 SAVE_EVERY = 250
 
@@ -245,6 +251,43 @@ def export(work: Work, start: Start = "demo") -> None:
     params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), params)
     tokenizer_file = checkpoint.directory / "tokenizer.json"
     pretrained.save(work / "demo", CONFIG, params, tokenizer_file=tokenizer_file, chat_template=CHAT_TEMPLATE)
+
+
+@app.command()
+def bpe_head(work: Work, start: Start = "demo") -> None:
+    """Train a BPE head on the frozen encoder, and write it to WORK/out_llm.safetensors in bfloat16."""
+    loaded_config, loaded = pretrained.load(start, dtype="float32")
+    tokenizer, corpus = pretrained.open_checkpoint(start).tokenizer(), Corpus.open(work / "train")
+    labels_of_head = loaded_config.decoder.vocab_size + 1
+    encoder_config = dataclasses.replace(loaded_config.encoder, bpe_output_dim=labels_of_head)
+    config = dataclasses.replace(loaded_config, encoder=encoder_config)
+    buckets = batches.make_buckets(corpus.lengths, BPE_FRAMES)
+    optimizer = make_optimizer(BPE_PEAK, BPE_STEPS, WARMUP)
+    head = {"kernel": jnp.zeros((encoder_config.hidden_dim, labels_of_head)), "bias": jnp.zeros(labels_of_head)}
+
+    def inputs(index: int, item: tuple[batches.Bucket, np.ndarray]) -> tuple:
+        bucket, rows = item
+        labels = [[token + 1 for token in tokenizer.encode(corpus[int(row)].text)] for row in rows]
+        padded, label_lengths = batches.pad_ids([ids[: bucket.frames // 4] for ids in labels], bucket.frames // 4)
+        return *batches.waveforms(corpus, rows, bucket.samples), padded, label_lengths
+
+    state = TrainState({"out_bpe": head}, optimizer.init({"out_bpe": head}))
+    step = bpe_step(config, optimizer, loaded["encoder"])
+    params = train(work, "bpe-head", step, state, batches.forever(buckets, SEED), inputs, BPE_STEPS)
+    leaves = {
+        "encoder": {**loaded["encoder"], **params},
+        "projector": loaded["projector"],
+        "decoder": loaded["decoder"],
+    }
+    leaves = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), leaves)
+    with tempfile.TemporaryDirectory() as directory:
+        files = [
+            pretrained.open_checkpoint(start).directory / name for name in ("tokenizer.json", "chat_template.jinja")
+        ]
+        config_file = pretrained.open_checkpoint(start).directory / "config.json"
+        pretrained.save(Path(directory) / "own", config_file, leaves, extra_files=files)
+        convert(Path(directory) / "own", Path(directory) / "hf")
+        shutil.copyfile(Path(directory) / "hf" / "out_llm.safetensors", work / "out_llm.safetensors")
 
 
 @app.command()
