@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from goldens import cases as goldens
 
 import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
-from granite_jax.inference.buckets import make_bucket
+from granite_jax.inference.buckets import draft_budget, make_bucket
 from granite_jax.inference.programs import Speculation
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import bpe_head, granite_speech
@@ -26,7 +27,10 @@ LENGTHS = (1, 3, 4, 41, 60)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("bpe")
-    hf_fixture.write_random_checkpoint(directory / "hf", 11, bpe_labels=LABELS)
+    config = hf_fixture.write_random_checkpoint(directory / "hf", 11, bpe_labels=LABELS)
+    tensors = hf_fixture.random_tensors(config, 11)
+    tensors["encoder.out.bias"][0] += 15.0  # so that some frames are blank, and others are not
+    hf_fixture.write_tensors(directory / "hf", tensors)
     convert(directory / "hf", directory / "own")
     return open_checkpoint(directory / "own")
 
@@ -119,15 +123,14 @@ def test_rows_that_want_no_labels_cost_nothing(checkpoint: Any) -> None:
 
 @pytest.fixture(scope="module")
 def asr(checkpoint: Any) -> Transcriber:
-    bucket = make_bucket(checkpoint.config, 3, 4.0)
+    bucket = make_bucket(checkpoint.config, 3, 6.0)
     options = {"batch_size": 3, "buckets": [bucket], "compilation_cache": False}
     return Transcriber.from_pretrained(checkpoint.directory, dtype="float32", **options)
 
 
 @pytest.fixture(scope="module")
 def sounds() -> list[np.ndarray]:
-    rng = np.random.default_rng(3)
-    return [0.1 * rng.standard_normal(n).astype(np.float32) for n in (48_000, 20_000, 31_234)]
+    return [goldens.sounds()[name] for name in ("speech-numbers", "chirp-2.5s", "speech-noisy")]
 
 
 def test_drafts_of_either_head_are_lossless(asr: Transcriber, sounds: list[np.ndarray]) -> None:
@@ -146,15 +149,27 @@ def test_drafts_of_either_head_are_lossless(asr: Transcriber, sounds: list[np.nd
 
 def test_a_draft_is_the_text_of_the_labels_as_the_tokenizer_cuts_it(asr: Transcriber, sounds: list[np.ndarray]) -> None:
     # Given an utterance in a batch, when it is drafted, then the draft is that of its own labels
-    config, params = asr.config, asr._params
-    for sound, transcript in zip(sounds, asr.transcribe(sounds, max_new_tokens=20), strict=True):
+    config, params, labels_after = asr.config, asr._params, []
+    for sound, transcript in zip(sounds, asr.transcribe(sounds, max_new_tokens=200), strict=True):
         features = gj.log_mel(jnp.asarray(sound)[None], jnp.array([len(sound)]))
         frames = jnp.array([features.shape[1]])
-        encoded = granite_speech.encode(config, params, features, frames)
+        encoded = granite_speech.encode(config, params, features, frames, importance="before")
+        np.testing.assert_array_equal(
+            granite_speech.encode(config, params, features, frames).importance, encoded.importance
+        )
+        after = granite_speech.encode(config, params, features, frames, importance="after")
         labels, _ = granite_speech.bpe_labels(config, params, encoded, frames, jnp.ones(1, jnp.int32))
         text = " ".join(asr.tokenizer.decode(bpe_head.bpe_tokens(np.asarray(labels)[0])).split())
-        assert transcript.draft == tuple(asr.tokenizer.encode(text))[: len(transcript.draft)]
-        assert len(transcript.draft) == min(20, len(asr.tokenizer.encode(text)))
+        assert transcript.draft == tuple(asr.tokenizer.encode(text))[: bpe_budget(sound)]
+        others, _ = granite_speech.bpe_labels(config, params, after, frames, jnp.ones(1, jnp.int32))
+        labels_after.append(np.array_equal(others, labels))
+
+    # And the importance of frames after self-conditioning would make another
+    assert not all(labels_after)
+
+
+def bpe_budget(sound: np.ndarray) -> int:
+    return min(200, draft_budget(len(sound)))
 
 
 def test_the_bpe_head_drafts_punctuated_text_only_when_asked(asr: Transcriber, sounds: list[np.ndarray]) -> None:

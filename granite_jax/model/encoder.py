@@ -215,9 +215,9 @@ class Encoder(nnx.Module):
         features: Features,
         lengths: Lengths,
         *,
-        capture_layers: bool = False,
-        train: bool = False,
-        importance: Importance = "before",
+        capture_layers: bool,
+        train: bool,
+        importance: Importance,
     ) -> EncoderOutput:
         """Encodes features whose rows hold `lengths` valid frames.
 
