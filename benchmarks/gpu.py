@@ -308,7 +308,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
     keywords = dataclasses.replace(place(automata), starts=split(automata.starts))
 
     def encode(samples: jax.Array) -> Any:
-        return programs.encode(params, samples, audio_lengths, sounds).audio
+        return programs.encode(params, samples, audio_lengths, sounds, rows(0)).audio
 
     def draft(texts: list[list[int]] | None = None) -> Any:
         return split(pad_drafts(texts or [[]] * work.batch, bucket.draft))

@@ -340,7 +340,7 @@ def cost(asr: Transcriber, batch: int, turns: int) -> None:
         return jax.tree.map(jax.numpy.asarray, spotter.make_keyword_batch([keywords and keywords.labels] * batch))
 
     def encode(candidates) -> Encoded:
-        return programs.encode(params, samples, lengths, candidates)
+        return programs.encode(params, samples, lengths, candidates, np.zeros(batch, np.int32))
 
     audio = encode(make_candidates(None)).audio
     length = 20 + int(config.num_audio_tokens(bucket.samples // 320))

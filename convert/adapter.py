@@ -194,11 +194,11 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in targets]
 
 
-def hf_tensors(lora: AdapterConfig, config: Config, new_names: bool = False) -> Iterator[mapping.HFTensor]:
+def hf_tensors(lora: AdapterConfig, config: Config, names: mapping.Spelling = "released") -> Iterator[mapping.HFTensor]:
     """For every tensor: its name, its shape, the path of its leaf, and the function that extracts it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
-            spelled = _PREFIX + mapping.spelled(name.removeprefix(_PREFIX), "new") if new_names else name
+            spelled = _PREFIX + mapping.spelled(name.removeprefix(_PREFIX), names)
             yield spelled, shape, factor.path, functools.partial(factor.tensor, number)
 
 
@@ -253,9 +253,10 @@ def _released(name: str) -> str:
 
 
 def _is_named(modules: tuple[str, ...] | str, name: str) -> bool:
-    # An expression may have been written for the names of newer transformers.
+    # An expression may have been written for names in any spelling.
     if isinstance(modules, str):
-        return bool(modules) and any(re.fullmatch(modules, n) for n in (name, mapping.spelled(f"{name}.", "new")[:-1]))
+        names = [mapping.spelled(f"{name}.", spelling)[:-1] for spelling in mapping.SPELLINGS]
+        return bool(modules) and any(re.fullmatch(modules, spelled) for spelled in names)
     return any(name == module or name.endswith(f".{module}") for module in modules)
 
 

@@ -63,9 +63,11 @@ def open_directory(directory: Path) -> Checkpoint:
     raw = read_json(path)
     try:
         table = variant_of(raw.get("model_type")).tensors
-        config = read_config(raw, orbax.tensor_facts(directory) if is_orbax else tensor_facts(directory, table))
     except CheckpointError as error:
-        if str(error).startswith(str(directory)):
-            raise
+        raise CheckpointError(f"{path}: {error}") from None
+    facts = orbax.tensor_facts(directory) if is_orbax else tensor_facts(directory, table)
+    try:
+        config = read_config(raw, facts)
+    except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return (OrbaxCheckpoint if is_orbax else HuggingFaceCheckpoint)(directory, config, raw, adapters.read)

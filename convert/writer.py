@@ -1,5 +1,6 @@
 """Writes a Hugging Face checkpoint directory, tensor by tensor: no second copy of the weights is held in memory."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -17,7 +18,7 @@ from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.convert import adapter, mapping, safetensors_file
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
 from granite_jax.model.json_fields import read_json
-from granite_jax.variants import variant_of
+from granite_jax.variants import recorded, variant_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -110,8 +111,11 @@ def companions(checkpoint: Checkpoint) -> list[Path]:
 
 
 def configuration(checkpoint: Checkpoint, dtype: Any) -> Mapping[str, Any] | Path:
-    """`config.json`, with another declared dtype if the weights are cast to `dtype`."""
-    return checkpoint.directory / CONFIG if dtype is None else _with_dtype(checkpoint.raw_config, np.dtype(dtype).name)
+    """`config.json`, with the dtype that weights are cast to, and the release's name if only a directory tells it."""
+    raw = recorded(checkpoint.raw_config, checkpoint.config, checkpoint.release)
+    if dtype is None:
+        return checkpoint.directory / CONFIG if raw is checkpoint.raw_config else raw
+    return _with_dtype(raw, np.dtype(dtype).name)
 
 
 def _write_processor_config(checkpoint: Checkpoint, hf_dir: Path) -> None:
@@ -153,13 +157,15 @@ def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapp
 
 def _separated(checkpoint: Checkpoint, entries: list[_Entry]) -> tuple[dict[str, list[_Entry]], list[_Entry]]:
     """The entries of every file of its own, named as in it, and the other entries."""
-    files: dict[str, list[_Entry]] = {}
-    for prefix, file in variant_of(checkpoint.config.model_type).tensors.separate.items():
-        moved = [entry for entry in entries if entry.name.startswith(prefix)]
-        if moved:
-            files[file] = [dataclasses.replace(entry, name=entry.name.removeprefix(prefix)) for entry in moved]
-            entries = [entry for entry in entries if entry not in moved]
-    return files, entries
+    files, others = collections.defaultdict[str, list[_Entry]](list), []
+    separate = variant_of(checkpoint.config.model_type).tensors.separate
+    for entry in entries:
+        prefix = next((prefix for prefix in separate if entry.name.startswith(prefix)), None)
+        if prefix is None:
+            others.append(entry)
+        else:
+            files[separate[prefix]].append(dataclasses.replace(entry, name=entry.name.removeprefix(prefix)))
+    return files, others
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
@@ -168,13 +174,13 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
 
 
 def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:
-    tensors = _adapter_tensors(checkpoint, new_names=names == "new")
+    tensors = _adapter_tensors(checkpoint, names)
     return [_Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in tensors]
 
 
-def _adapter_tensors(checkpoint: Checkpoint, *, new_names: bool = False) -> Iterable[mapping.HFTensor]:
+def _adapter_tensors(checkpoint: Checkpoint, names: mapping.Spelling = "released") -> Iterable[mapping.HFTensor]:
     lora = adapter.read_config(checkpoint.directory) if checkpoint.adapter is not None else None
-    return [] if lora is None else adapter.hf_tensors(lora, checkpoint.config, new_names)
+    return [] if lora is None else adapter.hf_tensors(lora, checkpoint.config, names)
 
 
 def _shards(entries: list[_Entry], max_bytes: int) -> Iterator[tuple[str, list[_Entry]]]:

@@ -26,6 +26,8 @@ from granite_jax.model.config import Config, TensorFacts
 from granite_jax.model.json_fields import read_json
 from granite_jax.variants import read_config
 
+_CONVERTED = "checkpoints-2"  # another name whenever conversions carry more than those before
+
 
 def open_checkpoint(source: str | PathLike[str], revision: str | None = None) -> Checkpoint:
     """Opens "demo" (the model in this package), a directory of this program, a Hugging Face directory or a hub id.
@@ -112,7 +114,7 @@ def _converted_snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _cache_path(repo_id: str, commit: str) -> Path:
-    return files.cache_directory() / "checkpoints" / repo_id.replace("/", "--") / commit
+    return files.cache_directory() / _CONVERTED / repo_id.replace("/", "--") / commit
 
 
 def _converted(repo_id: str, commit: str) -> Path | None:

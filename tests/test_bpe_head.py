@@ -15,6 +15,7 @@ import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.inference.buckets import draft_budget, make_bucket
+from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.programs import Speculation
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import bpe_head, granite_speech
@@ -68,7 +69,7 @@ def test_labels_are_those_of_a_plain_computation(checkpoint: Any, importance: An
 
     # When the head labels them
     wanted = np.ones(len(LENGTHS), np.int32)
-    labels, entropies = jax.jit(functools.partial(granite_speech.bpe_labels, config))(params, encoded, lengths, wanted)
+    labels = jax.jit(functools.partial(granite_speech.bpe_labels, config))(params, encoded, lengths, wanted)
 
     # Then labels are those of the description, the last, partial window included, and blank after it
     leaves, distinct = flatten(jax.device_get(params)), set()
@@ -80,7 +81,6 @@ def test_labels_are_those_of_a_plain_computation(checkpoint: Any, importance: An
         assert not labels[row, windows:].any()
         distinct |= set(expected)
     assert len(distinct) > 5
-    assert np.all((np.asarray(entropies) > 0) & (np.asarray(entropies) < np.log(LABELS)))
 
 
 def test_pooling_weighs_frames_and_leaves_out_padding() -> None:
@@ -108,9 +108,9 @@ def test_rows_that_want_no_labels_cost_nothing(checkpoint: Any) -> None:
         return pooled
 
     pooled = jnp.ones((3, 200, 7))
-    labels, entropies = bpe_head.best_labels(head, pooled, jnp.array([800, 800, 12]), jnp.array([0, 0, 0]))
+    labels = bpe_head.best_labels(head, pooled, jnp.array([800, 800, 12]), jnp.array([0, 0, 0]))
     jax.effects_barrier()
-    assert not calls and not labels.any() and not entropies.any()
+    assert not calls and not labels.any()
 
     # And of which one short row does, then only the first windows are
     bpe_head.best_labels(head, pooled, jnp.array([800, 800, 12]), jnp.array([0, 0, 1]))
@@ -158,10 +158,10 @@ def test_a_draft_is_the_text_of_the_labels_as_the_tokenizer_cuts_it(asr: Transcr
             granite_speech.encode(config, params, features, frames).importance, encoded.importance
         )
         after = granite_speech.encode(config, params, features, frames, importance="after")
-        labels, _ = granite_speech.bpe_labels(config, params, encoded, frames, jnp.ones(1, jnp.int32))
+        labels = granite_speech.bpe_labels(config, params, encoded, frames, jnp.ones(1, jnp.int32))
         text = " ".join(asr.tokenizer.decode(bpe_head.bpe_tokens(np.asarray(labels)[0])).split())
         assert transcript.draft == tuple(asr.tokenizer.encode(text))[: bpe_budget(sound)]
-        others, _ = granite_speech.bpe_labels(config, params, after, frames, jnp.ones(1, jnp.int32))
+        others = granite_speech.bpe_labels(config, params, after, frames, jnp.ones(1, jnp.int32))
         labels_after.append(np.array_equal(others, labels))
 
     # And the importance of frames after self-conditioning would make another
@@ -180,14 +180,33 @@ def test_the_bpe_head_drafts_punctuated_text_only_when_asked(asr: Transcriber, s
     assert plain.tokens == drafted.tokens and not plain.draft and drafted.draft
 
 
-def test_relaxed_modes_judge_the_head_that_drafts(asr: Transcriber, sounds: list[np.ndarray]) -> None:
-    # Given a threshold that every draft passes, when the BPE head drafts, then its text is final
-    transcript = asr.transcribe(sounds[0], speculative="relaxed", ctc_threshold=99.0, max_new_tokens=20)
-    assert (transcript.stats["route"], transcript.stats["draft_from"]) == ("ctc", "bpe")
-    assert transcript.tokens == transcript.draft
-    # And one that only its entropy passes tells the two heads apart
-    barely = asr.transcribe(sounds[0], speculative="relaxed", ctc_threshold=99.0, draft_from="ctc", max_new_tokens=20)
-    assert barely.tokens == barely.draft != transcript.draft
+def test_only_the_text_of_characters_is_final_without_the_language_model(
+    asr: Transcriber, sounds: list[np.ndarray]
+) -> None:
+    # Given a threshold that every frame passes, when the BPE head drafts, then the CTC text is final: the threshold is
+    # the paper's for frames of characters
+    transcript = asr.transcribe(sounds[0], speculative="relaxed", ctc_threshold=99.0, max_new_tokens=200)
+    assert (transcript.stats["route"], transcript.stats["draft_from"]) == ("ctc", "ctc")
+    assert transcript.text == transcript.ctc_text
+
+
+def test_keywords_repair_the_draft_that_they_were_heard_in(
+    asr: Transcriber, sounds: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a keyword that takes a word's place in the CTC text, when the BPE head would draft, then that text does
+    monkeypatch.setattr("granite_jax.inference.engine.repair", lambda labels, matches, keywords: "kai kai")
+    transcript = asr.transcribe(sounds[0], keywords=["kai"], max_new_tokens=20)
+    assert (transcript.draft, transcript.stats["draft_from"]) == (tuple(asr.tokenizer.encode("kai kai")), "ctc")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"task": "translate", "target_language": "fr", "draft_from": "bpe"}, {"task": "punctuate", "draft_from": "ctc"}],
+)
+def test_a_head_that_cannot_draft_a_task_is_an_error(fields: dict[str, Any]) -> None:
+    # Given a task that a head does not draft, when it is asked to, then the error says so
+    with pytest.raises(gj.GraniteError, match="does not draft for task"):
+        TranscribeOptions(**fields)
 
 
 def test_a_head_that_is_not_there_is_named(tmp_path: Path, sounds: list[np.ndarray]) -> None:

@@ -1,5 +1,6 @@
 """config.json as strangers write it: what the model cannot compute is refused, by its key."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import hf_fixture
 import pytest
 
+from granite_jax.batch.parts import weights_identity
 from granite_jax.checkpoint.tree import expected_shapes, flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError, GraniteError
@@ -141,14 +143,13 @@ TIES = [
     (OLD, None, True, False, True),
     (OLD, False, True, True, True),  # and the head must repeat the embedding
     (OLD, True, False, True, False),
-    (MIDDLE, True, None, False, False),  # a missing head, which is named later
+    (MIDDLE, False, None, False, False),  # a missing head, which is named later
     (MIDDLE, True, False, True, False),
     (MIDDLE, False, True, False, True),
     (MIDDLE, None, True, True, False),  # a head that is there is used
     (NEW, None, None, False, True),
     (NEW, None, False, False, True),
     (NEW, True, False, False, True),
-    (NEW, False, True, False, False),
     (NEW, True, True, True, False),
     ("5.10.0", None, False, False, True),
     ("5.9.1", None, False, False, False),
@@ -167,15 +168,24 @@ def test_ties_are_what_the_writer_meant(version, top, text, has_head: bool, tied
     assert Config.from_dict(raw, TensorFacts(has_head, 24)).decoder.tie_word_embeddings is tied
 
 
-@pytest.mark.parametrize(("top", "text", "wrong"), [(None, None, "is absent"), (False, True, "contradicts itself")])
-def test_without_a_version_the_tensors_tell_whether_embeddings_are_tied(top, text, wrong: str) -> None:
-    # Given unclear keys and no version, when there is no head, then that decides, and is told
-    raw = changed(tie_word_embeddings=top, text_config__tie_word_embeddings=text)
+@pytest.mark.parametrize(
+    ("version", "top", "text", "wrong"),
+    [
+        (None, None, None, "is absent"),
+        (None, False, True, "contradicts itself"),
+        (NEW, False, True, "contradicts itself"),  # these would make the missing head of nothing
+        (MIDDLE, True, None, "contradicts itself"),
+    ],
+)
+def test_a_missing_head_that_any_key_ties_is_tied(version, top, text, wrong: str) -> None:
+    # Given unclear keys, when there is no head, then that decides, and is told
+    raw = changed(tie_word_embeddings=top, text_config__tie_word_embeddings=text, transformers_version=version)
     with pytest.warns(UserWarning, match=f"tie_word_embeddings {wrong}, and the tensors have no output head"):
         assert Config.from_dict(raw, TensorFacts(False, 24)).decoder.tie_word_embeddings
-    # And without tensors, the key is named
-    with pytest.raises(CheckpointError, match=f"tie_word_embeddings {wrong}, which means one or the other"):
-        Config.from_dict(raw)
+    # And without tensors and version, the key is named
+    if version is None:
+        with pytest.raises(CheckpointError, match=f"tie_word_embeddings {wrong}, which means one or the other"):
+            Config.from_dict(raw)
 
 
 def test_a_wrong_guess_about_the_head_names_it(tmp_path: Path) -> None:
@@ -185,6 +195,7 @@ def test_a_wrong_guess_about_the_head_names_it(tmp_path: Path) -> None:
         "transformers_version": NEW,
         "tie_word_embeddings": False,
     }
+    raw["text_config"]["tie_word_embeddings"] = False
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="missing: language_model.lm_head.weight"):
         open_checkpoint(tmp_path).stored()
@@ -247,6 +258,7 @@ def test_published_models_have_configurations_without_weights() -> None:
         ({"granite_jax": {"model": "granite-speech-3.3-2b"}}, "mine", "granite-speech-3.3-2b", "granite-speech-3.3-2b"),
         ({}, "cache/ibm-granite--granite-4.0-1b-speech/0123", "granite-4.0-1b-speech", "granite-4.0-1b-speech"),
         ({}, "models/Granite-4.0-1b-Speech", "granite-4.0-1b-speech", "granite-4.0-1b-speech"),
+        ({"_name_or_path": "./granite-speech-3.3-2b/"}, "mine", "granite-speech-3.3-2b", "granite-speech-3.3-2b"),
         ({}, "mine", "granite-speech-4.1-2b", "granite-speech-4.1-2b"),
         ({}, "granite-4.0-1b-speech", "granite-speech-5.0-2b", "granite-speech-5.0-2b"),  # has YaRN, whatever its name
         ({"_name_or_path": 3, "granite_jax": []}, "mine", "granite-speech-5.0-2b", "granite-speech-5.0-2b"),
@@ -256,3 +268,25 @@ def test_checkpoints_are_recognized_by_name_or_by_what_only_one_model_has(raw, d
     # Given a configuration and a directory, when its model is asked for, then it is that of the name or of the shapes
     known = release_of(RELEASES[name].config, raw, Path(directory))
     assert (known and known.name) == found
+
+
+def test_a_conversion_keeps_the_name_that_only_the_directory_told(tmp_path: Path) -> None:
+    # Given a checkpoint that is known by its directory, when it goes to Orbax and back, then it is still known
+    hf_fixture.write_random_checkpoint(tmp_path / "granite-4.0-1b-speech", **hf_fixture.TINY)
+    convert(tmp_path / "granite-4.0-1b-speech", tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "back")
+    for directory in ("own", "back"):
+        opened = open_checkpoint(tmp_path / directory)
+        assert opened.release is RELEASES["granite-4.0-1b-speech"]
+        assert opened.capabilities.tasks == ("transcribe", "translate")
+    # And a job does not mix its results with those of another name
+    assert weights_identity(open_checkpoint(tmp_path / "own")) != weights_identity(renamed(tmp_path))
+
+
+def renamed(directory: Path) -> Any:
+    """The same weights, known as another model."""
+    raw = json.loads((directory / "own" / "config.json").read_text()) | {
+        "granite_jax": {"model": "granite-speech-4.1-2b"}
+    }
+    opened = open_checkpoint(directory / "own")
+    return dataclasses.replace(opened, raw_config=raw)

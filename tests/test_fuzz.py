@@ -6,6 +6,7 @@ No case may allocate more than its files hold. GRANITE_JAX_TESTS says how many c
 import contextlib
 import json
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def test_configs(base: Path) -> None:
     @given(damaged_text(json.loads(file.read_text())))
     def check(text: bytes) -> None:
         # When the checkpoint is opened, then it is opened or refused
-        with replaced(file, text), refused_or_read(*base.iterdir()):
+        with replaced(file, text), refused_or_read(*base.iterdir()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "config.json: ")  # that the tensors decide what the file leaves open
             open_checkpoint(base)
 
     check()

@@ -53,7 +53,7 @@ def test_a_hub_id_is_downloaded_converted_once_and_cached(server: hub_server.Hub
 
     # Then it is converted, in the user's cache, from the files that are needed, and its weights are the repository's
     assert opened.kind == "orbax"
-    assert opened.directory == tmp_path / "cache" / "granite_jax" / "checkpoints" / "someone--granite-tiny" / COMMIT
+    assert opened.directory == tmp_path / "cache" / "granite_jax" / "checkpoints-2" / "someone--granite-tiny" / COMMIT
     assert sorted(server.downloads) == sorted(
         [
             "chat_template.jinja",
@@ -188,7 +188,7 @@ def test_the_command_takes_hub_ids(server: hub_server.Hub, tmp_path: Path) -> No
     told = json.loads(result.stdout)
     assert (told["kind"], told["verified"], told["parameters"]["total"]) == ("orbax", True, sum(parts.values()))
     assert told["directory"] == str(
-        tmp_path / "cache" / "granite_jax" / "checkpoints" / "someone--granite-tiny" / COMMIT
+        tmp_path / "cache" / "granite_jax" / "checkpoints-2" / "someone--granite-tiny" / COMMIT
     )
 
 

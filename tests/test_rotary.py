@@ -85,3 +85,6 @@ def test_what_old_releases_computed_otherwise_is_refused() -> None:
     with pytest.raises(CheckpointError, match="factor 3 contradicts 256 positions of 64"):
         rotary_of(options, (4, 53))
     assert rotary_of(options | {"rope_scaling": YARN}, (4, 53)).yarn is not None
+    # And one without original positions is the factor's in all of them
+    plain = options | {"rope_scaling": {"rope_type": "yarn", "factor": 3.0}}
+    assert rotary_of(plain, (4, 53)).yarn == rotary_of(plain).yarn

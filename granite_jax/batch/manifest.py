@@ -193,19 +193,26 @@ def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) 
 
 
 def _changed_options(fields: dict[str, Any]) -> dict[str, Any]:
-    """The line's task, target language and prompt: if it has any of them, they replace all three of the job's."""
+    """The line's task, target language and prompt: if it has any of them, they replace all three of the job's.
+
+    The job's `language` stays with transcripts. Any text is a prompt: the safeguard decides what becomes of it.
+    """
     languages = [name for name in ("target_language", "to", "target_lang") if name in fields]
     tasks = [name for name in ("task", "taskname") if name in fields]
     for names in (languages, tasks):
         if len(names) > 1:
             raise GraniteError(f"has both {names[0]} and {names[1]}")
-    task, language, prompt = (_text(fields, name) for name in (*(tasks or ["task"]), *(languages or ["to"]), "prompt"))
+    task, language = (_text(fields, name) for name in (*(tasks or ["task"]), *(languages or ["to"])))
+    prompt = fields.get("prompt")
+    if prompt is not None and not isinstance(prompt, str):
+        raise GraniteError(f"prompt must be a string, not {prompt!r:.40}")
     if task is language is prompt is None:
         return {}
     if tasks == ["taskname"] or languages == ["target_lang"]:
         task, language = _nemo_task(fields, task, language)
     task = task or ("translate" if language else "transcribe")
-    return {"task": task, "target_language": language, "prompt": prompt}
+    changes = {"task": task, "target_language": language, "prompt": prompt}
+    return changes | ({} if prompt is None and language is None else {"language": None})
 
 
 def _nemo_task(fields: dict[str, Any], task: str | None, language: str | None) -> tuple[str, str | None]:

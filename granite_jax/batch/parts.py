@@ -79,8 +79,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def weights_identity(checkpoint: Checkpoint) -> str:
-    """A hash of all that affects transcripts: the tensors' hashes or the weight files, and the files beside them."""
-    digest = hashlib.sha256()
+    """A hash of all that affects transcripts: the tensors' hashes or the weight files, files beside them, prompts."""
+    digest = hashlib.sha256(repr(checkpoint.capabilities).encode())  # these depend on the directory's name, too
     weights = [TENSORS] if checkpoint.kind == "orbax" else sorted(p.name for p in checkpoint.directory.glob("*.*"))
     for name in (*_COMPANIONS, *(name for name in weights if name.endswith((TENSORS, ".safetensors", ".bin")))):
         path = checkpoint.directory / name

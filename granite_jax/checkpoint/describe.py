@@ -64,9 +64,13 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
 def _prompts(capabilities: Capabilities) -> dict[str, str]:
     """Every prompt by what it is for, with LANGUAGE and KEYWORDS in the places of these."""
     prompts, found = capabilities.prompts, dict[str, str]()
+    clause = " Keywords: KEYWORDS"
     wordings = {
         "transcribe": prompts.transcribe,
-        "transcribe, keywords": f"{prompts.with_keywords} Keywords: KEYWORDS",
+        **{f"transcribe, {code}": text for code, text in prompts.transcribe_in},
+        "transcribe, keywords": prompts.with_keywords + clause if prompts.max_keywords else "",
+        "punctuate, keywords": prompts.punctuate + clause if prompts.max_keywords else "",
+        "translate, keywords": prompts.translate.format("LANGUAGE") + clause if prompts.max_keywords else "",
         "punctuate": prompts.punctuate,
         "punctuate, language": prompts.punctuate_in.format("LANGUAGE"),
         "translate": prompts.translate.format("LANGUAGE"),
@@ -75,7 +79,6 @@ def _prompts(capabilities: Capabilities) -> dict[str, str]:
     for purpose, text in wordings.items():
         if text and purpose.split(",")[0] in capabilities.tasks:
             found[purpose] = text
-    found |= {f"transcribe, {code}": text for code, text in prompts.transcribe_in}
     if prompts.hint:
         found["before a transcript's, language"] = prompts.hint.format("LANGUAGE").strip()
     return found | {f"recorded {number}": text for number, text in enumerate(capabilities.trained_prompts, 1)}

@@ -18,8 +18,13 @@ def plan(
     ],
     checkpoint: Annotated[str | None, typer.Option(help="as in transcribe", show_default=False)] = None,
     model: Annotated[
-        str, typer.Option(help="without a checkpoint: name of a published model, as in granite-speech-5.0-2b")
-    ] = "granite-4.0-1b-speech",
+        str | None,
+        typer.Option(
+            help="in place of a checkpoint: a published model, as in granite-speech-5.0-2b; default: "
+            "granite-4.0-1b-speech",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="rows of a full batch on each copy of the weights")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="length of the longest audio in a full batch")] = 20.0,
     dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights")] = "bfloat16",
@@ -42,7 +47,9 @@ def plan(
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if any, is left alone
     fits = True
     try:
-        config = open_checkpoint(checkpoint).config if checkpoint else release(model).config
+        if checkpoint and model:
+            raise GraniteError("--checkpoint and --model exclude each other")
+        config = open_checkpoint(checkpoint).config if checkpoint else release(model or "granite-4.0-1b-speech").config
         bucket = make_bucket(config, batch, seconds)
         for program in aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel):
             fits &= program.fits

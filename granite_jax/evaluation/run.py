@@ -37,7 +37,7 @@ from granite_jax.inference.options import ModelOptions, TranscribeOptions, accep
 from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model.features import SAMPLING_RATE
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.text.tasks import language_code
+from granite_jax.text.tasks import Capabilities, language_code
 
 RESULTS = "results.json"
 PART_SIZE = 128
@@ -223,8 +223,10 @@ class _Scoring:
 
     @classmethod
     def choose(cls, options: TranscribeOptions, language: str | None, name: normalize.Name | None) -> "_Scoring":
-        translation = options.target_language is not None
-        code = language_code(options.target_language or language or options.language or "en")
+        recognized = Capabilities().recognize(options.prompt) if options.prompt is not None else None
+        target = options.target_language or (recognized and recognized.target_language)
+        translation = target is not None or options.task.startswith("translate")
+        code = language_code(target or language or options.language or "en")
         if translation:
             score_translations(["a"], ["a"], language=code)  # fails before hours of work if its tokenizer is missing
         return cls(translation, code, name or normalize.default_name(code))

@@ -12,6 +12,7 @@ TEXT_ROOM = 64  # prompt tokens, besides those of the audio, that every bucket h
 MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
 MIN_DRAFT = 32
+_MANY_POSITIONS = 8192
 DRAFT_TOKENS_PER_SECOND = 7  # fast speech with a small vocabulary; longer drafts are truncated
 
 
@@ -74,7 +75,10 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 
 
 def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
-    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit."""
+    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit.
+
+    Models of many positions have one more, for short audio with thousands of keywords in its prompt.
+    """
     limit = config.max_seconds
     short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
     full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
@@ -83,6 +87,9 @@ def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
     longest = dataclasses.replace(longest, prompt=longest.capacity)
     middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
     singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
+    if config.decoder.max_position_embeddings > _MANY_POSITIONS:
+        short_audio = make_bucket(config, 1, 40.0)
+        singles.append(dataclasses.replace(short_audio, prompt=longest.capacity, capacity=longest.capacity))
     return (*full, *singles, longest)
 
 
@@ -97,4 +104,4 @@ def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: i
         and prompt + limit <= bucket.capacity
         and limit <= bucket.max_out_length
     ]
-    return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt), default=None)
+    return min(fitting, key=lambda bucket: (bucket.capacity, bucket.prompt, bucket.samples), default=None)

@@ -356,7 +356,7 @@ class Engine:
 
     def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
         """Waits for a batch's labels, finds the keywords in them, and makes drafts from them."""
-        names = ("labels", "entropy", "spotting", "bpe_labels", "bpe_entropy")
+        names = ("labels", "entropy", "spotting", "bpe_labels")
         host: dict[str, Any] = jax.device_get({name: getattr(encoded, name) for name in names})
         labels, scores = host["labels"], host["spotting"]
         rows = []
@@ -371,16 +371,17 @@ class Engine:
                 spotted = tuple(keywords.texts[m.keyword] for m in matches if m.keyword in keywords.whole)
                 if not request.is_retry:
                     automaton = utterance_automaton(keywords, matches, labels[i], threshold or -math.inf)
-            head, entropy = self._draft_from(request), host["entropy"][i]
-            if head == "bpe":
-                drafted = " ".join(self._tokenizer.decode(bpe_tokens(host["bpe_labels"][i])).split())
-                entropy = host["bpe_entropy"][i]
-            draft = request.draft
-            if draft is None:  # cut as the language model would: a head's own tokens are often others for the same text
-                draft = () if head is None else tuple(self._tokenizer.encode(drafted))
+            head, draft, source = self._draft_from(request), request.draft, drafted
+            if head == "bpe" and drafted == text:
+                source = " ".join(self._tokenizer.decode(bpe_tokens(host["bpe_labels"][i])).split())
+            elif head == "bpe":
+                head = "ctc"  # whose text is the one that keywords repair
+            if draft is None:  # re-tokenized, because the head often spells the same text with other tokens
+                draft = () if head is None else tuple(self._tokenizer.encode(source))
             draft = draft[: min(draft_budget(len(request.audio.samples)), request.max_new_tokens)]
-            source = head if request.draft is None else "caller"
-            rows.append(_Row(ticket, text, drafted, draft, source, float(entropy), spotted, automaton))
+            draft_from = None if not draft else head if request.draft is None else "caller"
+            entropy = float(host["entropy"][i])
+            rows.append(_Row(ticket, text, drafted, draft, draft_from, entropy, spotted, automaton))
         return rows
 
     def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
@@ -455,7 +456,9 @@ class Engine:
         if np.isnan(row.entropy) or np.isnan(state["log_probs"][i, : count + 1]).any():
             audio = row.request.audio
             error = f"{printable(audio.name)}: {NOT_FINITE}"
-            return Transcript(audio.name, duration=audio.duration, flags=audio.flags, error=error)
+            return Transcript(
+                audio.name, duration=audio.duration, flags=(*audio.flags, *row.request.flags), error=error
+            )
         tokens = tuple(state["tokens"][i, :count].tolist())
         passes, drafted, accepted = (int(state[name][i]) for name in ("num_forward_passes", "drafted", "num_accepted"))
         verified = passes == 1 and accepted == drafted
@@ -480,7 +483,7 @@ class Engine:
             "llm_passes": 0,
             "draft_tokens": len(tokens),
             "accepted_tokens": len(tokens),
-            "draft_from": row.draft_from,
+            "draft_from": "ctc",
             "finish": "end" if len(tokens) == len(drafted) else "length",
         }
         return self._finished(row, tokens, stats, tokens, range(len(tokens)))

@@ -29,6 +29,7 @@ PRESETS: Mapping[str, tuple[float, float]] = {
 """(τ_CTC in nats, τ_SLM) of arXiv 2603.11243, table 2: the first for accuracy, the last for speed."""
 
 MODES = ("lossless", *PRESETS)
+_MAX_PROMPT = 1 << 20  # characters, whatever the model; how many it takes is checked with its prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,8 @@ class TranscribeOptions:
         that long lists do no harm. Keywords that it cannot spell (digits, other scripts) are always used. False: all
         keywords are used, heard or not.
       keywords_in: "decoder" biases decoding, with lists of any length and any task, and leaves other text as it would
-        have been. "prompt" mentions up to 100 of them in the prompt, as the released model was trained for ("Keywords:
-        a, b"); other words can then change, too. "both" does both.
+        have been. "prompt" mentions them in the prompt, up to 100 or as many as the model's card
+        says ("Keywords: a, b"); other words can then change, too. "both" does both.
     """
 
     task: str = "transcribe"
@@ -172,6 +173,8 @@ class TranscribeOptions:
         _ = self.drafting, self.biasing  # raise an error if a field is invalid
 
     def _check_prompt(self) -> None:
+        if not isinstance(self.allow_custom_prompt, bool):
+            raise GraniteError(f"allow_custom_prompt is True or False, not {self.allow_custom_prompt!r:.60}")
         if self.prompt is None:
             check_task(self.task, self.target_language, self.language)
             return
@@ -182,7 +185,7 @@ class TranscribeOptions:
         if self.task not in TASKS:
             check_task(self.task)
         if self.allow_custom_prompt:
-            check_text("prompt", self.prompt)
+            check_text("prompt", self.prompt, _MAX_PROMPT)
 
     @property
     def raw(self) -> bool:
@@ -200,8 +203,9 @@ class TranscribeOptions:
         if self.raw:
             return dataclasses.replace(chosen, draft_from=self.draft_from)
         if self.draft_from == "bpe" and self.task == "punctuate" and self.prompt is None:
-            # No draft of the encoder is final: what it knows of punctuation is the language model's to judge.
-            return dataclasses.replace(chosen, draft_from="bpe", ctc_threshold=0.0)
+            return dataclasses.replace(chosen, draft_from="bpe", ctc_threshold=0.0)  # the CTC text has no punctuation
+        if self.draft_from is not None and self.prompt is None:
+            raise GraniteError(f"draft_from={self.draft_from!r} does not draft for task {self.task!r}")
         return SpeculativeOptions(drafts=False)
 
     @functools.cached_property

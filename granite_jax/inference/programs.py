@@ -53,7 +53,6 @@ class Encoded:
       spotting: the keywords with the best scores.
       bpe_labels: best label of the BPE head for every window of four frames, int32, blank past the row's end and in
         rows that did not ask for them; None without such a head.
-      bpe_entropy: likewise of its windows.
     """
 
     audio: AudioEmbeddings
@@ -61,7 +60,6 @@ class Encoded:
     entropy: Float[Array, "b"]
     spotting: SpottingScores
     bpe_labels: Int[Array, "b w"] | None
-    bpe_entropy: Float[Array, "b"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,10 +136,10 @@ class Programs:
         logits = granite_speech.ctc_logits(self.config, params, hidden, dtype=self.dtype)
         audio = granite_speech.project(self.config, params, hidden, frames, dtype=self.dtype)
         labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
-        bpe = None, None
+        bpe = None
         if self.config.encoder.bpe_output_dim:
             bpe = granite_speech.bpe_labels(self.config, params, encoded, frames, bpe_wanted, dtype=self.dtype)
-        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords), *bpe)
+        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords), bpe)
 
     def _prefill(
         self,

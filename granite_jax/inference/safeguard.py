@@ -3,31 +3,61 @@
 import dataclasses
 import warnings
 
+from granite_jax.errors import GraniteError, PromptError
 from granite_jax.inference.options import TranscribeOptions
-from granite_jax.text.tasks import Capabilities
+from granite_jax.keywords.lists import validated
+from granite_jax.text.tasks import Capabilities, RecognizedPrompt
+
+FALLBACK = "prompt-fallback"
 
 
 def safeguarded(options: TranscribeOptions, capabilities: Capabilities) -> tuple[TranscribeOptions, tuple[str, ...]]:
     """Options whose prompt the model was trained with, and the flags of transcripts that are written with them.
 
-    A prompt of the model's own becomes the task that it stands for, or stays as the model knows it. Any other becomes
-    the raw transcript's, with a warning, unless `allow_custom_prompt` is set.
+    A prompt of the model's own becomes the task that it stands for, and its keyword clause keywords in the prompt. Any
+    other becomes the raw transcript's, with a warning, unless `allow_custom_prompt` is set.
 
     Raises:
-      PromptError: the checkpoint was not trained for the task or a language.
+      PromptError: the checkpoint was not trained for the task or a language; or both the prompt and the options have
+        keywords.
     """
-    flags: tuple[str, ...] = ()
-    if options.prompt is not None and not options.allow_custom_prompt:
-        fields = capabilities.recognize(options.prompt)
-        if fields is None:
-            flags = ("prompt-fallback",)
-            fields = {"task": "transcribe", "target_language": None, "language": None, "prompt": None}
+    if options.prompt is not None:
+        recognized = _recognized(options, capabilities)
+        if recognized is None and options.allow_custom_prompt:
+            return options, ()
+        if recognized is None:
             warnings.warn(
                 f"the model was not trained with the prompt {options.prompt!r:.60}: the speech is transcribed instead "
                 "(allow_custom_prompt sends it nevertheless)",
-                stacklevel=2,
+                stacklevel=4,  # of Transcriber.transcribe
             )
-        options = dataclasses.replace(options, **fields)
+            return _replaced(options, RecognizedPrompt()), (FALLBACK,)
+        options = _replaced(options, recognized)
     if options.prompt is None:
         capabilities.check(options.task, options.target_language, options.language)
-    return options, flags
+    return options, ()
+
+
+def _recognized(options: TranscribeOptions, capabilities: Capabilities) -> RecognizedPrompt | None:
+    """What the prompt stands for; None if it is not the model's, or its keywords would be refused as `keywords`."""
+    found = capabilities.recognize(str(options.prompt))
+    if found is None or not found.keywords:
+        return found
+    fields = found._asdict()
+    try:
+        in_prompt = dataclasses.replace(options.biasing, prompt=True)
+        keywords = [text for text, _ in validated(fields.pop("keywords"), in_prompt, capabilities.prompts.max_keywords)]
+        capabilities.instruction(**fields, keywords=keywords)
+    except GraniteError:
+        return None
+    if options.keywords:
+        raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
+    return found
+
+
+def _replaced(options: TranscribeOptions, recognized: RecognizedPrompt) -> TranscribeOptions:
+    fields = recognized._asdict()
+    keywords = fields.pop("keywords")
+    if keywords:
+        fields |= {"keywords": keywords, "keywords_in": "prompt"}
+    return dataclasses.replace(options, **fields)

@@ -19,7 +19,7 @@ from granite_jax.audio.load import Audio, is_encoded, load_audio, path_of, print
 from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.files import cache_directory
-from granite_jax.errors import CheckpointError, ContextError, GraniteError
+from granite_jax.errors import CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.engine import Engine, Request
@@ -249,7 +249,10 @@ class Transcriber:
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
         resolved = dataclasses.replace(options or TranscribeOptions(), **fields)
+        own = resolved.keywords
         resolved, flags = safeguarded(resolved, self.capabilities)
+        if resolved.keywords != own and keyword_lists is not None:
+            raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
         if resolved.drafting.draft_from == "bpe" and not self.config.encoder.bpe_output_dim:
             raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
         if resolved.speculative != "lossless" and drafts is not None:

@@ -53,8 +53,8 @@ def pool(hidden: Activations, importance: Float[Array, "b t"], lengths: Lengths)
 
 def best_labels(
     head: Callable[[Any], Any], pooled: Float[Array, "b w d"], lengths: Lengths, wanted: Lengths
-) -> tuple[Int[Array, "b w"], Float[Array, "b"]]:
-    """The best label of every window, and each row's largest entropy of a window's labels.
+) -> Int[Array, "b w"]:
+    """The best label of every window.
 
     The logits of a few windows at a time are held: those of all would take gigabytes.
 
@@ -64,7 +64,7 @@ def best_labels(
       wanted: int32, 0 for rows whose labels nobody needs; without any wanted row, nothing is computed.
 
     Returns:
-      int32 labels, blank past each row's end and in rows that are not wanted; float32 entropies in nats.
+      int32, blank past each row's end and in rows that are not wanted.
     """
     batch, windows, width = pooled.shape
     counts = jnp.where(wanted > 0, -(-lengths // WINDOW), 0)
@@ -73,20 +73,14 @@ def best_labels(
     rows = jnp.pad(rows, ((0, -len(rows) % _ROWS), (0, 0)))
 
     def add(carry):
-        start, labels, entropies = carry
-        logits = head(jax.lax.dynamic_slice_in_dim(rows, start, _ROWS)).astype(jnp.float32)
-        log_probs = jax.nn.log_softmax(logits)
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        start, labels = carry
+        logits = head(jax.lax.dynamic_slice_in_dim(rows, start, _ROWS))
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        update = jax.lax.dynamic_update_slice_in_dim
-        return start + _ROWS, update(labels, best, start, axis=0), update(entropies, entropy, start, axis=0)
+        return start + _ROWS, jax.lax.dynamic_update_slice_in_dim(labels, best, start, axis=0)
 
-    # Derived from inputs, so that under shard_map every part of the carry varies with them.
-    zeros = rows[:, 0].astype(jnp.float32) * 0
-    start = counts.max() * 0
-    _, labels, entropies = jax.lax.while_loop(
-        lambda carry: carry[0] < counts.max() * batch, add, (start, zeros.astype(jnp.int32), zeros)
-    )
-    labels, entropies = (x[: windows * batch].reshape(windows, batch).T for x in (labels, entropies))
+    # Derived from inputs, so that under shard_map both parts of the carry vary with them.
+    start, zeros = counts.max() * 0, (rows[:, 0] * 0).astype(jnp.int32)
+    _, labels = jax.lax.while_loop(lambda carry: carry[0] < counts.max() * batch, add, (start, zeros))
+    labels = labels[: windows * batch].reshape(windows, batch).T
     valid = jnp.arange(windows, dtype=jnp.int32)[None, :] < counts[:, None]
-    return jnp.where(valid, labels, BLANK), jnp.where(valid, entropies, 0.0).max(axis=1)
+    return jnp.where(valid, labels, BLANK)

@@ -259,7 +259,7 @@ def _dim_head(
         return 128
     if facts is None or facts.attention_dim not in (128 * num_heads, share * num_heads):
         raise CheckpointError(f"config: {key} is absent, which means 128 or {share} by the version of transformers")
-    _tell(f"{key} is absent, and the tensors make it {facts.attention_dim // num_heads}")
+    _warn(f"{key} is absent, and the tensors make it {facts.attention_dim // num_heads}")
     return facts.attention_dim // num_heads
 
 
@@ -283,13 +283,14 @@ def _tied(raw: Mapping[str, Any], version: tuple[int, int] | None, facts: Tensor
         return bool(declared)
     if facts.has_head and not (declared and version is not None and version < (5, 0)):
         return False
-    if declared is None:
-        wrong = "contradicts itself" if said else "is absent"
-        _tell(f"{key} {wrong}, and the tensors have no output head: it repeats the embedding")
-    return declared is not False
+    if declared is None or (not declared and (by_text or by_top)):
+        wrong = "is absent" if by_text is by_top is None else "contradicts itself"
+        _warn(f"{key} {wrong}, and the tensors have no output head: it repeats the embedding")
+        return True
+    return declared
 
 
-def _tell(note: str) -> None:
+def _warn(note: str) -> None:
     warnings.warn(f"config.json: {note}", stacklevel=2)
 
 

@@ -227,7 +227,7 @@ class Encoder(nnx.Module):
         valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)
 
-        def condition(h, weights):
+        def condition(h, _):
             posteriors = jax.nn.softmax(self.ctc_logits(h))
             conditioned = h + self.out_mid(posteriors.astype(h.dtype))
             if importance == "after":

@@ -147,7 +147,7 @@ def bpe_labels(
     wanted: Lengths,
     *,
     dtype: DTypeLike | None = None,
-) -> tuple[Int[Array, "b w"], Float[Array, "b"]]:
+) -> Int[Array, "b w"]:
     """The best label of the BPE head for every window of four frames: int32, label `i` is the token `i - 1`.
 
     Args:
@@ -155,7 +155,7 @@ def bpe_labels(
       wanted: int32, 0 for rows whose labels nobody needs.
 
     Returns:
-      Labels `[b, ceil(t / 4)]`, blank past each row's end, and each row's largest entropy of a window, float32 nats.
+      Labels `[b, ceil(t / 4)]`, blank past each row's end.
     """
     encoder: Encoder = _part(config, params, "encoder")
     pooled = bpe_head.pool(encoded.hidden.astype(dtype), encoded.importance, lengths)

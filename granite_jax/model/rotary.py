@@ -149,7 +149,8 @@ def _yarn(
     factor = positive_number(rope, _PREFIX, "factor", ratio)
     if factor > _MAX_FACTOR:
         raise CheckpointError(f"config: text_config rope factor is {factor:g}, at most {_MAX_FACTOR:g} is supported")
-    if version is not None and version < (4, 57) and factor != ratio:
+    stated = "original_max_position_embeddings" in rope
+    if version is not None and version < (4, 57) and stated and factor != ratio:
         raise CheckpointError(
             f"config: text_config rope factor {factor:g} contradicts {max_positions} positions of {original}, and "
             "transformers before 4.57 used their ratio instead"

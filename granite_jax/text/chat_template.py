@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 MAX_PROMPT_CHARS = 8192
 MAX_TEMPLATE_CHARS = 1 << 18
 
-_INSTRUCTION = re.compile(r"\b(transcri|translat)\w*", re.IGNORECASE)
+# After the instruction, a template has special tokens, and at most a word between them: a role.
+_ROLE = re.compile(r"[\W_]*\w{0,20}[\W_]*")
+_INSTRUCTION = re.compile(r"\b(transcribe|translate)\b", re.IGNORECASE)
 _RENDER_SECONDS = 20  # More than the worker allows itself, so that it reports the reason.
 _STAND_IN = "text" + secrets.token_hex(16)
 """Takes the instruction's place while the template is rendered; no template or text can contain it by design."""
@@ -107,11 +109,16 @@ def check_text(name: str, text: str, max_chars: int = MAX_PROMPT_CHARS) -> str:
 def _check_stand_in(rendered: str, specials: list[SpecialToken]) -> None:
     if rendered.count(_STAND_IN) != 1:
         raise PromptError(f"chat template: has the instruction {rendered.count(_STAND_IN)} times, expected once")
-    if (own := _INSTRUCTION.search(rendered)) is not None:
-        raise PromptError(f"chat template: gives an instruction of its own ({own[0]!r:.40})")
     start = rendered.index(_STAND_IN)
     if any(special.start < start + len(_STAND_IN) and special.end > start for special in specials):
         raise PromptError("chat template: the tokenizer takes ordinary letters for special tokens")
+    later = [special for special in specials if special.start > start]
+    starts, ends = [start + len(_STAND_IN), *(s.end for s in later)], [*(s.start for s in later), len(rendered)]
+    for begin, end in zip(starts, ends, strict=True):
+        if not _ROLE.fullmatch(rendered[begin:end]):
+            raise PromptError(f"chat template: says more than the instruction ({rendered[begin:end].strip()!r:.60})")
+    if (own := _INSTRUCTION.search(rendered[:start])) is not None:
+        raise PromptError(f"chat template: gives an instruction of its own ({own[0]!r:.40})")
 
 
 def _encode_rendered(

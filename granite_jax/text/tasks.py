@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from granite_jax.errors import CheckpointError, PromptError
 from granite_jax.text.chat_template import MAX_PROMPT_CHARS, ChatTemplate, PromptTokens, check_text
@@ -45,13 +46,16 @@ SPEECH_LANGUAGES = ("en", "fr", "de", "es", "pt", "ja")
 
 _TRANSCRIBE = "can you transcribe the speech into a written format?"
 _ALIASES = {name.lower(): code for code, name in LANGUAGES.items()} | {"chinese": "zh", "mandarin chinese": "zh"}
-_KEYWORDS = " Keywords: "
-# What would make a keyword in a prompt a second instruction, or another turn.
+_KEYWORDS = re.compile(r"\s*\bkeywords:", re.IGNORECASE)
+_MAX_KEYWORD_WORDS = 8
+# What would make a keyword in a prompt a second instruction, or another turn: what the prompts say, a role, a sentence
+# that another follows ("St. Gallen" is none).
 _LIKE_AN_INSTRUCTION = re.compile(
-    r"(transcri|translat)\w*\b.*\b(speech|audio|text|into|to)\b"
+    r"(?i:(transcri|translat)\w*\b.*\b(speech|audio|text|into|to|in)\b"
+    r"|\b(into|to)\b.*(transcri|translat)"
     r"|(keywords|user|assistant|system)\s*:"
-    r"|reconnaître le contenu",
-    re.IGNORECASE,
+    r"|reconnaître le contenu)"
+    r"|[!?;:。！？]\s*\w|(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w\w\w)\.\s+\w"
 )
 
 
@@ -108,7 +112,10 @@ class Prompts:
         hinted = {"en": plain, **({} if with_keywords else dict(self.transcribe_in))}
         if task == "transcribe" and self.transcribe_in and code in hinted:
             return hinted[code]
-        raise PromptError(f"this model has no prompt for task {task!r} with the hint that speech is {LANGUAGES[code]}")
+        clause = " and keywords" if with_keywords else ""
+        raise PromptError(
+            f"this model has no prompt for task {task!r} with the hint that speech is {LANGUAGES[code]}{clause}"
+        )
 
 
 def check_task(task: str, target_language: str | None = None, language: str | None = None) -> None:
@@ -183,9 +190,11 @@ def _keyword_clause(keywords: Iterable[str]) -> str:
     for name in names:
         if "," in name:
             raise PromptError(f"keyword {name!r:.60} has a comma, which separates keywords in the prompt: split it")
-        if _LIKE_AN_INSTRUCTION.search(name):
+        if any(unicodedata.category(char) == "Cf" for char in name):
+            raise PromptError(f"keyword {name!a:.60} has invisible characters")
+        if len(name.split()) > _MAX_KEYWORD_WORDS or _LIKE_AN_INSTRUCTION.search(name):
             raise PromptError(f"keyword {name!r:.60} reads like an instruction, and would be one in the prompt")
-    return f"{_KEYWORDS}{', '.join(names)}" if names else ""
+    return f" Keywords: {', '.join(names)}" if names else ""
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -250,54 +259,67 @@ class Capabilities:
         """`instruction` with this checkpoint's prompts."""
         return instruction(**fields, prompts=self.prompts)
 
-    def recognize(self, prompt: str) -> dict[str, Any] | None:
-        """The fields of `instruction` that ask for what a prompt asks for; None if the model was not trained with it.
+    def recognize(self, prompt: str) -> RecognizedPrompt | None:
+        """What a prompt asks for; None if the model was not trained with it.
 
-        Prompts are the same whatever their case and spaces, and are sent as the model knows them. A keyword clause at
-        the end is recognized if it would be accepted as `keywords`.
+        Case, spaces and kinds of hyphens do not matter. The keywords of a clause at the end are not checked.
         """
         try:
             check_text("prompt", prompt, self.prompts.max_chars)
         except PromptError:
             return None
-        known = self._own_prompts
-        if (fields := known.get(_folded(prompt))) is not None:
-            return {"task": "transcribe", "target_language": None, "language": None, "prompt": None} | fields
-        base, separator, listed = prompt.partition(_KEYWORDS)
-        if not separator or (fields := known.get(_folded(base))) is None:
+        if (found := self._known_prompts.get(_folded(prompt))) is not None:
+            return found
+        base, *clause = _KEYWORDS.split(prompt, maxsplit=1)
+        found = self._known_prompts.get(_folded(base), self._bases_of_keywords.get(_folded(base)))
+        if not clause or found is None:
             return None
-        keywords = [keyword.strip() for keyword in listed.split(",")]
-        if len(keywords) > self.prompts.max_keywords:
-            return None
-        try:
-            prefix = fields.get("prompt") or self.prompts.text(**fields)
-            text = instruction(prompt=prefix, keywords=keywords, prompts=self.prompts)
-        except PromptError:
-            return None
-        return {"task": "transcribe", "target_language": None, "language": None, "prompt": text}
+        return found._replace(keywords=tuple(keyword.strip() for keyword in clause[0].split(",")))
 
     @functools.cached_property
-    def _own_prompts(self) -> dict[str, dict[str, Any]]:
-        """By folded text, the fields that lead to every prompt without keywords."""
-        own: dict[str, dict[str, Any]] = {_folded(text): {"prompt": text} for text in self.trained_prompts}
-        for fields in self._choices():
-            with contextlib.suppress(PromptError):  # the model has no such hint, or none with keywords
-                own[_folded(self.prompts.text(**fields))] = fields
-                text = self.prompts.text(**fields, with_keywords=True)
-                own.setdefault(_folded(text), {"prompt": text})
-        return own
+    def _known_prompts(self) -> dict[str, RecognizedPrompt]:
+        """By folded text."""
+        known = {_folded(text): RecognizedPrompt(prompt=text) for text in self.trained_prompts}
+        for choice in self._choices():
+            with contextlib.suppress(PromptError):  # the model has no such hint
+                known[_folded(self._text(choice))] = choice
+        known.setdefault(_folded(self.prompts.with_keywords), RecognizedPrompt(prompt=self.prompts.with_keywords))
+        return known
 
-    def _choices(self) -> Iterator[dict[str, Any]]:
+    @functools.cached_property
+    def _bases_of_keywords(self) -> dict[str, RecognizedPrompt]:
+        """By folded text, what stands before keywords."""
+        bases = {}
+        for choice in self._choices():
+            with contextlib.suppress(PromptError):
+                bases[_folded(self._text(choice, with_keywords=True))] = choice
+        return bases
+
+    def _text(self, choice: RecognizedPrompt, with_keywords: bool = False) -> str:
+        languages = {"target_language": choice.target_language, "language": choice.language}
+        return self.prompts.text(choice.task, **languages, with_keywords=with_keywords)
+
+    def _choices(self) -> Iterator[RecognizedPrompt]:
         for task in self.tasks:
             if task.startswith("translate"):
-                yield from ({"task": task, "target_language": code} for code in self.languages)
+                yield from (RecognizedPrompt(task, target_language=code) for code in self.languages)
             else:
-                yield from ({"task": task, "language": code} for code in self.speech_languages)
-                yield {"task": task}  # last, because it is what a hint of English can be the same as
+                yield from (RecognizedPrompt(task, language=code) for code in self.speech_languages)
+                yield RecognizedPrompt(task)  # last, so that a prompt that a hint leaves unchanged means no hint
+
+
+class RecognizedPrompt(NamedTuple):
+    """The fields of `TranscribeOptions` that a prompt stands for, and the keywords in it."""
+
+    task: str = "transcribe"
+    target_language: str | None = None
+    language: str | None = None
+    prompt: str | None = None
+    keywords: tuple[str, ...] = ()
 
 
 def _folded(prompt: str) -> str:
-    return " ".join(prompt.split()).casefold()
+    return " ".join(prompt.replace("\u2010", "-").replace("\u2011", "-").split()).casefold()
 
 
 def _names(

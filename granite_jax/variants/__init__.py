@@ -6,10 +6,10 @@ from typing import Any
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config, TensorFacts
 from granite_jax.variants import granite_speech
-from granite_jax.variants.releases import RELEASES, Release, release
+from granite_jax.variants.releases import RELEASES, Release, recorded, release
 from granite_jax.variants.variant import Variant
 
-__all__ = ["RELEASES", "VARIANTS", "Release", "Variant", "read_config", "release", "variant_of"]
+__all__ = ["RELEASES", "VARIANTS", "Release", "Variant", "read_config", "recorded", "release", "variant_of"]
 
 VARIANTS: Mapping[str, Variant] = {"granite_speech": granite_speech.VARIANT}
 

@@ -53,7 +53,7 @@ def _releases() -> list[Release]:
         ("transcribe", "translate"),
         ("en", "fr", "de", "es", "pt", "ja", "it", "zh"),
         _EUROPEAN,
-        Prompts(with_keywords=_RAW),
+        Prompts(with_keywords=_RAW, max_keywords=0),
     )
     hinted = "transcribe the {} speech with proper punctuation and capitalization."
     french = (("fr", "Pouvez\u2011vous reconnaître le contenu de la parole ?"),)
@@ -110,12 +110,13 @@ def release(name: str) -> Release:
 def release_of(config: Config, raw: Mapping[str, Any], directory: Path) -> Release | None:
     """The published model that a checkpoint is, or was tuned from; None if that is unknown.
 
-    By name: `granite_jax.model` in `config.json`, `_name_or_path`, the directory's name, or the repository's in the
-    directories of a hub's cache. Otherwise by what only one of them has: YaRN, or the BPE head.
+    By name: `granite_jax.model` in `config.json`, where conversions record it, `_name_or_path`, the directory's name,
+    or the repository's in the directories of a hub's cache. Otherwise by what only one of them has: YaRN, or the BPE
+    head.
     """
-    recorded = raw.get("granite_jax")
-    stated = [recorded.get("model") if isinstance(recorded, Mapping) else None, raw.get("_name_or_path")]
-    names = [re.split(r"[/\\\\]", str(name))[-1] for name in stated]
+    section = raw.get("granite_jax")
+    stated = [section.get("model") if isinstance(section, Mapping) else None, raw.get("_name_or_path")]
+    names = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1] for name in stated]
     names += [directory.name, *(part.split("--")[-1] for part in directory.parts if "--" in part)]
     has_yarn = config.decoder.rotary.yarn is not None
     for name in names:
@@ -125,3 +126,11 @@ def release_of(config: Config, raw: Mapping[str, Any], directory: Path) -> Relea
     if has_yarn:
         return RELEASES["granite-speech-5.0-2b"]
     return RELEASES["granite-speech-4.1-2b"] if config.encoder.bpe_output_dim else None
+
+
+def recorded(raw: Mapping[str, Any], config: Config, release: Release | None) -> Mapping[str, Any]:
+    """The dictionary of a `config.json`, naming the release if nothing else but a directory's name tells it."""
+    section = raw.get("granite_jax", {})
+    if release is None or not isinstance(section, Mapping) or release_of(config, raw, Path("unnamed")) is release:
+        return raw
+    return {**raw, "granite_jax": {**section, "model": release.name}}

@@ -363,7 +363,7 @@ def test_signals_end_the_command_between_parts(
     arguments = ["batch", str(corpus.manifest), "--out", str(out), "--part-size", str(PART), "--num-readers", "2"]
     arguments += [f"--allow={protocol}" for protocol in ALLOW]
     arguments += ["--readers", readers]
-    worker = start(batch_worker.run_command, arguments, seconds=0.003)
+    worker = start(batch_worker.run_command, arguments, seconds=0.02)
     wait_for(lambda: count(out) > 3)
     os.kill(worker.pid, number)
     worker.join(5)

@@ -77,7 +77,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "names.txt").write_text("Kowalczyk\nZurich\t8\n")
     lines = [{"audio": f"samples/{name}.wav", "text": "a reference"} for name in ("request", "numbers", "one-name")]
     (tmp_path / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    hf_fixture.write_random_checkpoint(tmp_path / "granite-4.0-1b-speech", **TINY)
+    hf_fixture.write_random_checkpoint(tmp_path / "granite-speech-4.1-2b", **TINY)
     monkeypatch.setattr(heldout, "CLIPS", few_clips(tmp_path / "clips"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     loaded = functools.cache(functools.partial(Transcriber.from_pretrained, compilation_cache=False))

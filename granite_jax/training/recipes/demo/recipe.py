@@ -21,8 +21,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +33,7 @@ import typer
 from orbax.checkpoint import v1 as ocp
 
 from granite_jax import pretrained
-from granite_jax.convert import convert
+from granite_jax.convert.safetensors_file import make_header
 from granite_jax.evaluation.metrics import score
 from granite_jax.inference.results import disagreement
 from granite_jax.inference.transcriber import Transcriber
@@ -274,20 +272,12 @@ def bpe_head(work: Work, start: Start = "demo") -> None:
     state = TrainState({"out_bpe": head}, optimizer.init({"out_bpe": head}))
     step = bpe_step(config, optimizer, loaded["encoder"])
     params = train(work, "bpe-head", step, state, batches.forever(buckets, SEED), inputs, BPE_STEPS)
-    leaves = {
-        "encoder": {**loaded["encoder"], **params},
-        "projector": loaded["projector"],
-        "decoder": loaded["decoder"],
-    }
-    leaves = jax.tree.map(lambda x: np.asarray(x).astype(jnp.bfloat16), leaves)
-    with tempfile.TemporaryDirectory() as directory:
-        files = [
-            pretrained.open_checkpoint(start).directory / name for name in ("tokenizer.json", "chat_template.jinja")
-        ]
-        config_file = pretrained.open_checkpoint(start).directory / "config.json"
-        pretrained.save(Path(directory) / "own", config_file, leaves, extra_files=files)
-        convert(Path(directory) / "own", Path(directory) / "hf")
-        shutil.copyfile(Path(directory) / "hf" / "out_llm.safetensors", work / "out_llm.safetensors")
+    trained = params["out_bpe"]
+    tensors = {"weight": np.asarray(trained["kernel"]).T, "bias": np.asarray(trained["bias"])}
+    with open(work / "out_llm.safetensors", "wb") as file:
+        bfloat16 = {name: np.ascontiguousarray(x.astype(jnp.bfloat16)) for name, x in tensors.items()}
+        file.write(make_header((name, x.dtype, x.shape) for name, x in bfloat16.items()))
+        file.writelines(x.tobytes() for x in bfloat16.values())
 
 
 @app.command()
