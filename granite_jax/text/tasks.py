@@ -55,7 +55,7 @@ _LIKE_AN_INSTRUCTION = re.compile(
     r"|\b(into|to)\b.*(transcri|translat)"
     r"|(keywords|user|assistant|system)\s*:"
     r"|reconnaître le contenu)"
-    r"|[!?;:。！？]\s*\w|(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w\w\w)\.\s+\w"
+    r"|[!?;:]\s+\w|[\u3002\uff01\uff1f]\s*\w|(?<!\b[A-Z])(?<!\b[A-Z]\w)(?<!\b[A-Z]\w\w)(?<!\b[A-Z]\w\w\w)\.\s+\w"
 )
 
 
