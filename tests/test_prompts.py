@@ -281,6 +281,7 @@ def test_a_checkpoint_refuses_what_it_was_not_trained_for():
     "section",
     [
         *([], {"tasks": "transcribe"}, {"tasks": ["fly"]}, {"languages": [["fr"]]}, {"tasks": 1}),
+        {"speech_languages": ["tlh"]},
         *({"prompts": "transcribe"}, {"prompts": [3]}, {"prompts": ["two\nlines"]}, {"prompts": [""]}, {"prompts": {}}),
     ],
 )

@@ -221,7 +221,7 @@ class Capabilities:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], default: Capabilities | None = None) -> Capabilities:
-        """Reads {"granite_jax": {"tasks": [...], "languages": [...], "prompts": [...]}} of a config.json.
+        """Reads {"granite_jax": {"tasks", "languages", "speech_languages", "prompts"}}, all lists, of a config.json.
 
         "prompts" are the `trained_prompts`. Absent keys are taken from `default`, which itself defaults to everything.
         Raises CheckpointError for anything but lists of known names and of prompts that are one line of text.
@@ -232,6 +232,7 @@ class Capabilities:
             raise CheckpointError(f"config: granite_jax must be an object, not {recorded!r:.60}")
         tasks = _names(recorded, "tasks", TASKS, default.tasks)
         languages = _names(recorded, "languages", tuple(LANGUAGES), default.languages)
+        speech_languages = _names(recorded, "speech_languages", tuple(LANGUAGES), default.speech_languages)
         trained = recorded.get("prompts", [])
         try:
             if not isinstance(trained, Sequence) or isinstance(trained, str):
@@ -239,7 +240,7 @@ class Capabilities:
             trained_prompts = tuple(check_text("a prompt", prompt) for prompt in trained)
         except PromptError as error:
             raise CheckpointError(f"config: granite_jax.prompts must be a list of prompts, but {error}") from None
-        return cls(tasks, languages, default.speech_languages, default.prompts, trained_prompts)
+        return cls(tasks, languages, speech_languages, default.prompts, trained_prompts)
 
     def check(self, task: str, target_language: str | None = None, language: str | None = None) -> None:
         """Raises PromptError unless the checkpoint was trained for the task, with that target and hint if given."""
