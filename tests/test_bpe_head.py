@@ -149,27 +149,22 @@ def test_drafts_of_either_head_are_lossless(asr: Transcriber, sounds: list[np.nd
 
 def test_a_draft_is_the_text_of_the_labels_as_the_tokenizer_cuts_it(asr: Transcriber, sounds: list[np.ndarray]) -> None:
     # Given an utterance in a batch, when it is drafted, then the draft is that of its own labels
-    config, params, labels_after = asr.config, asr._params, []
-    for sound, transcript in zip(sounds, asr.transcribe(sounds, max_new_tokens=200), strict=True):
-        features = gj.log_mel(jnp.asarray(sound)[None], jnp.array([len(sound)]))
-        frames = jnp.array([features.shape[1]])
-        encoded = granite_speech.encode(config, params, features, frames, importance="before")
-        np.testing.assert_array_equal(
-            granite_speech.encode(config, params, features, frames).importance, encoded.importance
-        )
-        after = granite_speech.encode(config, params, features, frames, importance="after")
-        labels = granite_speech.bpe_labels(config, params, encoded, frames, jnp.ones(1, jnp.int32))
-        text = " ".join(asr.tokenizer.decode(bpe_head.bpe_tokens(np.asarray(labels)[0])).split())
-        assert transcript.draft == tuple(asr.tokenizer.encode(text))[: bpe_budget(sound)]
-        others = granite_speech.bpe_labels(config, params, after, frames, jnp.ones(1, jnp.int32))
-        labels_after.append(np.array_equal(others, labels))
+    config, params, sound = asr.config, asr._params, sounds[0]
+    transcript, *_ = asr.transcribe(sounds, max_new_tokens=200)
+    features, frames = gj.log_mel(jnp.asarray(sound)[None], jnp.array([len(sound)])), gj.num_frames(len(sound))
+    lengths, wanted = jnp.array([frames]), jnp.ones(1, jnp.int32)
+    before, after = (
+        granite_speech.encode(config, params, features, lengths, importance=importance)
+        for importance in ("before", "after")
+    )
+    labels, others = (granite_speech.bpe_labels(config, params, one, lengths, wanted) for one in (before, after))
+    text = " ".join(asr.tokenizer.decode(bpe_head.bpe_tokens(np.asarray(labels)[0])).split())
+    assert transcript.draft == tuple(asr.tokenizer.encode(text))[: min(200, draft_budget(len(sound)))]
 
-    # And the importance of frames after self-conditioning would make another
-    assert not all(labels_after)
-
-
-def bpe_budget(sound: np.ndarray) -> int:
-    return min(200, draft_budget(len(sound)))
+    # And the importance of frames is that before self-conditioning by default, which matters
+    plain = granite_speech.encode(config, params, features, lengths)
+    np.testing.assert_array_equal(plain.importance, before.importance)
+    assert not np.array_equal(others, labels)
 
 
 def test_the_bpe_head_drafts_punctuated_text_only_when_asked(asr: Transcriber, sounds: list[np.ndarray]) -> None:

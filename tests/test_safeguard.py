@@ -101,6 +101,8 @@ def test_a_model_that_only_translates_falls_back_to_transcription(checkpoint: Pa
     with pytest.warns(UserWarning, match=FALLBACK):
         options, found = safeguarded(options, flags)
     assert (options.task, options.prompt, found) == ("transcribe", None, ("prompt-fallback",))
+    # And the prompts of transcripts are none of its own
+    assert flags.recognize(RAW) is flags.recognize("transcribe the speech to text.") is None
 
 
 def test_lines_of_a_manifest_keep_the_safeguard_and_each_other(asr: Transcriber) -> None:

@@ -267,7 +267,8 @@ def _tied(raw: Mapping[str, Any], version: tuple[int, int] | None, facts: Tensor
     """Whether the output head repeats the embedding.
 
     transformers asked `text_config` (default: no), since 5.10 it asks the file's top level (default: yes); since 5.0 it
-    uses a head that is there whatever the file says.
+    uses a head that is there whatever the file says. Where it would make a missing head of nothing although one of the
+    two keys ties it, it is tied.
     """
     key = "tie_word_embeddings"
     by_text, by_top = boolean(section(raw, "text_config"), "text_config.", key), boolean(raw, "", key)

@@ -284,7 +284,8 @@ class Capabilities:
         for choice in self._choices():
             with contextlib.suppress(PromptError):  # the model has no such hint
                 known[_folded(self._text(choice))] = choice
-        known.setdefault(_folded(self.prompts.with_keywords), RecognizedPrompt(prompt=self.prompts.with_keywords))
+        if "transcribe" in self.tasks:
+            known.setdefault(_folded(self.prompts.with_keywords), RecognizedPrompt(prompt=self.prompts.with_keywords))
         return known
 
     @functools.cached_property
