@@ -19,6 +19,49 @@ FLAGS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Word:
+    """A word of a transcript, as it is written there.
+
+    Fields:
+      text: with its letter case and punctuation.
+      start, end: seconds of the input; `end` is after `start`.
+      confidence: mean probability of its characters in the CTC head, at the frames that the alignment gives them.
+    """
+
+    text: str
+    start: float
+    end: float
+    confidence: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a recording that was decoded in one pass.
+
+    Fields:
+      start, end: seconds of the input: from where its first word begins to where its last one ends, as far as the CTC
+        head shows that; the part's own limits if it has no text.
+      text: its share of the transcript's text.
+      tokens: generated ids of that text.
+      confidence: as in `Transcript`.
+      words: with `word_timestamps=True`, its words.
+      speaker: of models that tell speakers apart.
+      route: as in `Transcript.stats`.
+      flags: warnings about its text, from `FLAGS`.
+    """
+
+    start: float
+    end: float
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    confidence: float | None = None
+    words: tuple[Word, ...] = ()
+    speaker: str | None = None
+    route: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Transcript:
     """The result for one input.
 
@@ -41,6 +84,8 @@ class Transcript:
       flags: warnings about the text, from `FLAGS`. "low-agreement", for raw transcripts only: the `disagreement` with
         `ctc_text` exceeds `LOW_AGREEMENT`.
       error: why there is no result, or None.
+      segments: the parts of the recording in order. Their texts, joined, are `text`.
+      channel: the channel of the input, from 1 on, with `channels="split"`.
     """
 
     audio: str
@@ -54,6 +99,8 @@ class Transcript:
     accepted_spans: tuple[tuple[int, int, int], ...] = ()
     flags: tuple[str, ...] = ()
     error: str | None = None
+    segments: tuple[Segment, ...] = ()
+    channel: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
