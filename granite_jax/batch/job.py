@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import granite_jax
-from granite_jax.audio.load import printable
+from granite_jax.audio.load import Audio, printable
 from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
@@ -36,7 +36,8 @@ from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, r
 from granite_jax.batch.store import Store, open_store
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
+from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
+from granite_jax.inference.results import segment_fields
 from granite_jax.inference.transcriber import Transcriber, Transcript
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.pretrained import open_checkpoint
@@ -157,7 +158,7 @@ def run(
     The directory gets `part-*.jsonl` with a line for each utterance, in the manifest's order: `index`, `id`, `audio`,
     `file` (size in `bytes` and time when it was `modified`, of a local one), and `text`, `tokens`, `duration` (in
     seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error` (and `transient`, if it was one of access);
-    lines of retries in files beside them (`committed`);
+    `segments` (as in a `Segment`, without tokens); lines of retries in files beside them (`committed`);
     `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
     the parts.
 
@@ -190,6 +191,7 @@ def run(
       OSError: results cannot be written.
     """
     model_options, job_options = resolve(model, options, fields)
+    check_mixed(job_options)
     source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
     check_protocols(allow)
     if num_readers < 1:
@@ -246,7 +248,8 @@ def run(
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
-            return Reader(access, asr.config.max_seconds, dataset, detect_changes)
+            max_seconds = asr.config.max_seconds if job_options.segment_seconds is None else None
+            return Reader(access, max_seconds, dataset, detect_changes)
 
         return worker.run(load, read_with, readers, num_readers)
 
@@ -425,7 +428,7 @@ class _Worker:
         for entry in entries:
             self._check_stop()
             chunk.append(entry)
-            seconds += entry.audio.duration if entry.audio is not None else 0.0
+            seconds += entry.audio.duration if isinstance(entry.audio, Audio) else 0.0
             if len(chunk) == size or seconds > _CHUNK_SECONDS:
                 break
         return chunk
@@ -451,10 +454,11 @@ class _Worker:
         if transcript.error is not None:
             self.progress.failed += 1
             fields["error"] = transcript.error
-            fields |= {"transient": True} if loaded.is_transient else {}
+            fields |= {"transient": True} if loaded.is_transient or transcript.stats.get("transient") else {}
         else:
             self.progress.audio_seconds += transcript.duration
             fields |= {key: getattr(transcript, key) for key in _FIELDS}
+            fields["segments"] = segment_fields(transcript)
         # File names need not be valid Unicode: their surrogates become escapes.
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 

@@ -22,7 +22,8 @@ from granite_jax.batch.access import PROTOCOLS, AudioStorage
 from granite_jax.batch.job import transcribe_group
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
+from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
+from granite_jax.inference.results import segment_fields
 from granite_jax.inference.transcriber import Transcriber
 
 
@@ -52,8 +53,10 @@ class Transcribe:
           GraniteError: the checkpoint or an option is not usable.
         """
         model_options, self._options = resolve(model, options, fields)
+        check_mixed(self._options)
         self._asr = Transcriber.from_options(model_options)
-        self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), self._asr.config.max_seconds)
+        max_seconds = self._asr.config.max_seconds if self._options.segment_seconds is None else None
+        self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), max_seconds)
         self._threads = ThreadPoolExecutor(num_readers)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
@@ -83,6 +86,7 @@ class Transcribe:
             "confidence": [transcripts[i].confidence for i in range(count)],
             "ctc_text": [transcripts[i].ctc_text for i in range(count)],
             "stats": [transcripts[i].stats for i in range(count)],
+            "segments": [segment_fields(transcripts[i]) for i in range(count)],
             "flags": [list(transcripts[i].flags) for i in range(count)],
             "error": [transcripts[i].error for i in range(count)],
         }

@@ -40,6 +40,15 @@ def _parse_gate(value: str | float) -> float | Literal[False]:
         raise typer.BadParameter(f"{value!r:.60} is not a number of nats below 0, or off") from None
 
 
+def _parse_segment_seconds(value: str | float | None) -> float | Literal["auto"] | None:
+    if value in ("auto", "off", None):
+        return "auto" if value == "auto" else None
+    try:
+        return float(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r:.60} is not a number of seconds, auto or off") from None
+
+
 # By field; other fields can be set in Python only.
 _OPTIONS: dict[str, Any] = {
     "checkpoint": Checkpoint,
@@ -114,6 +123,22 @@ _OPTIONS: dict[str, Any] = {
             help="nats a character, below 0: keywords that score lower are left out; off: none are",
             show_default=False,
         ),
+    ],
+    "word_timestamps": Annotated[bool, typer.Option("--words", help="time every word of a transcript")],
+    "segment_seconds": Annotated[
+        Any,
+        typer.Option(
+            parser=_parse_segment_seconds,
+            metavar="SECONDS|auto|off",
+            help="longer audio is cut at pauses; auto: as the model has it, mostly 30; off: one pass",
+            show_default="auto",
+        ),
+    ],
+    "guards": Annotated[
+        bool, typer.Option("--guards/--no-guards", help="notice and mend text that the audio does not support")
+    ],
+    "channels": Annotated[
+        Literal["mix", "split"], typer.Option(help="transcribe the mean of the channels, or each on its own")
     ],
     "keywords_in": Annotated[
         Literal["decoder", "prompt", "both"], typer.Option(help="bias decoding, mention them in the prompt, or both")

@@ -53,10 +53,21 @@ def _notes(results: dict[str, Any]) -> list[str]:
     return [
         f"95 % intervals; {method}.",
         "",
+        *_flags(results["sets"]),
         f"RTFx is {seconds['audio']:.0f} s of audio in {seconds['steady']:.1f} s, {seconds['wait']:.1f} s of it waiting"
         f" for audio, on {len(devices)} {devices[0]}; {late or 'no'} programs were compiled meanwhile. Before that,"
         f" {seconds['load']:.1f} s to load and {seconds['compile']:.1f} s to compile.",
     ]
+
+
+def _flags(sets: Sequence[dict[str, Any]]) -> list[str]:
+    """How many transcripts have each flag."""
+    lines = [
+        f"Flags in {entry['name']}: {', '.join(f'{flag} {count}' for flag, count in sorted(entry['flags'].items()))}."
+        for entry in sets
+        if entry.get("flags")
+    ]
+    return [*lines, ""] if lines else []
 
 
 def comparison_to_markdown(comparison: dict[str, Any]) -> str:

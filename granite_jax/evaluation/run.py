@@ -5,10 +5,12 @@ OUT/results.json   all numbers
 OUT/results.md     the same as tables
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import tempfile
 import time
@@ -154,7 +156,10 @@ def evaluate(
                 evaluation_set.job_manifest(Path(work)),
                 store.directory / evaluation_set.directory,
                 options=transcribe_options,
-                transcriber=(lambda evaluation_set=evaluation_set: loader.ready(evaluation_set.utterances), identity),
+                transcriber=(
+                    lambda evaluation_set=evaluation_set: loader.ready(evaluation_set.utterances, transcribe_options),
+                    identity,
+                ),
                 shard=0,
                 num_shards=1,
                 part_size=part_size,
@@ -245,14 +250,17 @@ class _Loader:
         self._spent = Times()
         self._compilations = 0
 
-    def ready(self, utterances: Sequence[Utterance]) -> Transcriber:
+    def ready(self, utterances: Sequence[Utterance], options: TranscribeOptions) -> Transcriber:
         """The Transcriber, after compiling the programs that these utterances need."""
         began = time.monotonic()
         if self._asr is None:
             self._asr = self._load()
         loaded = time.monotonic()
-        needed = needed_buckets(self._asr.buckets, utterances)
-        self._asr.warmup([bucket for bucket in needed if bucket not in self._warm])
+        longest = self._asr.segment_seconds(options)
+        needed = needed_buckets(self._asr.buckets, utterances, longest)
+        is_long = any((utterance.seconds or math.inf) > longest for utterance in utterances)
+        words = options.word_timestamps or is_long
+        self._asr.warmup([bucket for bucket in needed if bucket not in self._warm], words=words)
         self._warm |= set(needed)
         self._compilations = self._asr.compilations
         self._spent = Times(load=loaded - began, compile=time.monotonic() - loaded)
@@ -266,9 +274,13 @@ class _Loader:
         return dataclasses.replace(spent, steady=steady, wait=wait, audio=audio, late_compilations=late)
 
 
-def needed_buckets(buckets: Sequence[Bucket], utterances: Sequence[Utterance]) -> list[Bucket]:
-    """The buckets that utterances of these lengths go to; all buckets if a length is unknown."""
-    lengths = {utterance.seconds for utterance in utterances}
+def needed_buckets(buckets: Sequence[Bucket], utterances: Sequence[Utterance], longest: float) -> list[Bucket]:
+    """The buckets that utterances of these lengths go to; all buckets if a length is unknown.
+
+    Args:
+      longest: seconds of the longest segment.
+    """
+    lengths = {utterance.seconds and min(utterance.seconds, longest) for utterance in utterances}
     needed = set(buckets) if None in lengths else set()
     for rows in {bucket.batch for bucket in buckets}:
         ascending = sorted((bucket for bucket in buckets if bucket.batch == rows), key=lambda bucket: bucket.samples)
@@ -360,6 +372,7 @@ def _scores(sets: Sequence[_Finished], out: Path, scoring: _Scoring) -> dict[str
             "utterances": len(lines),
             "scored": len(scored),
             "failed": sum(line.error is not None for line in lines),
+            "flags": dict(collections.Counter(flag for line in lines for flag in line.flags)),
             "hours": sum(line.seconds for line in lines) / 3600,
             "seconds": dataclasses.asdict(times),
             "rtfx": times.rtfx,

@@ -25,6 +25,7 @@ class Transcribed:
       hypothesis: the transcript; empty if there was an error.
       seconds: length of the audio; 0 if there was an error.
       error: the job's error, or None.
+      flags: of the transcript.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Transcribed:
     seconds: float
     keywords: tuple[str, ...] | None
     error: str | None
+    flags: tuple[str, ...] = ()
 
     def is_scored(self, normalize: Callable[[str], str]) -> bool:
         """Whether it counts."""
@@ -63,6 +65,7 @@ def collect(evaluation_set: EvaluationSet, directory: Path) -> list[Transcribed]
             results[index].get("duration", 0.0),
             utterance.keywords,
             results[index].get("error"),
+            tuple(results[index].get("flags", ())),
         )
         for index, utterance in enumerate(evaluation_set.utterances)
     ]
@@ -99,8 +102,8 @@ def error_counts(lines: Sequence[Transcribed], normalize: Callable[[str], str]) 
 
 
 def _parse(fields: dict[str, Any]) -> Transcribed:
-    keywords = fields.pop("keywords")
-    return Transcribed(keywords=None if keywords is None else tuple(keywords), **fields)
+    keywords, flags = fields.pop("keywords"), fields.pop("flags", ())
+    return Transcribed(keywords=None if keywords is None else tuple(keywords), flags=tuple(flags), **fields)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ MIN_NEW_TOKENS = 200  # the released model's own limit
 NEW_TOKENS_PER_SECOND = 6  # no supported language speaks faster
 MIN_DRAFT = 32
 _MANY_POSITIONS = 8192
+MAX_LABELS_PER_SECOND = 25  # half of the frames
 DRAFT_TOKENS_PER_SECOND = 7  # fast speech with a small vocabulary; longer drafts are truncated
 
 
@@ -29,6 +30,11 @@ class Bucket:
     def max_out_length(self) -> int:
         """The largest `max_new_tokens` of a row: the positions after the prompt, or all if a prompt can fill them."""
         return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
+
+    @property
+    def max_labels(self) -> int:
+        """The most CTC labels of a text that can be aligned."""
+        return math.ceil(MAX_LABELS_PER_SECOND * self.samples / SAMPLING_RATE)
 
     @property
     def draft(self) -> int:
@@ -80,7 +86,7 @@ def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
     Models of many positions have one more, for short audio with thousands of keywords in its prompt.
     """
     limit = config.max_seconds
-    short = [seconds for seconds in (5.0, 10.0, 20.0, 40.0) if seconds < limit]
+    short = [seconds for seconds in (5.0, 10.0, 20.0, 30.0) if seconds < limit]
     full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
     # The last bucket takes whatever fits the model's positions, long prompts with short audio included.

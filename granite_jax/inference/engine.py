@@ -1,6 +1,6 @@
 """Requests in, transcripts out: batches on their way through the device.
 
-    submit ──► pending, by bucket ──► encode ──► drafts ──► prefill, decode ──► texts ──► futures
+    submit ──► pending, by bucket ──► encode ──► drafts ──► prefill, decode ──► texts (──► align) ──► futures
 
     device   encode 1   encode 2   prefill, decode 1   encode 3   prefill, decode 2   ...
     host                drafts 1   batch 3             drafts 2   texts 1, batch 4
@@ -28,9 +28,11 @@ import numpy as np
 from granite_jax.audio.load import Audio, printable
 from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
+from granite_jax.inference.guards import Verdict, is_silent, judge
 from granite_jax.inference.options import DraftFrom, TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
-from granite_jax.inference.results import LOW_AGREEMENT, NOT_FINITE, Transcript, disagreement
+from granite_jax.inference.results import LOW_AGREEMENT, NOT_FINITE, Transcript, Word, disagreement
+from granite_jax.inference.words import label_sequence, split_words, word_times
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.matches import filter_matches, repair
@@ -62,6 +64,9 @@ class Request:
       keywords: the keywords that bias decoding, if any.
       flags: of the transcript, besides those of the audio and of the text.
       is_retry: whether keywords are only looked for, because their boosts made one repeat.
+      needs_logits: whether CTC logits are kept on the device until the text is known.
+      needs_words: whether the words of the text get their times, for which it needs logits.
+      is_final: whether a problem of the text is settled here and now; otherwise the caller is told of it.
     """
 
     audio: Audio
@@ -73,6 +78,26 @@ class Request:
     keywords: Keywords | None = None
     flags: tuple[str, ...] = ()
     is_retry: bool = False
+    needs_logits: bool = False
+    needs_words: bool = False
+    is_final: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """The result for one request.
+
+    Fields:
+      transcript: without segments.
+      labels: the best CTC label of every frame, int32 `[t]`.
+      words: if asked for, the words of its text; times are seconds of the request's audio.
+      verdict: the problem of a text that is not final.
+    """
+
+    transcript: Transcript
+    labels: np.ndarray
+    words: tuple[Word, ...] = ()
+    verdict: Verdict | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +107,7 @@ class _Ticket:
     request: Request
     number: int
     time: float
-    future: "Future[Transcript]"
+    future: "Future[Decoded]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +115,13 @@ class _Row:
     """A request after encoding."""
 
     ticket: _Ticket
+    labels: np.ndarray
     ctc_text: str
     drafted_text: str
     draft: tuple[int, ...]
     draft_from: str | None
     entropy: float
+    is_silent: bool = False
     spotted: tuple[str, ...] = ()
     automaton: KeywordAutomaton | None = None
 
@@ -104,7 +131,8 @@ class _Row:
 
 
 _Batch = tuple[Bucket, list[_Ticket]]
-_Results = list[tuple[_Ticket, Transcript]]
+_Results = list[tuple[_Ticket, Decoded]]
+_Stage = Callable[[], "_Results | _Stage"]  # waits for results, or for what the next stage needs
 
 
 class Engine:
@@ -114,7 +142,7 @@ class Engine:
 
         futures = [engine.submit(request) for request in requests]
         engine.flush()
-        transcripts = [engine.wait(future) for future in futures]
+        decoded = [future.result() for future in futures if engine.wait(future)]
     """
 
     def __init__(
@@ -126,10 +154,12 @@ class Engine:
         buckets: Sequence[Bucket],
         batch_size: int,
         *,
+        word_offsets: tuple[float, float] = (0.0, 0.0),
         deadline: float = math.inf,
     ):
         """
         Args:
+          word_offsets: seconds to add to the starts and the ends of words.
           deadline: seconds after which a request is dispatched even in a part-filled batch.
         """
         self.programs = programs
@@ -137,6 +167,7 @@ class Engine:
         self._config = config
         self._params = params
         self._tokenizer = tokenizer
+        self._word_offsets = word_offsets
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
         self._pools: dict[tuple[int, ...], tuple[BatchedAutomata, list[KeywordAutomaton]]] = {}
@@ -147,8 +178,8 @@ class Engine:
         self._flushed = 0  # requests with a lower number do not wait for a full batch
         self._driving = threading.Lock()  # guards the batches on the device
         self._encoded: collections.deque[tuple[_Batch, Encoded]] = collections.deque()
-        self._decoding: collections.deque[Callable[[], _Results]] = collections.deque()
-        self._to_decode: dict[Bucket, list[tuple[_Row, np.ndarray]]] = collections.defaultdict(list)
+        self._decoding: collections.deque[_Stage] = collections.deque()
+        self._to_decode: dict[Bucket, list[tuple[_Row, np.ndarray, np.ndarray | None]]] = collections.defaultdict(list)
 
     def bucket(self, request: Request, batch: int) -> Bucket | None:
         """The bucket of `batch` rows for a request, or None."""
@@ -160,9 +191,14 @@ class Engine:
         return bucket.batch * self.programs.devices.replicas
 
     @property
+    def full_rows(self) -> int:
+        """Rows of a full batch on all devices together."""
+        return self._batch_size * self.programs.devices.replicas
+
+    @property
     def read_ahead(self) -> int:
         """How many requests can be admitted after a request before its batch is dispatched, full or not."""
-        return _READ_AHEAD * self._batch_size * self.programs.devices.replicas
+        return _READ_AHEAD * self.full_rows
 
     def fits(self, request: Request) -> bool:
         """Whether there is any bucket for a request."""
@@ -172,18 +208,26 @@ class Engine:
         """Prompt tokens that the audio takes."""
         return int(self._config.num_audio_tokens(num_frames(len(audio.samples))))
 
-    def compile(self, bucket: Bucket, prompt: PromptTokens) -> None:
-        """Runs the programs of a bucket on silence."""
+    def compile(self, bucket: Bucket, prompt: PromptTokens, *, words: bool = False) -> None:
+        """Runs the programs of a bucket on silence; with `words`, those that time words, too."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
-        row = _Row(_Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future()), "", "", (), None, 0.0)
+        ticket = _Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future())
+        row = _Row(ticket, np.zeros(0, np.int32), "", "", (), None, 0.0)
         with self._driving:
             audio = self._encode(bucket, [row.ticket]).audio
             jax.block_until_ready(self._decode(bucket, [row], audio).tokens)
+            if words:
+                request = dataclasses.replace(ticket.request, needs_words=True)
+                logits = self._encode(bucket, [dataclasses.replace(ticket, request=request)]).logits
+                size = self.rows(bucket)
+                none = np.zeros(size, np.int32)
+                labels = np.zeros((size, bucket.max_labels), np.int32)
+                jax.block_until_ready(self.programs.align(logits, none + SAMPLING_RATE, labels, none))
 
     # Admission.
 
-    def submit(self, request: Request) -> "Future[Transcript]":
+    def submit(self, request: Request) -> "Future[Decoded]":
         """Admits a request that `fits`. Its future completes only while a caller drives the engine: see `wait`."""
         bucket = self.bucket(request, self._batch_size) or self.bucket(request, 1)
         assert bucket is not None, "checked when the request was made"
@@ -201,7 +245,7 @@ class Engine:
             self._flushed = self._admitted
             self._changed.notify_all()
 
-    def wait(self, future: "Future[Transcript]", until: Callable[[], bool] = lambda: False) -> bool:
+    def wait(self, future: "Future[Any]", until: Callable[[], bool] = lambda: False) -> bool:
         """Drives the engine until a future is done or `until` returns True; returns whether the future is done."""
         while not future.done() and not until():
             with self._driving:
@@ -221,7 +265,11 @@ class Engine:
                 with self._changed:
                     self._changed.wait(timeout)
             if self._decoding and (len(self._decoding) > 1 or batch is None):
-                self._finish(self._decoding.popleft()())
+                outcome = self._decoding.popleft()()
+                if callable(outcome):
+                    self._decoding.append(outcome)
+                else:
+                    self._finish(outcome)
         except BaseException as error:
             self._abandon(error)
             raise
@@ -276,14 +324,15 @@ class Engine:
         )
 
     def _finish(self, results: _Results) -> None:
-        for ticket, transcript in results:
+        for ticket, decoded in results:
+            transcript = decoded.transcript
             keywords = ticket.request.keywords
             boosted = () if keywords is None or ticket.request.is_retry else keywords.texts
             if has_repetition_loop(transcript.text, transcript.ctc_text, boosted):
                 self._retry(ticket)
             else:
                 del self._unfinished[ticket.number]
-                ticket.future.set_result(transcript)
+                ticket.future.set_result(decoded)
 
     def _retry(self, ticket: _Ticket) -> None:
         """Admits a request again, without boosts."""
@@ -311,25 +360,39 @@ class Engine:
         """Moves the oldest encoded batch on; rows whose CTC text passes the confidence filter are finished."""
         (bucket, batch), encoded = self._encoded.popleft()
         rows = self._rows(batch, encoded)
-        if not any(row.request.options.drafting.ctc_threshold for row in rows):
-            self._decoding.extend(self._dispatch(bucket, rows, encoded.audio))
+        thresholds = [row.request.options.drafting.ctc_threshold for row in rows]
+        passed = [row.is_silent or row.entropy < threshold for row, threshold in zip(rows, thresholds, strict=True)]
+        if not any(thresholds) and not all(passed):  # silent rows of such a batch generate nothing
+            self._decoding.extend(self._dispatch(bucket, rows, encoded.audio, encoded.logits))
             return
-        # Rows that fail the filter wait for one another, so that the language model sees full batches.
+        # Rows that go on wait for one another, so that the language model sees full batches.
         audio = np.asarray(encoded.audio)
-        passed = [row.entropy < row.request.options.drafting.ctc_threshold for row in rows]
-        self._to_decode[bucket] += [(row, audio[i]) for i, row in enumerate(rows) if not passed[i]]
-        self._finish([(row.ticket, self._ctc_transcript(row)) for i, row in enumerate(rows) if passed[i]])
+        for i, row in enumerate(rows):
+            if not passed[i]:
+                logits = None if encoded.logits is None else np.asarray(encoded.logits[i])
+                self._to_decode[bucket].append((row, audio[i], logits))
+        finished = [self._ctc_decoded(row) if passed[i] else None for i, row in enumerate(rows)]
+        outcome = self._align(bucket, rows, finished, encoded.logits)
+        if callable(outcome):
+            self._decoding.append(outcome)
+        else:
+            self._finish(outcome)
         self._repack(late=False)
 
     def _repack(self, *, late: bool) -> bool:
         """Dispatches a full batch of `_to_decode`, or, if `late`, one with a late row; returns whether there is one."""
         for bucket, rows in self._to_decode.items():
             size = self.rows(bucket)
-            if len(rows) >= size or (late and any(self._is_late(row.ticket) for row, _ in rows)):
+            if len(rows) >= size or (late and any(self._is_late(row.ticket) for row, _, _ in rows)):
                 batch, self._to_decode[bucket] = rows[:size], rows[size:]
                 padded = [*batch, *[batch[0]] * (size - len(batch))]
-                audio = self.programs.devices.shard_rows(np.stack([audio for _, audio in padded]))
-                self._decoding.extend(self._dispatch(bucket, [row for row, _ in batch], audio))
+                audio = self.programs.devices.shard_rows(np.stack([audio for _, audio, _ in padded]))
+                some = next((logits for _, _, logits in batch if logits is not None), None)
+                logits = None
+                if some is not None:
+                    filled = [np.zeros_like(some) if logits is None else logits for _, _, logits in padded]
+                    logits = self.programs.devices.shard_rows(np.stack(filled))
+                self._decoding.extend(self._dispatch(bucket, [row for row, _, _ in batch], audio, logits))
                 return True
         return False
 
@@ -345,7 +408,8 @@ class Engine:
             lengths[row] = len(request.audio.samples)
         keywords = make_keyword_batch([request.keywords and request.keywords.labels for request in padded])
         bpe_wanted = np.array([self._draft_from(request) == "bpe" for request in padded], np.int32)
-        return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted)
+        with_logits = any(request.needs_logits or request.needs_words for request in requests)
+        return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted, with_logits=with_logits)
 
     def _draft_from(self, request: Request) -> DraftFrom | None:
         """The head that makes a request's draft, if one does."""
@@ -356,7 +420,7 @@ class Engine:
 
     def _rows(self, batch: list[_Ticket], encoded: Encoded) -> list[_Row]:
         """Waits for a batch's labels, finds the keywords in them, and makes drafts from them."""
-        names = ("labels", "entropy", "spotting", "bpe_labels")
+        names = ("labels", "entropy", "spotting", "bpe_labels", "speech_frames")
         host: dict[str, Any] = jax.device_get({name: getattr(encoded, name) for name in names})
         labels, scores = host["labels"], host["spotting"]
         rows = []
@@ -381,7 +445,9 @@ class Engine:
             draft = draft[: min(draft_budget(len(request.audio.samples)), request.max_new_tokens)]
             draft_from = None if not draft else head if request.draft is None else "caller"
             entropy = float(host["entropy"][i])
-            rows.append(_Row(ticket, text, drafted, draft, draft_from, entropy, spotted, automaton))
+            own = labels[i, : num_frames(len(request.audio.samples))]
+            silent = request.options.guards and is_silent(text, int(host["speech_frames"][i])) and request.draft is None
+            rows.append(_Row(ticket, own, text, drafted, draft, draft_from, entropy, silent, spotted, automaton))
         return rows
 
     def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
@@ -399,7 +465,7 @@ class Engine:
                 self._pools[key] = cached
         return cached[0]
 
-    def _dispatch(self, bucket: Bucket, rows: list[_Row], audio: Any) -> Iterator[Callable[[], _Results]]:
+    def _dispatch(self, bucket: Bucket, rows: list[_Row], audio: Any, logits: Any) -> Iterator[_Stage]:
         """Dispatches a batch to the language model; each function it yields waits for a part of the results."""
         try:
             state = self._decode(bucket, rows, audio)
@@ -408,32 +474,79 @@ class Engine:
             if len(rows) == 1:
                 raise
             half = len(rows) // 2
-            yield from self._dispatch(bucket, rows[:half], audio)
-            rolled = self.programs.devices.shard_rows(np.roll(np.asarray(audio), -half, axis=0))
-            yield from self._dispatch(bucket, rows[half:], rolled)
+            roll = lambda array: self.programs.devices.shard_rows(np.roll(np.asarray(array), -half, axis=0))  # noqa: E731
+            yield from self._dispatch(bucket, rows[:half], audio, logits)
+            yield from self._dispatch(bucket, rows[half:], roll(audio), None if logits is None else roll(logits))
             return
         # Without the cache, so that its memory is freed as soon as the device is done with it.
         results = {name: getattr(state, name) for name in _RESULTS}
         results["drafted"] = state.draft.lengths
 
-        def collect() -> _Results:
+        def collect() -> _Results | _Stage:
             host = jax.device_get(results)
-            return [(row.ticket, self._transcript(row, host, i)) for i, row in enumerate(rows)]
+            return self._align(bucket, rows, [self._decoded(row, host, i) for i, row in enumerate(rows)], logits)
 
         yield collect
+
+    def _align(
+        self, bucket: Bucket, rows: list[_Row], decoded: Sequence[Decoded | None], logits: Any
+    ) -> _Results | _Stage:
+        """Dispatches the alignment of finished texts, if any of them wants its words.
+
+        Args:
+          decoded: the rows' results; those without one are left out.
+          logits: of the rows, in their order.
+        """
+        results = [(row.ticket, result) for row, result in zip(rows, decoded, strict=True) if result is not None]
+        texts = {
+            i: split_words(result.transcript.text)
+            for i, result in enumerate(decoded)
+            if result is not None and result.verdict is None and rows[i].request.needs_words and result.transcript.text
+        }
+        if not texts:
+            return results
+        size, width = self.rows(bucket), bucket.max_labels
+        labels, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        counts = np.zeros(size, np.int32)
+        for i, words in texts.items():
+            sequence = label_sequence(words)[0]
+            if len(sequence) <= width:
+                labels[i, : len(sequence)], counts[i] = sequence, len(sequence)
+            lengths[i] = len(rows[i].request.audio.samples)
+        alignment = self.programs.align(logits, lengths, labels, counts)
+
+        def collect() -> _Results:
+            host = jax.device_get(alignment)
+            timed = list(decoded)
+            for i, words in texts.items():
+                row, result = rows[i], decoded[i]
+                frames = len(row.labels)
+                states = host.states[i, :frames] if counts[i] else np.full(0, -1, np.int32)
+                times = word_times(
+                    words,
+                    states,
+                    host.log_probs[i, :frames],
+                    duration=row.request.audio.duration,
+                    offsets=self._word_offsets,
+                )
+                timed[i] = dataclasses.replace(result, words=times)
+            return [(row.ticket, result) for row, result in zip(rows, timed, strict=True) if result is not None]
+
+        return collect
 
     def _decode(self, bucket: Bucket, rows: list[_Row], audio: Any) -> DecodeState:
         """Dispatches prefill and decode of a padded batch, without waiting for them."""
         size = self.rows(bucket)
         padding = size - len(rows)
         # Padding rows repeat the first row and generate nothing.
-        requests = [row.request for row in rows] + [dataclasses.replace(rows[0].request, max_new_tokens=0)] * padding
+        requests = [row.request for row in [*rows, *[rows[0]] * padding]]
         tokens = np.zeros((size, bucket.prompt), np.int32)
         for i, request in enumerate(requests):
             audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
             tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         lengths = np.array([request.prompt_length for request in requests], np.int32)
-        max_new_tokens = np.array([request.max_new_tokens for request in requests], np.int32)
+        max_new_tokens = np.zeros(size, np.int32)
+        max_new_tokens[: len(rows)] = [0 if row.is_silent else row.request.max_new_tokens for row in rows]
         draft = pad_drafts([*(row.draft for row in rows), *[()] * padding], bucket.draft)
         thresholds = np.array([request.options.drafting.verify_threshold for request in requests], np.float32)
         automata = self._automata([*(row.automaton for row in rows), *[None] * padding])
@@ -451,14 +564,15 @@ class Engine:
             max_out_length=bucket.max_out_length,
         )
 
-    def _transcript(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Transcript:
+    def _decoded(self, row: _Row, state: dict[str, np.ndarray], i: int) -> Decoded:
+        if row.is_silent:
+            return self._ctc_decoded(row)
         count = int(state["num_tokens"][i])
         if np.isnan(row.entropy) or np.isnan(state["log_probs"][i, : count + 1]).any():
             audio = row.request.audio
             error = f"{printable(audio.name)}: {NOT_FINITE}"
-            return Transcript(
-                audio.name, duration=audio.duration, flags=(*audio.flags, *row.request.flags), error=error
-            )
+            flags = (*audio.flags, *row.request.flags)
+            return Decoded(Transcript(audio.name, duration=audio.duration, flags=flags, error=error), row.labels)
         tokens = tuple(state["tokens"][i, :count].tolist())
         passes, drafted, accepted = (int(state[name][i]) for name in ("num_forward_passes", "drafted", "num_accepted"))
         verified = passes == 1 and accepted == drafted
@@ -474,16 +588,16 @@ class Engine:
         confidence = round(float(np.exp(state["log_probs"][i, :count]).mean()), 3) if count else None
         return self._finished(row, tokens, stats, row.draft, state["draft_positions"][i, :count].tolist(), confidence)
 
-    def _ctc_transcript(self, row: _Row) -> Transcript:
-        """The transcript of a row that never reaches the language model."""
+    def _ctc_decoded(self, row: _Row) -> Decoded:
+        """The result of a row that never reaches the language model."""
         drafted = self._tokenizer.encode(row.drafted_text)
         tokens = tuple(drafted[: row.request.max_new_tokens])
         stats = {
-            "route": "ctc",
+            "route": "silence" if row.is_silent else "ctc",
             "llm_passes": 0,
             "draft_tokens": len(tokens),
             "accepted_tokens": len(tokens),
-            "draft_from": "ctc",
+            "draft_from": None if row.is_silent else "ctc",
             "finish": "end" if len(tokens) == len(drafted) else "length",
         }
         return self._finished(row, tokens, stats, tokens, range(len(tokens)))
@@ -496,20 +610,44 @@ class Engine:
         draft: tuple[int, ...],
         draft_positions: Sequence[int],
         confidence: float | None = None,
-    ) -> Transcript:
-        audio, text = row.request.audio, self._tokenizer.decode(tokens).strip()
-        if row.request.keywords is not None:
+    ) -> Decoded:
+        request, text = row.request, self._tokenizer.decode(tokens).strip()
+        audio, options = request.audio, request.options
+        if request.keywords is not None:
             stats["keywords"] = row.spotted
-        doubtful = row.request.options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
-        flags = (
-            *audio.flags,
-            *row.request.flags,
-            *(("retried",) if row.request.is_retry else ()),
-            *(("low-agreement",) if doubtful else ()),
-        )
+        doubtful = options.raw and disagreement(text, row.ctc_text) > LOW_AGREEMENT
+        verdict = self._verdict(row, text, stats) if options.guards else None
         spans = _accepted_spans(draft_positions)
-        return Transcript(
+        if verdict is not None and verdict.text != text and (request.is_final or verdict.problem == "invention"):
+            text, tokens, spans = verdict.text, tuple(self._tokenizer.encode(verdict.text)), ()
+            stats["route"] = "ctc" if text == row.ctc_text else stats["route"]
+            confidence = None
+        noticed = {
+            "retried": request.is_retry,
+            "silence": row.is_silent,
+            "loop": verdict is not None and verdict.problem == "loop",
+            "length": verdict is not None and verdict.problem == "length",
+            "low-agreement": doubtful,
+        }
+        flags = (*audio.flags, *request.flags, *(flag for flag, is_set in noticed.items() if is_set))
+        transcript = Transcript(
             audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, spans, flags
+        )
+        is_settled = verdict is None or request.is_final or verdict.problem == "invention"
+        return Decoded(transcript, row.labels, verdict=None if is_settled else verdict)
+
+    def _verdict(self, row: _Row, text: str, stats: dict[str, Any]) -> Verdict | None:
+        options = row.request.options
+        keywords = () if row.request.keywords is None or row.request.is_retry else row.request.keywords.texts
+        if stats["llm_passes"] == 0 or options.prompt is not None or has_repetition_loop(text, row.ctc_text, keywords):
+            return None  # of what a prompt asks for, nothing is known; boosts that repeat are tried without first
+        return judge(
+            text,
+            row.labels,
+            row.ctc_text,
+            stopped=stats["finish"] == "length" and options.max_new_tokens is None,
+            is_transcript=options.is_transcript,
+            is_raw=options.raw,
         )
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from granite_jax.audio.segment import MIN_SECONDS
 from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn, keyword_entries, plain_number
 from granite_jax.text.chat_template import check_text
@@ -20,6 +21,7 @@ from granite_jax.text.tasks import TASKS, check_task
 Parallel = Literal["shard_map", "pmap"]
 Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", False]
 DraftFrom = Literal["ctc", "bpe"]
+Channels = Literal["mix", "split"]
 
 PRESETS: Mapping[str, tuple[float, float]] = {
     "relaxed": (0.7, 0.2),
@@ -146,6 +148,15 @@ class TranscribeOptions:
       keywords_in: "decoder" biases decoding, with lists of any length and any task, and leaves other text as it would
         have been. "prompt" mentions them in the prompt, up to 100 or as many as the model's card
         says ("Keywords: a, b"); other words can then change, too. "both" does both.
+      word_timestamps: give each word of a transcript its start, end and confidence, by CTC forced alignment. Segments
+        of translations have times, their words have none.
+      segment_seconds: longer audio is cut at pauses into segments of at most this length, which are decoded apart and
+        joined. "auto": as long as is good for the model, 30 seconds unless its checkpoint says otherwise. None: one
+        pass over everything, as far as the model's context goes.
+      guards: notice text that the audio does not support, segment by segment: a text that repeats itself without end,
+        that stops at the budget of new tokens, that leaves out a passage, or that was written where nobody speaks.
+        Such a segment is decoded again in smaller pieces, or gets the encoder's own text. False: the model's text.
+      channels: "mix" takes the mean of the channels; "split" transcribes each on its own.
     """
 
     task: str = "transcribe"
@@ -162,15 +173,35 @@ class TranscribeOptions:
     keyword_boost: float | None = None
     keyword_gate: float | Literal[False] | None = None
     keywords_in: KeywordsIn = "decoder"
+    word_timestamps: bool = False
+    segment_seconds: float | Literal["auto"] | None = "auto"
+    guards: bool = True
+    channels: Channels = "mix"
 
     def __post_init__(self) -> None:
         _make_numbers_plain(self)
+        self._check_recording()
         self._check_prompt()
         limit = self.max_new_tokens
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise GraniteError(f"max_new_tokens is {limit!r:.60}, not a positive number")
         object.__setattr__(self, "keywords", keyword_entries(self.keywords))
         _ = self.drafting, self.biasing  # raise an error if a field is invalid
+
+    def _check_recording(self) -> None:
+        for name in ("word_timestamps", "guards"):
+            if not isinstance(getattr(self, name), bool):
+                raise GraniteError(f"{name} is True or False, not {getattr(self, name)!r:.60}")
+        if self.channels not in ("mix", "split"):
+            raise GraniteError(f'channels is "mix" or "split", not {self.channels!r:.60}')
+        seconds = self.segment_seconds
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not (seconds is None or seconds == "auto" or (is_number and MIN_SECONDS <= seconds < math.inf)):
+            raise GraniteError(
+                f'segment_seconds is "auto", None or a number of at least {MIN_SECONDS:g}, not {seconds!r:.60}'
+            )
+        if self.word_timestamps and not self.is_transcript:
+            raise GraniteError("word_timestamps is for transcripts, not for translations and prompts of your own")
 
     def _check_prompt(self) -> None:
         if not isinstance(self.allow_custom_prompt, bool):
@@ -191,6 +222,11 @@ class TranscribeOptions:
     def raw(self) -> bool:
         """Whether the text is a raw transcript, as the CTC head writes it."""
         return self.task == "transcribe" and self.prompt is None
+
+    @property
+    def is_transcript(self) -> bool:
+        """Whether the text has the words that were spoken, so that it can be compared with the CTC head's."""
+        return self.task in ("transcribe", "punctuate") and self.prompt is None
 
     @functools.cached_property
     def drafting(self) -> SpeculativeOptions:
@@ -233,6 +269,12 @@ def resolve(
             options or TranscribeOptions(), **{name: value for name, value in fields.items() if name not in names}
         ),
     )
+
+
+def check_mixed(options: TranscribeOptions) -> None:
+    """Raises GraniteError if the options ask for several results of one input, where each has one line."""
+    if options.channels != "mix":
+        raise GraniteError('channels="split" is for Transcriber.transcribe and granite-jax transcribe')
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -1,4 +1,4 @@
-"""The three compiled programs of inference, each a jitted function of (params, inputs).
+"""The compiled programs of inference, each a jitted function of (params, inputs).
 
     encode    waveforms, CTC labels of keywords -> audio embeddings, best labels of the CTC heads, keyword scores
                                                               on shapes (batch, samples)
@@ -6,9 +6,12 @@
                                                               on shapes (batch, prompt, draft, capacity)
     decode    verifier output, KV cache, drafts, keyword automata -> tokens
                                                               on shapes (batch, draft, capacity, output)
+    align     CTC logits, labels of texts -> the frames of every label
+                                                              on shapes (batch, samples)
 
-A `Bucket` fixes all of these shapes, so there are at most three compilations per bucket, with and without drafts and
-keywords: their arrays have a fixed size, of which only the filled part is computed.
+A `Bucket` fixes all of these shapes, so there are at most five compilations per bucket, with and without drafts and
+keywords: their arrays have a fixed size, of which only the filled part is computed. `encode` has two forms, because the
+logits are big and only `align` needs them: where no words are timed, three programs per bucket remain.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from granite_jax import decoding
-from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
+from granite_jax.array_types import AudioEmbeddings, CTCLogits, Lengths, Params, Samples, Tokens
 from granite_jax.decoding import DecodeState, Draft, DraftProposal, VerifierOutput
 from granite_jax.errors import GraniteError
 from granite_jax.inference.sharding import BATCH, REPLICATED, DeviceMesh
@@ -35,6 +38,7 @@ from granite_jax.keywords.spotter import KeywordBatch, SpottingScores
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
+from granite_jax.model.ctc_alignment import Alignment, align
 from granite_jax.model.decoder import KVCache
 from granite_jax.model.features import log_mel, num_frames
 
@@ -53,6 +57,8 @@ class Encoded:
       spotting: the keywords with the best scores.
       bpe_labels: best label of the BPE head for every window of four frames, int32, blank past the row's end and in
         rows that did not ask for them; None without such a head.
+      speech_frames: int32, the valid frames in which characters have more than a fifth of the probability.
+      logits: CTC logits, float32, if they were asked for.
     """
 
     audio: AudioEmbeddings
@@ -60,6 +66,8 @@ class Encoded:
     entropy: Float[Array, "b"]
     spotting: SpottingScores
     bpe_labels: Int[Array, "b w"] | None
+    speech_frames: Int[Array, "b"]
+    logits: CTCLogits | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Programs:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.speculation = speculation or Speculation()
-        self.traces: dict[str, list[dict[str, str]]] = {"encode": [], "prefill": [], "decode": []}
+        self.traces: dict[str, list[dict[str, str]]] = {name: [] for name in ("encode", "prefill", "decode", "align")}
         self.devices = devices or DeviceMesh.make(jax.devices()[:1])
         cache = KVCache(*[PartitionSpec(None, *BATCH)] * 2, lengths=BATCH)  # pyright: ignore[reportArgumentType]
         fields = {field.name: BATCH for field in dataclasses.fields(DecodeState)}
@@ -105,11 +113,12 @@ class Programs:
         tables = {field.name: REPLICATED for field in dataclasses.fields(BatchedAutomata)}
         keywords = BatchedAutomata(**tables | {"starts": BATCH})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
-        self.encode = compiled(self._counted(self._encode), (REPLICATED, *[BATCH] * 4), BATCH)
+        self.encode = compiled(self._counted(self._encode), (REPLICATED, *[BATCH] * 4), BATCH, static="with_logits")
         prompts = (REPLICATED, BATCH, BATCH, BATCH, BATCH, keywords)
         self.prefill = compiled(self._counted(self._prefill), prompts, (BATCH, cache), static="capacity")
         drafts = (REPLICATED, BATCH, cache, BATCH, BATCH, BATCH, keywords)
         self.decode = compiled(self._counted(self._decode), drafts, state, static="max_out_length", donate=2)
+        self.align = compiled(self._counted(self._align), [BATCH] * 4, BATCH)
 
     def _counted(self, function: Callable) -> Callable:
         signature, traces = inspect.signature(function), self.traces[function.__name__.strip("_")]
@@ -126,7 +135,13 @@ class Programs:
         return counted
 
     def _encode(
-        self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch, bpe_wanted: Lengths
+        self,
+        params: Params,
+        samples: Samples,
+        lengths: Lengths,
+        keywords: KeywordBatch,
+        bpe_wanted: Lengths,
+        with_logits: bool = False,
     ) -> Encoded:
         """`bpe_wanted`: int32, 0 for rows that do not ask for the BPE head's labels."""
         frames = num_frames(lengths)
@@ -139,7 +154,8 @@ class Programs:
         bpe = None
         if self.config.encoder.bpe_output_dim:
             bpe = granite_speech.bpe_labels(self.config, params, encoded, frames, bpe_wanted, dtype=self.dtype)
-        return Encoded(audio, labels, entropy, spotter.score_keywords(logits, frames, keywords), bpe)
+        spotting, speech_frames = spotter.score_keywords(logits, frames, keywords), ctc.speech_frames(logits, frames)
+        return Encoded(audio, labels, entropy, spotting, bpe, speech_frames, logits if with_logits else None)
 
     def _prefill(
         self,
@@ -195,6 +211,10 @@ class Programs:
             window=self.speculation.window,
             realign=decoding.REALIGN[self.speculation.realign],
         )
+
+    def _align(self, logits: CTCLogits, lengths: Lengths, labels: Int[Array, "b n"], num_labels: Lengths) -> Alignment:
+        """`lengths`: samples of each row."""
+        return align(logits, num_frames(lengths), labels, num_labels)
 
     def _selector(self, keywords: BatchedAutomata) -> KeywordSelector:
         decoder = self.config.decoder

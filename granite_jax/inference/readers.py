@@ -28,6 +28,7 @@ def read_ahead(
     engine: Engine,
     window: int,
     ordered: bool,
+    stopped: threading.Event,
 ) -> Generator[Transcript]:
     """Yields the result of each input.
 
@@ -36,6 +37,7 @@ def read_ahead(
       submit: reads an input and submits it to the engine; runs in the readers' threads.
       window: the most inputs in progress, from reading to yielding.
       ordered: yield in input order; otherwise as results are done.
+      stopped: set when no more results are wanted, for readers that wait.
     """
     remaining, done = iter(inputs), queue.SimpleQueue[_Input]()
     in_progress: collections.deque[_Input] = collections.deque()
@@ -77,6 +79,7 @@ def read_ahead(
                 yield next_input.result.result()
                 start_reads(pool)
         finally:
+            stopped.set()
             for item in in_progress:
                 if item.request is not None:
                     item.request.cancel()

@@ -12,7 +12,10 @@ FLAGS = {
     "truncated-input": "the file lacks its end",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
     "prompt-fallback": "the model was not trained with the prompt, so this is the raw transcript",
-    "retried": "a keyword repeated without end, so this text was written without boosts",
+    "retried": "what was written first repeated itself, stopped early or left something out, so this was decoded again",
+    "loop": "the model repeated itself without end, so what it wrote was replaced or cut",
+    "length": "the text ended at its budget of tokens, so its end may be missing",
+    "silence": "nobody was heard to speak, so nothing was written",
     "low-agreement": "the encoder's own text differs much, so this text may not be what was said",
 }
 """The values of a transcript's `flags` and their meanings."""
@@ -73,12 +76,13 @@ class Transcript:
       confidence: mean probability of the tokens in the language model's own distribution, without any boost; None if it
         did not run or wrote nothing.
       ctc_text: greedy text of the encoder's own CTC head: lower case, no punctuation, never a translation.
-      stats: `route`, how the text came about: "ctc" (the language model never ran), "verified" (its first pass accepted
-        the draft), "resumed" (it went on from the part it accepted) or "greedy" (there was no draft); `llm_passes` (the
+      stats: `route`, how the text came about: "ctc" (the encoder's own text), "silence" (there was nothing to write),
+        "verified" (the language model's first pass accepted the draft), "resumed" (it went on from the part it
+        accepted), "greedy" (there was no draft) or, if segments differ, "mixed"; `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `draft_from`:
         the encoder's head that drafted, "ctc" or "bpe", or "caller", or None; `finish`: "end" if the model ended the
         text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those that were heard, best first.
-      draft: ids of the draft as it was proposed.
+      draft: ids of the draft as it was proposed, for recordings of one segment.
       accepted_spans: the spans of `tokens` that were taken from the draft, each (position in `tokens`, position in
         `draft`, size).
       flags: warnings about the text, from `FLAGS`. "low-agreement", for raw transcripts only: the `disagreement` with
@@ -114,6 +118,14 @@ class Emissions:
 
     features: np.ndarray
     ctc_logits: np.ndarray
+
+
+def segment_fields(transcript: Transcript) -> list[dict[str, Any]]:
+    """A transcript's segments for a line of JSON beside its `tokens`, hence without their own."""
+    return [
+        {key: value for key, value in dataclasses.asdict(segment).items() if key != "tokens"}
+        for segment in transcript.segments
+    ]
 
 
 def disagreement(text: str, ctc_text: str) -> float:

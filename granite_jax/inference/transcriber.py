@@ -1,4 +1,4 @@
-"""Audio in any form -> readers -> engine -> transcripts, in input order."""
+"""Audio in any form -> readers -> segments -> engine -> transcripts, in input order."""
 
 import contextlib
 import dataclasses
@@ -15,16 +15,28 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from granite_jax.audio.load import Audio, is_encoded, load_audio, path_of, printable
+from granite_jax.audio.load import (
+    AccessError,
+    Audio,
+    check_samples,
+    is_encoded,
+    load_audio,
+    num_channels,
+    open_recording,
+    path_of,
+    printable,
+)
 from granite_jax.audio.resample import TooLongError
+from granite_jax.audio.segment import MIN_SECONDS, AudioSegment, cut
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.files import cache_directory
 from granite_jax.errors import CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.engine import Engine, Request
-from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
+from granite_jax.inference.options import Channels, ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
 from granite_jax.inference.programs import Programs, Speculation
+from granite_jax.inference.recordings import OnSegment, RecordingDecoder
 from granite_jax.inference.results import Emissions, Transcript
 from granite_jax.inference.safeguard import safeguarded
 from granite_jax.inference.sharding import DeviceList, DeviceMesh
@@ -38,6 +50,7 @@ from granite_jax.text.tasks import Capabilities, ChatTemplate, PromptTokens
 from granite_jax.text.tokenizer import Tokenizer
 
 _MAX_CACHED_LISTS = 16  # prepared lists of keywords
+_LONG_PASS = 60.0  # seconds
 
 
 class Transcriber:
@@ -89,7 +102,15 @@ class Transcriber:
         self._preparing = threading.Lock()
         self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
         self._params = devices.put(params, devices.param_shardings(config))
-        self._engine = Engine(config, self._params, programs, tokenizer, self.buckets, self.batch_size)
+        self._engine = Engine(
+            config,
+            self._params,
+            programs,
+            tokenizer,
+            self.buckets,
+            self.batch_size,
+            word_offsets=self.capabilities.word_offsets,
+        )
 
     @classmethod
     @accepts(ModelOptions)
@@ -136,7 +157,7 @@ class Transcriber:
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled so far: at most three per bucket."""
+        """How many programs have been compiled so far: at most three per bucket, or five with words of long audio."""
         return sum(map(len, self._engine.programs.traces.values()))
 
     @property
@@ -144,11 +165,15 @@ class Transcriber:
         """How many inputs are sorted by length together: lists of a multiple of this length fill the most batches."""
         return self._engine.read_ahead
 
-    def warmup(self, buckets: Sequence[Bucket] | None = None) -> None:
-        """Compiles the programs of all buckets (or those given) by running them on silence."""
+    def warmup(self, buckets: Sequence[Bucket] | None = None, *, words: bool = False) -> None:
+        """Compiles the programs of all buckets (or those given) by running them on silence.
+
+        Args:
+          words: compile those that time words, too, which audio of several segments needs.
+        """
         prompt = self._prompt(self.capabilities.prompts.transcribe)
         for bucket in buckets or self.buckets:
-            self._engine.compile(bucket, prompt)
+            self._engine.compile(bucket, prompt, words=words)
 
     @overload
     def transcribe(
@@ -169,9 +194,10 @@ class Transcriber:
         draft: str | Sequence[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         progress: Callable[[int], None] | None = None,
+        on_segment: OnSegment | None = None,
         **fields: Any,
     ) -> list[Transcript] | Transcript:
-        """Transcribes or translates one input or a list of them.
+        """Transcribes or translates one input or a list of them, of any length.
 
         Args:
           audio: a path, a binary file object, bytes, a float or integer array (16 kHz, or of `sampling_rate`; `[n]`,
@@ -184,17 +210,20 @@ class Transcriber:
             (or None) for each input.
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
+          on_segment: called with the name of an input and a `Segment` of it, as soon as that is final; in order within
+            an input. It runs between batches, so it should be quick.
           fields: fields of `TranscribeOptions` that replace those of `options`.
 
         Returns:
-          One Transcript, or a list of them in input order if `audio` is a list. A result does not depend on the other
-          inputs.
+          One Transcript, or a list of them in input order if `audio` is a list or `channels` is "split". A result does
+          not depend on the other inputs.
 
         Raises:
           GraniteError: an option is unknown or out of range.
           PromptError: the checkpoint does not support the task or a language; or naming a keyword that is not usable.
           AudioError: naming an input that is not readable, too short or not finite.
-          ContextError: naming an input that does not fit the model's positions with its prompt and new tokens.
+          ContextError: naming an input that does not fit the model's positions with its prompt and new tokens, in one
+            pass (`segment_seconds=None`) or in segments of the given length.
           CheckpointError: naming an input for which the weights give NaN.
         """
         is_list = isinstance(audio, list) or _is_tuple_of_files(audio)
@@ -210,8 +239,10 @@ class Transcriber:
             keyword_lists=keyword_lists,
             drafts=drafts_for(draft, len(sources)),
             on_error=on_error,
+            on_segment=on_segment,
             **fields,
         )
+        is_list = is_list or dataclasses.replace(options or TranscribeOptions(), **fields).channels == "split"
         transcripts = []
         for transcript in stream:
             transcripts.append(transcript)
@@ -230,18 +261,21 @@ class Transcriber:
         drafts: Iterable[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         ordered: bool = True,
+        on_segment: OnSegment | None = None,
         **fields: Any,
     ) -> Iterator[Transcript]:
         """Transcribes any number of inputs and yields transcripts while later inputs are still read.
 
-        A few threads read inputs ahead of the device, at most twice `read_ahead` of them.
+        A few threads read inputs ahead of the device, at most twice `read_ahead` of them, and of each at most two full
+        batches of segments.
 
         Args:
           audio: inputs as in `transcribe`; an endless iterator is fine.
           keyword_lists: a list of keywords (or None, for those of the options) for each input.
           drafts: a draft (or None) for each input.
           ordered: yield in input order; otherwise as transcripts are done.
-          options, sampling_rate, on_error, fields: as in `transcribe`.
+          options, sampling_rate, on_error, on_segment, fields: as in `transcribe`. With `channels="split"`, each
+            channel is a result of its own, and an input's keywords and draft are for all of its channels.
 
         Raises:
           The same errors as `transcribe`: for the options at once, for an input in place of its transcript.
@@ -260,30 +294,54 @@ class Transcriber:
             if any(draft is not None for draft in drafts):
                 raise GraniteError(f'draft is for speculative="lossless", not for {resolved.speculative!r}')
         shared = self._prepared(resolved, resolved.keywords)  # here, because its errors are not those of one input
+        seconds = self._segment_limit(resolved, shared[0])
+        stopped = threading.Event()
         inputs = zip(
-            itertools.count(),
             audio,
+            itertools.count(),
             itertools.repeat(None) if keyword_lists is None else keyword_lists,
             itertools.repeat(None) if drafts is None else drafts,
             strict=False,
         )
 
-        def submit(index: int, source: Any, entries: Sequence[Entry] | None, draft: str | None) -> Future[Transcript]:
-            name = _name(source, index)
+        def submit(
+            name: str, source: Any, channel: int | None, entries: Sequence[Entry] | None, draft: str | None
+        ) -> Future[Transcript]:
             try:
                 prompt, keywords = shared if entries is None else self._prepared(resolved, entries)
-                request = self._request(source, sampling_rate, name, resolved, prompt)
                 tokens = None if draft is None else tuple(self.tokenizer.encode(draft))
-                return self._engine.submit(dataclasses.replace(request, keywords=keywords, draft=tokens, flags=flags))
+
+                def make_request(samples: np.ndarray) -> Request:
+                    request = self._request(Audio(name, samples), resolved, prompt)
+                    return dataclasses.replace(request, keywords=keywords, draft=tokens, flags=flags)
+
+                decoder = RecordingDecoder(
+                    self._engine,
+                    self.tokenizer,
+                    make_request,
+                    resolved,
+                    name,
+                    channel=None if channel is None else channel + 1,
+                    on_segment=on_segment,
+                    is_stopped=stopped.is_set,
+                )
+                self._submit_segments(decoder, source, sampling_rate, name, seconds, resolved, draft, channel)
+                return decoder.result
             except GraniteError as error:
                 failed: Future[Transcript] = Future()
                 if on_error == "raise":
                     failed.set_exception(error)
                 else:
-                    failed.set_result(Transcript(name, error=str(error)))
+                    number = None if channel is None else channel + 1
+                    failed.set_result(Transcript(name, error=str(error), stats=_transience(error), channel=number))
                 return failed
 
-        transcripts = readers.read_ahead(inputs, submit, self._engine, 2 * self.read_ahead, ordered)
+        named = (
+            (name, content, channel, entries, draft)
+            for source, index, entries, draft in inputs
+            for name, content, channel in _channels(source, _name(source, index), resolved.channels)
+        )
+        transcripts = readers.read_ahead(named, submit, self._engine, 2 * self.read_ahead, ordered, stopped)
         return transcripts if on_error == "return" else _raising(transcripts)
 
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
@@ -305,17 +363,71 @@ class Transcriber:
             positions = self.config.decoder.max_position_embeddings
             raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
 
-    def _request(
+    def _submit_segments(
         self,
+        decoder: RecordingDecoder,
         source: Any,
         rate: int | None,
         name: str,
+        seconds: float | None,
         options: TranscribeOptions,
-        prompt: PromptTokens,
-    ) -> Request:
-        """Reads an input. Raises AudioError or ContextError naming it."""
+        draft: str | None,
+        channel: int | None,
+    ) -> None:
+        """Reads an input and submits it in segments. Raises GraniteError naming it."""
+        if seconds is None:
+            audio = self._load(source, rate, name)
+            if audio.duration > _LONG_PASS:
+                warnings.warn(
+                    f"{printable(name)}: {audio.duration:.0f} s in one pass; text gets worse beyond a minute or two, "
+                    "which segment_seconds avoids",
+                    stacklevel=2,
+                )
+            decoder.submit(AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True))
+            decoder.close(audio.flags)
+            return
+        rate = None if is_encoded(source) else rate  # files have their own
+        recording = open_recording(source, sampling_rate=rate, name=name, channel=channel)
+        with contextlib.closing(recording.blocks()) as blocks:
+            for segment in cut(blocks, seconds, overlap=options.is_transcript):
+                if segment.is_whole:
+                    _check_length(segment, name)
+                elif draft is not None:
+                    raise GraniteError(
+                        f"{printable(name)}: a draft is for audio of one segment, and this is longer than {seconds:g} s"
+                    )
+                decoder.submit(segment)
+                if decoder.result.done():  # an error, or nobody waits for it
+                    return
+            decoder.close(blocks.flags)
+
+    def segment_seconds(self, options: TranscribeOptions) -> float:
+        """The longest audio, in seconds, that is decoded in one pass. Raises GraniteError as `stream` does."""
+        options, _ = safeguarded(options, self.capabilities)
+        limit = self._segment_limit(options, self._prepared(options, options.keywords)[0])
+        return self.config.max_seconds if limit is None else limit
+
+    def _segment_limit(self, options: TranscribeOptions, prompt: PromptTokens) -> float | None:
+        """The longest segment, in seconds. Raises ContextError if it is given and does not fit the model."""
+        chosen = options.segment_seconds
+        if chosen is None:
+            return None
+        longest = min(
+            longest_audio(self.config, self._prompt_length(prompt), options.max_new_tokens),
+            max(bucket.samples for bucket in self.buckets) / SAMPLING_RATE,
+        )
+        if chosen == "auto":
+            return max(min(self.capabilities.segment_seconds, longest), MIN_SECONDS)
+        if chosen > longest:
+            raise ContextError(
+                f"segment_seconds is {chosen:g}, but at most {longest:.0f} s fit the model and its buckets"
+            )
+        return float(chosen)
+
+    def _request(self, audio: Audio, options: TranscribeOptions, prompt: PromptTokens) -> Request:
+        """The request for a segment. Raises ContextError naming its recording."""
+        name = audio.name
         positions = self.config.decoder.max_position_embeddings
-        audio = self._load(source, rate, name)
         length = self._prompt_length(prompt) + self._engine.num_audio_tokens(audio)
         budget = options.max_new_tokens or new_token_budget(audio.duration)
         request = Request(audio, budget, prompt, length, options)
@@ -397,6 +509,29 @@ def _raising(transcripts: Generator[Transcript]) -> Iterator[Transcript]:
             if transcript.error is not None:
                 raise CheckpointError(transcript.error)
             yield transcript
+
+
+def _check_length(segment: AudioSegment, name: str) -> None:
+    try:
+        check_samples(len(segment.samples))
+    except AudioError as error:
+        raise AudioError(f"{printable(name)}: {error}") from None
+
+
+def _channels(source: Any, name: str, channels: Channels) -> Iterator[tuple[str, Any, int | None]]:
+    """An input under its name, for each of its channels from 0 on; once, without a channel, if they are mixed."""
+    if channels == "split":
+        with contextlib.suppress(Exception):  # reading it fails again, where the error is reported
+            if hasattr(source, "read"):
+                source = source.read()  # several readers cannot share a file
+            yield from [(name, source, channel) for channel in range(num_channels(source))]
+            return
+    yield name, source, None
+
+
+def _transience(error: GraniteError) -> dict[str, Any]:
+    """The stats of an input that failed: whether it may not fail another time."""
+    return {"transient": True} if isinstance(error, AccessError) else {}
 
 
 def _is_tuple_of_files(audio: Any) -> bool:

@@ -32,6 +32,13 @@ def frame_entropy(logits: CTCLogits, lengths: Lengths) -> Float[Array, "b t"]:
     return jnp.where(jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None], entropy, 0.0)
 
 
+def speech_frames(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b"]:
+    """How many valid frames give more than a fifth of the probability to labels other than the blank, int32."""
+    speech = jax.nn.softmax(logits.astype(jnp.float32))[..., BLANK] < 0.8
+    valid = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
+    return jnp.sum(speech & valid, axis=1, dtype=jnp.int32)
+
+
 def collapse(labels: Sequence[int] | np.ndarray) -> list[int]:
     """One utterance's frame labels without repetitions and blanks."""
     labels = np.asarray(labels)

@@ -211,6 +211,8 @@ class Capabilities:
       speech_languages: codes of the languages that it understands.
       prompts: the prompts of its tasks.
       trained_prompts: further prompts that it was trained with.
+      segment_seconds: how long a segment of a recording should be at most.
+      word_offsets: seconds to add to the starts and to the ends of words, as measured for this CTC head.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -218,13 +220,16 @@ class Capabilities:
     speech_languages: tuple[str, ...] = SPEECH_LANGUAGES
     prompts: Prompts = Prompts()
     trained_prompts: tuple[str, ...] = ()
+    segment_seconds: float = 30.0
+    word_offsets: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], default: Capabilities | None = None) -> Capabilities:
-        """Reads {"granite_jax": {"tasks", "languages", "speech_languages", "prompts"}}, all lists, of a config.json.
+        """Reads {"granite_jax": {"tasks", "languages", "speech_languages", "prompts", ...}} of a config.json.
 
-        "prompts" are the `trained_prompts`. Absent keys are taken from `default`, which itself defaults to everything.
-        Raises CheckpointError for anything but lists of known names and of prompts that are one line of text.
+        "prompts" are the `trained_prompts`; the other keys are named like the fields. Absent keys are taken from
+        `default`, which itself defaults to everything. Raises CheckpointError for anything but lists of known names and
+        of prompts that are one line of text, and plausible numbers.
         """
         default = default or cls()
         recorded = config.get("granite_jax", {})
@@ -240,7 +245,9 @@ class Capabilities:
             trained_prompts = tuple(check_text("a prompt", prompt) for prompt in trained)
         except PromptError as error:
             raise CheckpointError(f"config: granite_jax.prompts must be a list of prompts, but {error}") from None
-        return cls(tasks, languages, speech_languages, default.prompts, trained_prompts)
+        (seconds,) = _numbers(recorded, "segment_seconds", (default.segment_seconds,), 5.0, 600.0)
+        start, end = _numbers(recorded, "word_offsets", default.word_offsets, -1.0, 1.0)
+        return cls(tasks, languages, speech_languages, default.prompts, trained_prompts, seconds, (start, end))
 
     def check(self, task: str, target_language: str | None = None, language: str | None = None) -> None:
         """Raises PromptError unless the checkpoint was trained for the task, with that target and hint if given."""
@@ -322,6 +329,19 @@ class RecognizedPrompt(NamedTuple):
 
 def _folded(prompt: str) -> str:
     return " ".join(prompt.replace("\u2010", "-").replace("\u2011", "-").split()).casefold()
+
+
+def _numbers(
+    section: Mapping[str, Any], key: str, default: tuple[float, ...], low: float, high: float
+) -> tuple[float, ...]:
+    """The number, or the list of numbers, under a key: as many as in `default`."""
+    value = section.get(key, default)
+    values = value if isinstance(value, list | tuple) else [value]
+    are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) and low <= v <= high for v in values)
+    if len(values) != len(default) or not are_numbers:
+        count = "a number" if len(default) == 1 else f"{len(default)} numbers"
+        raise CheckpointError(f"config: granite_jax.{key} must be {count} from {low:g} to {high:g}, not {value!r:.60}")
+    return tuple(map(float, values))
 
 
 def _names(

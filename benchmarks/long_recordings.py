@@ -1,0 +1,202 @@
+"""Recordings of any length against the same utterances one by one: words, seams, memory, throughput.
+
+    python benchmarks/long_recordings.py [--checkpoint demo] [--corpus DIR] [--minutes 10] [--segment-seconds auto]
+    python benchmarks/long_recordings.py memory [--minutes 10]     peak memory of one process
+    python benchmarks/long_recordings.py noise [--minutes 3]       silence, hum, tones, chords, noise, clicks, repetition
+
+A recording is made of utterances in random order, with pauses of 0.2 to 3 s between most of them and none in a tenth,
+room noise that changes, silences of up to 20 s, and hum. `--corpus` is a directory of `recipes.demo.recipe`; the
+default are the held-out clips. Every utterance is also transcribed alone, with the noise that it has in the recording.
+
+A word at a cut is lost, or doubled, if the recording's text lacks it, or has one more, where the text of the same
+utterances one by one does not, within two words of the cut.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import granite_jax as gj
+from granite_jax.audio.resample import SAMPLE_RATE
+from granite_jax.evaluation.heldout import CLIPS
+from granite_jax.training.recipes.demo import noise
+
+_FULL_SCALE = 32768.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """A piece of a recording: samples, float32 `[n]` at 16 kHz, and what is said in them."""
+
+    samples: np.ndarray
+    text: str = ""
+
+
+def utterances(corpus: Path | None) -> list[Spoken]:
+    """The utterances of a corpus, or the held-out clips."""
+    if corpus is None:
+        lines = map(json.loads, (CLIPS / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+        return [Spoken(soundfile.read(CLIPS / line["audio"], dtype="float32")[0], line["text"]) for line in lines]
+    from granite_jax.training.corpus import Corpus
+
+    return [Spoken(u.samples / np.float32(_FULL_SCALE), u.text) for u in Corpus.open(corpus) if u.text]
+
+
+def compose(spoken: list[Spoken], seconds: float, seed: int = 0) -> Iterator[Spoken]:
+    """The pieces of a recording of at least `seconds`, which does not depend on how long it goes on."""
+    rng = np.random.default_rng(seed)
+    size, level, order = 0, 1e-3, []
+    while size < seconds * SAMPLE_RATE:
+        order = order or list(rng.permutation(len(spoken)))
+        piece = spoken[order.pop()]
+        if rng.random() < 0.1:  # the room changes
+            level = float(10 ** rng.uniform(-4.5, -2.2))
+        yield Spoken(_in_room(rng, piece.samples, level), piece.text)
+        size += len(piece.samples)
+        if rng.random() < 0.1:
+            continue  # no pause
+        length = int(SAMPLE_RATE * (rng.uniform(5, 20) if rng.random() < 0.02 else rng.uniform(0.2, 3.0)))
+        pause = np.zeros(length, np.float32)
+        if rng.random() < 0.05:
+            pause += noise.hum(rng, length) * np.float32(0.02)
+        yield Spoken(_in_room(rng, pause, level))
+        size += length
+
+
+def _in_room(rng: np.random.Generator, samples: np.ndarray, level: float) -> np.ndarray:
+    return samples + np.float32(level) * noise.white(rng, len(samples))
+
+
+def write(path: Path, pieces: Iterator[Spoken]) -> None:
+    """Writes a recording as FLAC, piece by piece."""
+    with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, "PCM_16") as file:
+        for piece in pieces:
+            file.write(np.clip(piece.samples, -1, 1 - 1 / _FULL_SCALE))
+
+
+def seams(alone: list[str], together: str, cuts: list[int]) -> tuple[int, int]:
+    """Words lost and doubled at cuts, given as numbers of words of `together` before each."""
+    lost = doubled = 0
+    output = jiwer.process_words(" ".join(alone), together)
+    near = {position + offset for position in cuts for offset in (-2, -1, 0, 1)}
+    for chunk in output.alignments[0]:
+        if chunk.type == "delete" and {chunk.hyp_start_idx, chunk.hyp_start_idx - 1} & near:
+            lost += chunk.ref_end_idx - chunk.ref_start_idx
+        elif chunk.type == "insert":
+            doubled += sum(position in near for position in range(chunk.hyp_start_idx, chunk.hyp_end_idx))
+    return lost, doubled
+
+
+def compare(asr: gj.Transcriber, pieces: list[Spoken], **options: Any) -> dict[str, Any]:
+    """Transcribes a recording, and its utterances one by one."""
+    spoken = [piece for piece in pieces if piece.text]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "recording.flac"
+        write(path, iter(pieces))
+        began = time.monotonic()
+        whole = asr.transcribe(str(path), **options)
+        seconds_whole = time.monotonic() - began
+    began = time.monotonic()
+    texts = [t.text for t in asr.transcribe([piece.samples for piece in spoken], **options)]
+    seconds_alone = time.monotonic() - began
+    reference = " ".join(piece.text for piece in spoken)
+    cuts = np.cumsum([len(segment.text.split()) for segment in whole.segments])[:-1].tolist()
+    lost, doubled = seams(texts, whole.text, cuts)
+    return {
+        "minutes": round(whole.duration / 60, 1),
+        "segments": len(whole.segments),
+        "wer_whole": 100 * jiwer.wer(reference, whole.text),
+        "wer_alone": 100 * jiwer.wer(reference, " ".join(texts)),
+        "lost": lost,
+        "doubled": doubled,
+        "throughput_ratio": seconds_alone / seconds_whole,
+        "flags": whole.flags,
+        "retried": sum("retried" in segment.flags for segment in whole.segments),
+    }
+
+
+def _measure_memory(arguments: argparse.Namespace) -> None:
+    """Peak memory of a process that transcribes a short and a long recording, each in a process of its own."""
+    peaks = {}
+    for minutes in (10.0, arguments.minutes):
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "recording.flac"
+            write(path, compose(utterances(arguments.corpus), 60 * minutes))
+            command = [sys.executable, __file__, "peak", "--checkpoint", arguments.checkpoint, "--file", str(path)]
+            peaks[minutes] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    for minutes, peak in peaks.items():
+        print(f"{minutes:g} minutes: {peak / 2**20:.0f} MiB, {peak / peaks[10.0]:.2f} of that of 10 minutes")
+
+
+def _print_peak(arguments: argparse.Namespace) -> None:
+    gj.Transcriber.from_pretrained(arguments.checkpoint, dtype="float32").transcribe(str(arguments.file))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def noises(rng: np.random.Generator, seconds: float, sentence: np.ndarray) -> dict[str, np.ndarray]:
+    """What nobody says anything in, float32 `[n]` at 16 kHz each, and a sentence a hundred times."""
+    size = int(seconds * SAMPLE_RATE)
+    sounds = {
+        "silence": np.zeros(size, np.float32),
+        "white noise": noise.white(rng, size) * np.float32(0.05),
+        "pink noise": noise.pink(rng, size) * np.float32(0.05),
+        "hum": noise.hum(rng, size) * np.float32(0.1),
+        "tones and chords": noise.tones(rng, size) * np.float32(0.1),
+        "clicks": noise.clicks(rng, size) * np.float32(0.1),
+        "telephone clicks": noise.telephone(noise.clicks(rng, size) * np.float32(0.1)),
+    }
+    return sounds | {"one sentence 100 times": np.concatenate([sentence, np.zeros(8000, np.float32)] * 100)}
+
+
+def _print_noises(arguments: argparse.Namespace) -> None:
+    asr = gj.Transcriber.from_pretrained(arguments.checkpoint, dtype="float32")
+    spoken = utterances(arguments.corpus)[0]
+    sounds = noises(np.random.default_rng(0), 60 * arguments.minutes, spoken.samples)
+    print("| sound | minutes | words | without guards | flags |\n| --- | --- | --- | --- | --- |")
+    for (name, samples), guarded, bare in zip(
+        sounds.items(),
+        asr.transcribe(list(sounds.values())),
+        asr.transcribe(list(sounds.values()), guards=False),
+        strict=True,
+    ):
+        words = f"{len(guarded.text.split())} | {len(bare.text.split())}"
+        print(f"| {name} | {len(samples) / SAMPLE_RATE / 60:.1f} | {words} | {', '.join(guarded.flags)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=["compare", "memory", "peak", "noise"], default="compare")
+    parser.add_argument("--checkpoint", default="demo")
+    parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--file", type=Path)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--segment-seconds", type=float, nargs="*", default=[])
+    parser.add_argument("--no-guards", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.command != "compare":
+        return {"memory": _measure_memory, "peak": _print_peak, "noise": _print_noises}[arguments.command](arguments)
+    asr = gj.Transcriber.from_pretrained(arguments.checkpoint, dtype="float32")
+    pieces = list(compose(utterances(arguments.corpus), 60 * arguments.minutes, arguments.seed))
+    compare(asr, pieces[:40])  # compiles
+    for seconds in arguments.segment_seconds or ["auto"]:
+        result = compare(asr, pieces, segment_seconds=seconds, guards=not arguments.no_guards)
+        print(f"segment_seconds={seconds}:", json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

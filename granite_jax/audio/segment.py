@@ -1,0 +1,154 @@
+"""Cuts audio of any length into segments, at pauses where there are some.
+
+    recording   ──speech────▁▁▁──speech──────────speech────▁▁──speech──
+    segments    [────────────][───────────────────>
+                           pause          <────────────────][──────────
+                                       no pause: both sides hear the overlap
+
+Segments tile the recording: nothing is dropped, not even silence. A cut in a pause is sharp. Where there is none, the
+cut is at the quietest place, and the samples of both segments reach beyond it, so that every word is whole in one of
+them; which of the two writes a word is decided when its time is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from granite_jax.audio.resample import SAMPLE_RATE
+
+__all__ = ["MIN_SECONDS", "AudioSegment", "cut", "halve"]
+
+MIN_SECONDS = 5.0
+"""The shortest limit of segments."""
+
+_HOP = SAMPLE_RATE // 100
+_PAUSE = 30  # hops, 0.3 s: shorter gaps can be part of a word
+_OVERLAP = SAMPLE_RATE  # samples on both sides of a cut through speech
+_LAST = SAMPLE_RATE  # the fewest samples of a recording's last segment
+_LOCAL = 400  # hops among which the local noise level is looked for
+_FLOOR = 1e-10  # mean square of digital silence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AudioSegment:
+    """A segment of a recording.
+
+    Fields:
+      offset: the sample of the recording at which `samples` begin.
+      samples: float32 `[n]` at 16 kHz.
+      begin, end: the samples of the recording that are the segment's own; the others are another segment's, too.
+      is_last: whether the recording ends with it.
+    """
+
+    offset: int
+    samples: np.ndarray
+    begin: int
+    end: int
+    is_last: bool
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether other segments share some of the samples."""
+        return self.end - self.begin < len(self.samples)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the recording."""
+        return self.is_last and self.begin == 0
+
+
+def cut(blocks: Iterable[np.ndarray], seconds: float, *, overlap: bool = True) -> Iterator[AudioSegment]:
+    """Cuts a recording into segments of at most `seconds`, at least `MIN_SECONDS`.
+
+    Holds no more than two segments and a block at a time.
+
+    Args:
+      blocks: the recording in parts of any size, float32 `[n]` at 16 kHz.
+      overlap: whether segments overlap where there is no pause.
+    """
+    limit = round(seconds * SAMPLE_RATE)
+    parts: list[np.ndarray] = []
+    size, offset, begin = 0, 0, 0  # of the parts
+    for block in blocks:
+        parts.append(block)
+        size += len(block)
+        while size >= limit + _LAST:
+            samples = np.concatenate(parts)
+            segment, kept = _first(samples, offset, begin, limit, limit // 2, limit, overlap)
+            yield segment
+            parts, begin, offset = [samples[kept:].copy()], segment.end, offset + kept
+            size = len(parts[0])
+    samples = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    if len(samples) > limit:
+        segment, kept = _first(samples, offset, begin, limit, limit // 2, len(samples) - _LAST, overlap)
+        yield segment
+        samples, begin, offset = samples[kept:], segment.end, offset + kept
+    yield AudioSegment(offset, samples, begin, offset + len(samples), is_last=True)
+
+
+def halve(segment: AudioSegment, *, overlap: bool = True, at: int | None = None) -> tuple[AudioSegment, AudioSegment]:
+    """Cuts a segment of at least `MIN_SECONDS` in two, in its middle third.
+
+    Args:
+      at: a sample of `segment.samples` to cut at instead, as far as both parts keep a second of their own.
+    """
+    own, size = segment.begin - segment.offset, segment.end - segment.offset
+    third = (size - own) // 3
+    low, high = own + third, size - third
+    if at is not None:
+        low = high = min(max(at, own + _LAST), size - _LAST)
+    limit = len(segment.samples)
+    first, kept = _first(segment.samples, segment.offset, segment.begin, limit, low, high, overlap)
+    rest = segment.samples[kept:]
+    return first, AudioSegment(segment.offset + kept, rest, first.end, segment.end, segment.is_last)
+
+
+def _first(
+    samples: np.ndarray, offset: int, begin: int, limit: int, low: int, high: int, overlap: bool
+) -> tuple[AudioSegment, int]:
+    """The first segment of `samples`, cut between `low` and `high`; and how many samples the rest does without."""
+    position, is_pause = _choose(samples[: max(limit, high)], low, high)
+    reach = 0 if is_pause or not overlap else _OVERLAP
+    if reach and position + reach > limit:  # the cut moves, so that the segment is not longer than it may be
+        position, _ = _choose(samples[:limit], min(low, limit - reach), limit - reach)
+    last, next_start = position + reach, max(position - reach, 0)
+    return AudioSegment(offset, samples[:last].copy(), begin, offset + position, is_last=False), next_start
+
+
+def _choose(samples: np.ndarray, low: int, high: int) -> tuple[int, bool]:
+    """Where to cut, and whether that is a pause: the middle of a long pause, or else the quietest place."""
+    low, high = low // _HOP, max(high // _HOP, low // _HOP + 1)
+    hops = len(samples) // _HOP
+    power = np.square(samples[: hops * _HOP], dtype=np.float32).reshape(hops, _HOP).mean(axis=1)
+    level = 10 * np.log10(_smooth(power, 3) + _FLOOR)  # dB
+    quiet = np.flatnonzero(np.diff(np.concatenate([[False], level < _threshold(level), [False]]).astype(np.int8)))
+    best, position = 0.0, None
+    for start, end in zip(quiet[::2], quiet[1::2], strict=True):
+        start, end = max(int(start), low), min(int(end), high)
+        if end - start >= _PAUSE:
+            score = min(end - start, 100) / 100 + end / (2 * high)  # long pauses, and late ones
+            if score > best:
+                best, position = score, max((start + end) // 2, end - _PAUSE)
+    if position is not None:
+        return position * _HOP, True
+    window = _smooth(power, 10)[low : high + 1]
+    return (low + int(len(window) - 1 - np.argmin(window[::-1]))) * _HOP, False
+
+
+def _threshold(level: np.ndarray) -> np.ndarray:
+    """The level in dB below which a hop is quiet, between the noise around it and the speech of the whole."""
+    top = np.percentile(level, 95)
+    centers = np.arange(0, len(level), 10)
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(level, _LOCAL // 2, mode="edge"), _LOCAL)[centers]
+    noise = np.percentile(around, 10, axis=1)
+    above = np.maximum(noise + np.clip(0.3 * (top - noise), 3, 12), top - 35)
+    return np.repeat(above, 10)[: len(level)]
+
+
+def _smooth(power: np.ndarray, width: int) -> np.ndarray:
+    """The mean over `width` hops around each."""
+    padded = np.pad(power, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.full(width, 1 / width), "valid")

@@ -1,0 +1,294 @@
+"""A recording's transcript, from those of its segments.
+
+    reader   cut ──► segment 1 ──► segment 2 ──► ... (waits while too many are unfinished)
+    engine            decode         decode
+    here              problem? ──► two smaller segments      no problem ──► words to the left and right of each cut
+
+Where a cut went through speech, both segments have heard what is around it. Each word is written by one of them: the
+cut is moved to the time, within what both have heard, that is farthest from the middle of any word of either, and a
+word belongs to the side on which its middle lies.
+"""
+
+import contextlib
+import dataclasses
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+import numpy as np
+
+from granite_jax.audio.resample import SAMPLE_RATE
+from granite_jax.audio.segment import MIN_SECONDS, AudioSegment, halve
+from granite_jax.inference.engine import Decoded, Engine, Request
+from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.results import FLAGS, Segment, Transcript, Word
+from granite_jax.inference.words import split_words
+from granite_jax.model import ctc
+from granite_jax.text.tokenizer import Tokenizer
+
+OnSegment = Callable[[str, Segment], None]
+
+_MAX_HALVINGS = 2
+_MARGIN = 0.25  # seconds at the ends of what a segment has heard, where words can be cut off
+_POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass(eq=False)
+class _Part:
+    """A segment on its way: its audio until it is decoded, and then its result. Times are seconds of the recording."""
+
+    audio: AudioSegment
+    halvings: int = 0
+    future: "Future[Decoded] | None" = None
+    decoded: Decoded | None = None
+
+    def __post_init__(self) -> None:
+        self.overlaps = self.audio.overlaps
+        self.offset = self.audio.offset / SAMPLE_RATE
+        self.begin, self.end = self.audio.begin / SAMPLE_RATE, self.audio.end / SAMPLE_RATE
+        self.heard_until = (self.audio.offset + len(self.audio.samples)) / SAMPLE_RATE
+
+    @property
+    def words(self) -> list[Word]:
+        words = () if self.decoded is None else self.decoded.words
+        return [dataclasses.replace(w, start=w.start + self.offset, end=w.end + self.offset) for w in words]
+
+
+class RecordingDecoder:
+    """Submits a recording's segments to an engine, and joins their results.
+
+    Fields:
+      result: the transcript, or the error of a segment.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        make_request: Callable[[np.ndarray], Request],
+        options: TranscribeOptions,
+        name: str,
+        *,
+        channel: int | None = None,
+        on_segment: OnSegment | None = None,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ):
+        """
+        Args:
+          make_request: the request for a segment's samples.
+          name: of the recording.
+          channel: of the input, if it is not a mix, from 1 on.
+          on_segment: called with each segment's result, in order.
+          is_stopped: whether nobody waits for the result any more.
+        """
+        self.result: Future[Transcript] = Future()
+        self._engine, self._tokenizer, self._make_request = engine, tokenizer, make_request
+        self._options, self._name, self._channel = options, name, channel
+        self._on_segment, self._is_stopped = on_segment, is_stopped
+        self._changed = threading.Condition(threading.RLock())
+        self._parts: list[_Part] = []
+        self._segments: list[Segment] = []  # of the first parts
+        self._ctc_texts: list[str] = []  # likewise
+        self._seam = 0.0  # seconds at which the next part begins to write
+        self._unfinished, self._is_closed = 0, False
+        self._flags: tuple[str, ...] = ()
+        self.result.add_done_callback(self._cancel)
+
+    def submit(self, segment: AudioSegment) -> None:
+        """Submits the next segment, as soon as fewer than two full batches of this recording are unfinished."""
+        with self._changed:
+            while self._unfinished >= 2 * self._engine.full_rows and not self.result.done() and not self._is_stopped():
+                if not self._changed.wait(_POLL_SECONDS):
+                    self._engine.flush()  # nothing else may come that fills the batch
+            part = _Part(segment)
+            self._parts.append(part)
+            self._submit(part)
+
+    def close(self, flags: Sequence[str]) -> None:
+        """Says that all segments are submitted, and adds flags of the recording."""
+        with self._changed:
+            self._flags, self._is_closed = tuple(flags), True
+            self._advance()
+
+    def _submit(self, part: _Part) -> None:
+        audio = part.audio
+        request = self._make_request(audio.samples)
+        part.audio = audio
+        self._unfinished += 1
+        part.future = self._engine.submit(
+            dataclasses.replace(
+                request,
+                needs_logits=not audio.is_whole,
+                needs_words=self._options.word_timestamps or part.overlaps,
+                flags=(*request.flags, *(("retried",) if part.halvings else ())),
+                is_final=part.halvings == _MAX_HALVINGS or part.end - part.begin < MIN_SECONDS,
+            )
+        )
+        part.future.add_done_callback(lambda future: self._finish(part, future))
+
+    def _finish(self, part: _Part, future: "Future[Decoded]") -> None:
+        """Takes a part's result, or tries again with smaller parts."""
+        with self._changed:
+            self._unfinished -= 1
+            if future.cancelled():
+                self.result.cancel()
+            elif (error := future.exception()) is not None:
+                self._fail(error)
+            else:
+                try:
+                    self._take(part, future.result())
+                except BaseException as error:
+                    self._fail(error)
+            self._changed.notify_all()
+
+    def _take(self, part: _Part, decoded: Decoded) -> None:
+        if (verdict := decoded.verdict) is None:
+            part.decoded = decoded
+            part.audio = dataclasses.replace(part.audio, samples=part.audio.samples[:0])
+            self._advance()
+            return
+        at = None if verdict.seconds is None else round((verdict.seconds - _MARGIN) * SAMPLE_RATE)
+        halves = halve(part.audio, overlap=self._options.is_transcript, at=at)
+        index = self._parts.index(part)
+        self._parts[index : index + 1] = parts = [_Part(half, part.halvings + 1) for half in halves]
+        for part in parts:
+            self._submit(part)
+
+    def _fail(self, error: BaseException) -> None:
+        with contextlib.suppress(InvalidStateError):  # another part has failed before
+            self.result.set_exception(error)
+
+    def _cancel(self, _: Any) -> None:
+        """Cancels what is unfinished, because the result is there without it: cancelled, or an error."""
+        with self._changed:
+            futures = [part.future for part in self._parts if part.decoded is None and part.future is not None]
+        for future in futures:
+            future.cancel()
+
+    def _advance(self) -> None:
+        """Makes the segments of all parts whose neighbors are decoded, and after the last one the transcript."""
+        while len(self._segments) < len(self._parts) and not self.result.done():
+            number = len(self._segments)
+            part, following = self._parts[number], self._parts[number + 1 : number + 2]
+            waits = not self._is_closed if not following else following[0].decoded is None
+            if part.decoded is None or waits:
+                return
+            if (error := part.decoded.transcript.error) is not None:
+                flags = part.decoded.transcript.flags
+                duration = self._parts[-1].heard_until
+                failed = Transcript(self._name, duration=duration, flags=flags, error=error, channel=self._channel)
+                self.result.set_result(failed)
+                return
+            seam = _seam(part, following[0]) if following else part.end
+            segment, ctc_text = self._segment(part, self._seam, seam)
+            self._segments.append(segment)
+            self._ctc_texts.append(ctc_text)
+            self._seam = seam
+            if self._on_segment is not None:
+                self._on_segment(self._name, segment)
+        if self._is_closed and not self.result.done():
+            self.result.set_result(self._transcript())
+
+    def _segment(self, part: _Part, start: float, end: float) -> tuple[Segment, str]:
+        """What a part writes of the recording from second `start` to second `end`; and its CTC text."""
+        assert part.decoded is not None
+        transcript, labels, words = part.decoded.transcript, part.decoded.labels, part.words
+        text, tokens, ctc_text = transcript.text, transcript.tokens, transcript.ctc_text
+        if part.overlaps:
+            first, last = (round((second - part.offset) / ctc.FRAME_SECONDS) for second in (start, end))
+            labels = np.where((np.arange(len(labels)) >= first) & (np.arange(len(labels)) < last), labels, ctc.BLANK)
+            ctc_text = " ".join(ctc.to_text(labels).split())
+            is_own = [start <= (word.start + word.end) / 2 < end for word in words]
+            own = [span for span, is_kept in zip(split_words(text), is_own, strict=True) if is_kept] if words else []
+            if not all(is_own):
+                text = text[own[0].start : own[-1].end] if own else ""
+                tokens = tuple(self._tokenizer.encode(text)) if text else ()
+            words = [
+                dataclasses.replace(word, start=max(word.start, start), end=min(word.end, end))
+                for word, is_kept in zip(words, is_own, strict=True)
+                if is_kept
+            ]
+        spoken = np.flatnonzero(labels)
+        extent = start, end
+        if words:
+            extent = words[0].start, words[-1].end
+        elif text and len(spoken):
+            heard = (part.offset + frame * ctc.FRAME_SECONDS for frame in (spoken[0], spoken[-1] + 1))
+            extent = max(start, next(heard)), min(end, next(heard))
+        segment = Segment(
+            *(round(second, 3) for second in extent),
+            text,
+            tokens,
+            transcript.confidence if text else None,
+            tuple(words) if self._options.word_timestamps else (),
+            route=transcript.stats["route"],
+            flags=transcript.flags,
+        )
+        return segment, ctc_text
+
+    def _transcript(self) -> Transcript:
+        parts = [part.decoded.transcript for part in self._parts if part.decoded is not None]
+        segments, duration = tuple(self._segments), self._parts[-1].heard_until
+        if len(parts) == 1:
+            flags = _ordered([*self._flags, *parts[0].flags])
+            whole = {"duration": duration, "segments": segments, "channel": self._channel}
+            return dataclasses.replace(parts[0], flags=flags, **whole)
+        text = join_texts(segment.text for segment in segments)
+        weights = [len(segment.tokens) for segment in segments if segment.confidence is not None]
+        confidences = [segment.confidence for segment in segments if segment.confidence is not None]
+        flags = {flag for segment in segments for flag in segment.flags if flag != "silence" or not text}
+        return Transcript(
+            self._name,
+            text,
+            tuple(token for segment in segments for token in segment.tokens),
+            duration,
+            round(float(np.average(confidences, weights=weights)), 3) if sum(weights) else None,
+            join_texts(self._ctc_texts),
+            _joined_stats([part.stats for part in parts]),
+            flags=_ordered([*self._flags, *flags]),
+            segments=segments,
+            channel=self._channel,
+        )
+
+
+def _seam(left: _Part, right: _Part) -> float:
+    """Where the text of the left part ends and that of the right part begins, in seconds of the recording."""
+    low, high = right.offset + _MARGIN, left.heard_until - _MARGIN
+    middles = np.array([(word.start + word.end) / 2 for part in (left, right) for word in part.words])
+    if low >= high or not len(middles):
+        return left.end
+    times = np.arange(low, high, 0.01)
+    distances = np.abs(times[:, None] - middles[None, :]).min(axis=1).clip(max=0.25)
+    return float(times[np.argmax(distances - 0.01 * np.abs(times - left.end))])
+
+
+def _joined_stats(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for name in ("route", "draft_from"):
+        values = {part[name] for part in stats if part["route"] != "silence"} or {part[name] for part in stats}
+        joined[name] = next(iter(values)) if len(values) == 1 else "mixed"
+    for name in ("llm_passes", "draft_tokens", "accepted_tokens"):
+        joined[name] = sum(part[name] for part in stats)
+    joined["finish"] = "length" if any(part["finish"] == "length" for part in stats) else "end"
+    if any("keywords" in part for part in stats):
+        joined["keywords"] = tuple(dict.fromkeys(keyword for part in stats for keyword in part.get("keywords", ())))
+    return joined
+
+
+def _ordered(flags: Iterable[str]) -> tuple[str, ...]:
+    found = set(flags)
+    return tuple(flag for flag in FLAGS if flag in found)
+
+
+def join_texts(texts: Iterable[str]) -> str:
+    """Joins texts by spaces, or by nothing between Han and Kana, which are written without."""
+    joined = ""
+    for text in filter(None, texts):
+        joined += text if not joined or (_is_unspaced(joined[-1]) and _is_unspaced(text[0])) else f" {text}"
+    return joined
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "FULLWIDTH"))
