@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import granite_jax
-from granite_jax.audio.load import printable
+from granite_jax.audio.load import Recording, printable
 from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
@@ -425,7 +426,10 @@ class _Worker:
         for entry in entries:
             self._check_stop()
             chunk.append(entry)
-            seconds += entry.audio.duration if entry.audio is not None else 0.0
+            if isinstance(entry.audio, Recording):  # its length is unknown, but long
+                seconds = math.inf
+            elif entry.audio is not None:
+                seconds += entry.audio.duration
             if len(chunk) == size or seconds > _CHUNK_SECONDS:
                 break
         return chunk
