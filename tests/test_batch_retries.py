@@ -178,7 +178,7 @@ def test_a_disk_that_fails_is_a_failure_of_access(
     def fail(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("granite_jax.batch.reading.load_segment", fail)
+    monkeypatch.setattr("granite_jax.batch.reading.decode", fail)
     run(write_lines(corpus / "m.jsonl", {"audio": "a/1.wav"}), tmp_path / "out")
     (line,) = read_lines(tmp_path / "out" / "errors.jsonl")
     assert line["transient"] and "Permission denied" in line["error"]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import soundfile as sf
 
 from granite_jax import git_lfs
-from granite_jax.audio.media import decode_media, media_format, read_head
+from granite_jax.audio.media import decode_media, media_format, num_media_channels, read_head
 from granite_jax.audio.resample import (
+    BLOCK_FRAMES,
     SAMPLE_RATE,
+    Blocks,
     Mixer,
     check_channels,
     check_rate,
@@ -25,110 +29,135 @@ from granite_jax.audio.resample import (
 from granite_jax.audio.streams import Stream, find_stream, is_only_tags, next_marker
 from granite_jax.errors import AudioError
 
-_BLOCK_FRAMES = 1 << 16
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
 _TRAILER = 4096  # bytes behind the audio that may be anything
 _MAX_STREAMS = 10_000
-
-
-class Decoded(NamedTuple):
-    """Float32 samples `[n]` at 16 kHz, mono.
-
-    Fields:
-      flags: "truncated-input" if the file lacks its end; "one-channel" if the channels cancel each other out, and the
-        samples are those of the loudest.
-    """
-
-    samples: np.ndarray
-    flags: tuple[str, ...] = ()
 
 
 class _UnreadableError(AudioError):
     """libsndfile does not recognize the format."""
 
 
-class _DecodedStream(NamedTuple):
-    samples: np.ndarray
+class _StreamEnd(NamedTuple):
+    """What is known of a stream once it is decoded."""
+
     flags: tuple[str, ...]
-    end: int  # byte of the file
+    num_samples: int  # at 16 kHz
+    position: int  # byte of the file
     seconds: float  # that were decoded or skipped
     is_enough: bool = False  # the part that was wanted ends in this stream
 
 
 def decode(
-    file: BinaryIO, sampling_rate: float | None, limit: float, offset: float = 0.0, duration: float | None = None
-) -> Decoded:
-    """Decodes all streams of a seekable file, one after another.
+    file: BinaryIO,
+    sampling_rate: float | None,
+    limit: float,
+    offset: float = 0.0,
+    duration: float | None = None,
+    channel: int | None = None,
+) -> Blocks:
+    """Decodes all streams of a seekable file, one after another, in blocks.
 
     Args:
       sampling_rate: in Hz. If given, the file's own must agree with it.
-      limit: seconds to accept.
+      limit: seconds to accept, possibly infinite.
       offset, duration: the part to decode, in seconds of the file; to its end without a duration.
+      channel: take this channel alone, counted from 0.
 
     Raises:
       AudioError: the data is at fault. Bytes that are left over, and could be audio, are counted.
       OSError: reading failed.
     """
+    head = _checked_head(file)
     size = file.seek(0, io.SEEK_END)
-    if size == 0:
-        raise AudioError("is empty")
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
-    head = read_head(file)
-    if git_lfs.is_pointer(head):
-        raise AudioError(git_lfs.PROBLEM)
     if (kind := media_format(head)) is not None:
-        return Decoded(*decode_media(file, kind, sampling_rate, limit, offset, duration))
-    position, skip, take, seconds = 0, offset, duration, 0.0
-    streams: list[_DecodedStream] = []
-    while not (streams and streams[-1].is_enough):
-        if len(streams) == _MAX_STREAMS:
+        return (yield from decode_media(file, kind, sampling_rate, limit, offset, duration, channel))
+    position, skip, take, num_samples, num_streams = 0, offset, duration, 0, 0
+    flags: dict[str, None] = {}
+    end = None
+    while end is None or not end.is_enough:
+        if num_streams == _MAX_STREAMS:
             raise AudioError(f"holds more than {_MAX_STREAMS:,} recordings")
+        options = _Options(sampling_rate, limit, max(skip, 0.0), take, channel)
         try:
-            decoded = _decode_next(file, position, size, sampling_rate, limit, max(skip, 0.0), take)
+            end = yield from _decode_next(file, position, size, options)
         except _UnreadableError as error:
             kind = media_format(head, shared=True)
             if kind is None:
                 raise AudioError(str(error)) from error.__cause__
-            return Decoded(*decode_media(file, kind, sampling_rate, limit, offset, duration))
-        if decoded is None:
+            return (yield from decode_media(file, kind, sampling_rate, limit, offset, duration, channel))
+        if end is None:
             break
-        streams.append(decoded)
-        position, skip = max(decoded.end, position + 1), skip - decoded.seconds
-        seconds += len(decoded.samples) / SAMPLE_RATE
+        flags |= dict.fromkeys(end.flags)
+        position, skip = max(end.position, position + 1), skip - end.seconds
+        num_samples += end.num_samples
+        num_streams += 1
+        seconds = num_samples / SAMPLE_RATE
         if seconds > limit:
             raise_too_long(limit)
         take = None if duration is None else max(duration - seconds, 0.0)
-    samples = streams[0].samples if len(streams) == 1 else np.concatenate([stream.samples for stream in streams])
-    if offset and len(samples) == 0:
+    if offset and num_samples == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
-    return Decoded(samples, tuple(dict.fromkeys(flag for stream in streams for flag in stream.flags)))
+    return tuple(flags)
+
+
+def num_channels(file: BinaryIO) -> int:
+    """The channels of the first stream of a seekable file. Raises what `decode` raises."""
+    head = _checked_head(file)
+    size = file.seek(0, io.SEEK_END)
+    if (kind := media_format(head)) is not None:
+        return num_media_channels(file, kind)
+    options = _Options(None, math.inf, 0.0, None, None)
+    unreadable = None
+    for stream in _candidates(file, 0, size):
+        try:
+            return _StreamDecoder(file, stream, options).num_channels()
+        except _UnreadableError as error:
+            unreadable = unreadable or error
+    if unreadable is None:
+        raise AudioError("is not audio that can be read")
+    if (kind := media_format(head, shared=True)) is not None:
+        return num_media_channels(file, kind)
+    raise AudioError(str(unreadable)) from unreadable.__cause__
+
+
+def _checked_head(file: BinaryIO) -> bytes:
+    """A file's first bytes. AudioError if it is empty, or the pointer to another file."""
+    if file.seek(0, io.SEEK_END) == 0:
+        raise AudioError("is empty")
+    head = read_head(file)
+    if git_lfs.is_pointer(head):
+        raise AudioError(git_lfs.PROBLEM)
+    return head
+
+
+class _Options(NamedTuple):
+    """How to decode a stream: without its first `skip` seconds, and at most `take` seconds of it."""
+
+    sampling_rate: float | None
+    limit: float
+    skip: float
+    take: float | None
+    channel: int | None
 
 
 def _decode_next(
-    file: BinaryIO,
-    position: int,
-    size: int,
-    sampling_rate: float | None,
-    limit: float,
-    skip: float,
-    take: float | None,
-) -> _DecodedStream | None:
-    """Decodes the first stream at or after a position; None if only tags, or a few other bytes, are left."""
-    if position == 0:
-        # A format whose headers are understood; one that only libsndfile knows; a stream behind junk.
-        candidates = [lambda: find_stream(file, 0, size, behind_junk=False), lambda: Stream(0, size, is_parsed=False)]
-    elif is_only_tags(file, position, size):
+    file: BinaryIO, position: int, size: int, options: _Options
+) -> Generator[np.ndarray, None, _StreamEnd | None]:
+    """Decodes the first stream at or after a position; None if only tags, or a few other bytes, are left.
+
+    _UnreadableError is raised before any block is yielded.
+    """
+    if position and is_only_tags(file, position, size):
         return None
-    else:
-        candidates = []
     unreadable = None
-    for candidate in (*candidates, lambda: find_stream(file, position, size)):
-        if (stream := candidate()) is not None:
-            try:
-                return _StreamDecoder(file, stream, sampling_rate, limit).decode(skip, take)
-            except _UnreadableError as error:
-                unreadable = unreadable or error
+    for stream in _candidates(file, position, size):
+        try:
+            return (yield from _StreamDecoder(file, stream, options).decode())
+        except _UnreadableError as error:
+            unreadable = unreadable or error
     if position == 0 and unreadable is not None:
         raise unreadable
     if size - position <= _TRAILER:
@@ -136,40 +165,85 @@ def _decode_next(
     raise AudioError(f"is damaged ({size - position:,} of its {size:,} bytes cannot be decoded)")
 
 
+def _candidates(file: BinaryIO, position: int, size: int) -> Iterator[Stream]:
+    """What the first stream at or after a position can be."""
+    if position == 0:
+        # A format whose headers are understood; one that only libsndfile knows; a stream behind junk.
+        if (stream := find_stream(file, 0, size, behind_junk=False)) is not None:
+            yield stream
+        yield Stream(0, size, is_parsed=False)
+    if (stream := find_stream(file, position, size)) is not None:
+        yield stream
+
+
 class _StreamDecoder:
-    def __init__(self, file: BinaryIO, stream: Stream, sampling_rate: float | None, limit: float):
-        self._file, self._stream, self._sampling_rate, self._limit = file, stream, sampling_rate, limit
+    """Decodes a stream, once."""
 
-    def decode(self, skip: float, take: float | None) -> _DecodedStream:
-        """Decodes the stream without its first `skip` seconds, at most `take` seconds of it."""
-        mixer = Mixer()
-        decoded = self._decode(mixer, skip, take)
-        if mixer.cancels:
-            decoded = self._decode(Mixer(mixer.loudest), skip, take)
-            return decoded._replace(flags=(*decoded.flags, "one-channel"))
-        return decoded
+    def __init__(self, file: BinaryIO, stream: Stream, options: _Options):
+        self._file, self._stream, self._options = file, stream, options
+        self._format: tuple[float, int] | None = None  # rate in Hz, channels
+        self._num_taken = 0  # frames that were yielded
+        self._end: _StreamEnd | None = None
 
-    def _decode(self, mixer: Mixer, skip: float, take: float | None, *, seek: bool = True) -> _DecodedStream:
+    def num_channels(self) -> int:
+        """The channels according to the stream's header."""
+        with self._open() as (decoder, _):
+            return decoder.channels
+
+    def decode(self) -> Generator[np.ndarray, None, _StreamEnd]:
+        """Yields blocks at 16 kHz, mono. _UnreadableError is raised before any of them."""
+        mixer = Mixer(self._options.channel)
+        num_samples = 0
+        with contextlib.closing(self._frames()) as frames:
+            first = next(frames, None)  # opens the stream
+            if first is not None:
+                assert self._format is not None
+                mono = mixer(itertools.chain([first], frames))
+                for block in resample(mono, self._format[0], self._options.limit):
+                    num_samples += len(block)
+                    yield block
+        assert self._end is not None
+        flags = (*self._end.flags, "one-channel") if mixer.took_one_channel else self._end.flags
+        return self._end._replace(flags=flags, num_samples=num_samples)
+
+    def _frames(self, *, seek: bool = True) -> Generator[np.ndarray, None, None]:
+        """The wanted frames behind those that were yielded before, `[n, channels]`; sets `_format` and `_end`."""
         with self._open() as (decoder, view):
             rate = check_rate(decoder.samplerate)
-            start, frames = round(skip * rate), None if take is None else max(1, round(take * rate))
-            if frames is None and self._limit * rate + start < decoder.frames < _UNKNOWN_FRAMES:
-                raise_too_long(self._limit)
+            if self._num_taken and self._format != (rate, decoder.channels):
+                raise AudioError("changes its sampling rate or channels within the recording")
+            self._format = rate, decoder.channels
+            start = round(self._options.skip * rate)
+            frames = None if self._options.take is None else max(1, round(self._options.take * rate))
+            if frames is None and self._options.limit * rate + start < decoder.frames < _UNKNOWN_FRAMES:
+                raise_too_long(self._options.limit)
+            start += self._num_taken
             # A second early, because lossy decoders depend on what was before.
             target = max(0, start - int(rate)) if seek and start < decoder.frames else 0
             if target and not _seek(decoder, target):
-                return self._decode(mixer, skip, take, seek=False)
-            blocks = _Blocks(decoder, start - target, frames)
-            samples = resample((mixer(block) for block in blocks), rate, self._limit)
+                yield from self._frames(seek=False)
+                return
+            blocks = _Blocks(decoder, start - target, None if frames is None else frames - self._num_taken)
+            for block in blocks:
+                view.check()
+                self._num_taken += len(block)
+                yield block
             num_frames = target + blocks.num_frames
-            if frames is not None and blocks.num_taken >= frames:
-                return _DecodedStream(samples, (), self._stream.end, num_frames / rate, is_enough=True)
-            end, is_truncated = self._find_end(decoder, view, blocks.error, num_frames)
-            if end is None:
-                assert self._stream.fallback is not None
-                self._stream = self._stream.fallback()
-                return self.decode(skip, take)
-            return _DecodedStream(samples, ("truncated-input",) if is_truncated else (), end, num_frames / rate)
+            if frames is not None and self._num_taken >= frames:
+                self._end = _StreamEnd((), 0, self._stream.end, num_frames / rate, is_enough=True)
+                return
+            position, is_truncated = self._find_end(decoder, view, blocks.error, num_frames)
+        if position is not None:
+            self._end = _StreamEnd(("truncated-input",) if is_truncated else (), 0, position, num_frames / rate)
+            return
+        assert self._stream.fallback is not None
+        self._stream = self._stream.fallback()
+        try:
+            yield from self._frames()
+        except _UnreadableError as error:
+            if self._num_taken:
+                raise AudioError(f"is damaged ({error})") from error.__cause__
+            raise
 
     def _find_end(
         self, decoder: _SequentialDecoder, view: _View, error: str | None, num_frames: int
@@ -207,16 +281,15 @@ class _StreamDecoder:
         view = _View(self._file, self._stream)
         try:
             with _open(view) as decoder:
-                rate = check_rate(decoder.samplerate)
-                if self._sampling_rate is not None and check_rate(self._sampling_rate) != rate:
-                    raise AudioError(
-                        f"has a sampling rate of {rate:g} Hz, but sampling_rate={self._sampling_rate!r} was given"
-                    )
+                rate, given = check_rate(decoder.samplerate), self._options.sampling_rate
+                if given is not None and check_rate(given) != rate:
+                    raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
                 check_channels(decoder.channels)
                 yield decoder, view
-        finally:
-            if view.error is not None:
-                raise view.error  # Whatever libsndfile made of it: the data is not at fault.
+        except Exception:
+            view.check()  # Whatever libsndfile made of it: the data is not at fault.
+            raise
+        view.check()
 
 
 def _open(view: _View) -> _SequentialDecoder:
@@ -250,7 +323,7 @@ class _Blocks:
         self.error: str | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        buffer = np.empty((_BLOCK_FRAMES, self._decoder.channels), np.float32)
+        buffer = np.empty((BLOCK_FRAMES, self._decoder.channels), np.float32)
         last = None if self._take is None else self._drop + self._take
         while self.error is None and (last is None or self.num_frames < last):
             block = buffer if last is None else buffer[: last - self.num_frames]
@@ -298,6 +371,11 @@ class _View:
     def position(self) -> int:
         """The next byte, counted in the file."""
         return self._stream.start + max(0, self._offset - len(self._stream.prefix))
+
+    def check(self) -> None:
+        """Raises the error of a read that failed."""
+        if self.error is not None:
+            raise self.error
 
     @property
     def is_at_end(self) -> bool:

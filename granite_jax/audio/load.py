@@ -7,28 +7,52 @@ block by block, and decoding stops at the length limit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, BinaryIO
+from numbers import Integral, Real
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from granite_jax.audio.decode import Decoded, decode
-from granite_jax.audio.resample import SAMPLE_RATE, Mixer, check_channels, check_rate, one_line, resample, scale
+from granite_jax.audio import decode
+from granite_jax.audio.resample import (
+    BLOCK_FRAMES,
+    SAMPLE_RATE,
+    Blocks,
+    Mixer,
+    check_channels,
+    check_rate,
+    one_line,
+    raise_too_long,
+    resample,
+    scale,
+)
 from granite_jax.errors import AudioError
 
-__all__ = ["MAX_SECONDS", "MIN_SAMPLES", "SAMPLE_RATE", "Audio", "load_audio", "load_segment"]
+__all__ = [
+    "MAX_SECONDS",
+    "MIN_SAMPLES",
+    "SAMPLE_RATE",
+    "Audio",
+    "Recording",
+    "RecordingBlocks",
+    "check_samples",
+    "load_audio",
+    "load_segment",
+    "num_channels",
+    "open_recording",
+]
 
 MIN_SAMPLES = 257
 """Reflect padding of the 512-point STFT needs more than 256 samples."""
 MAX_SECONDS = 4 * 3600.0
 """Default length limit."""
 
-_BLOCK_FRAMES = 1 << 16
 _MAX_STREAM_BYTES = 1 << 31
 
 
@@ -56,6 +80,48 @@ class Audio:
         return len(self.samples) / SAMPLE_RATE
 
 
+class RecordingBlocks(Iterator[np.ndarray]):
+    """The blocks of a recording, float32 `[n]` at 16 kHz, mono. Its AudioErrors name the recording.
+
+    Fields:
+      flags: of a `Transcript`, "truncated-input" and "one-channel" where they apply; known when all blocks were read.
+    """
+
+    def __init__(self, name: str, blocks: Blocks):
+        self._name, self._blocks = name, blocks
+        self.flags: tuple[str, ...] = ()
+
+    def __next__(self) -> np.ndarray:
+        try:
+            return next(self._blocks)
+        except StopIteration as end:
+            self.flags = end.value or self.flags
+            raise
+        except AudioError as error:
+            raise _with_name(self._name, error) from error.__cause__
+
+    def close(self) -> None:
+        """Closes what the blocks are read from."""
+        self._blocks.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Audio of any length that is decoded in blocks, as often as needed. Picklable if `decode` is.
+
+    Fields:
+      name: for messages and output.
+      decode: begins to decode it; errors that it raises need not name the recording.
+    """
+
+    name: str
+    decode: Callable[[], Blocks]
+
+    def blocks(self) -> RecordingBlocks:
+        """Begins to decode the recording at its beginning. Those of an open file are to be read one after another."""
+        return RecordingBlocks(self.name, self.decode())
+
+
 def load_audio(
     source: Any, *, sampling_rate: float | None = None, name: str | None = None, max_seconds: float | None = None
 ) -> Audio:
@@ -66,8 +132,8 @@ def load_audio(
         with the extra `media`, anything FFmpeg reads: m4a, mp4, webm, wma, ...);
         an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
         integers, which are scaled by the range of their type; a pair (array, sampling rate); the audio of a Hugging
-        Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or a decoder of torchcodec; or an
-        Audio, which is returned unchanged.
+        Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or a decoder of torchcodec; a
+        Recording, which is read; or an Audio, which is returned unchanged.
       sampling_rate: in Hz, of an array; default 16 kHz. For a file, it must agree with the file's own.
       name: of the audio in messages and outputs; by default the path, or "audio".
       max_seconds: the longest audio to accept, 4 hours by default.
@@ -81,22 +147,109 @@ def load_audio(
     """
     if isinstance(source, Audio):
         return source
+    max_seconds = MAX_SECONDS if max_seconds is None else max_seconds
+    recording = open_recording(source, sampling_rate=sampling_rate, name=name, max_seconds=max_seconds)
+    with _named(recording.name):
+        return _read(recording.name, recording.decode(), max_seconds)
+
+
+def open_recording(
+    source: Any,
+    *,
+    sampling_rate: float | None = None,
+    name: str | None = None,
+    max_seconds: float | None = None,
+    channel: int | None = None,
+) -> Recording:
+    """Prepares to read audio of any length; nothing is decoded yet, so that most errors come from the blocks.
+
+    Args:
+      source: what `load_audio` takes. The bytes of a file that is not seekable are read and kept; any other file must
+        stay open, and an array unchanged, while blocks are read. A Recording is returned unchanged.
+      sampling_rate, name: as in `load_audio`.
+      max_seconds: the longest audio to accept; without it, there is no limit.
+      channel: take this channel alone, counted from 0, instead of mixing the channels down.
+
+    Raises:
+      AudioError: the source or an option is of an unsupported type or value, or an open file cannot be read.
+    """
     name = name if name is not None else path_of(source) or "audio"
-    try:
+    with _named(name):
         source = _unpacked(source)
-        limit = _check_limit(max_seconds)
-        if isinstance(source, (str, os.PathLike)):
-            decoded = _read_path(source, sampling_rate, limit)
-        elif isinstance(source, (bytes, bytearray, memoryview)):
-            decoded = decode(io.BytesIO(source), sampling_rate, limit)
-        elif hasattr(source, "read"):
-            decoded = decode(io.BytesIO(_read_stream(source)), sampling_rate, limit)
-        else:
-            decoded = _from_array(*_split_pair(source, sampling_rate), limit)
-        _check_samples(decoded.samples)
+        limit = math.inf if max_seconds is None else _check_limit(max_seconds)
+        if channel is not None and (isinstance(channel, bool) or not isinstance(channel, Integral) or channel < 0):
+            raise AudioError(f"channel must be a number from 0 on, not {channel!r:.40}")
+        if isinstance(source, (Audio, Recording)):
+            if channel:
+                raise AudioError(f"has 1 channel, and no channel {channel} (the first is 0)")
+            if isinstance(source, Recording):
+                return source
+            return Recording(source.name, functools.partial(_audio_blocks, source, limit))
+        opener = _opener(source)
+        if opener is not None:
+            return Recording(name, functools.partial(_decode_encoded, opener, sampling_rate, limit, channel))
+        array, rate = _split_pair(source, sampling_rate)
+        return Recording(name, functools.partial(decode_array, array, rate, limit, channel))
+
+
+def num_channels(source: Any) -> int:
+    """The channels of what `load_audio` takes. Of a file, only the header and at most one frame are decoded.
+
+    Raises:
+      AudioError: the source is not audio, cannot be read, or is a file object that can be read only once.
+    """
+    if isinstance(source, (Audio, Recording)):
+        return 1
+    with _named(path_of(source) or "audio"):
+        source = _unpacked(source)
+        if hasattr(source, "read") and not _is_seekable(source):
+            raise AudioError("is a file that is not seekable: read its bytes first")
+        opener = _opener(source)
+        if opener is None:
+            array, _ = _split_pair(source, None)
+            return _frames_of(array).shape[1]
+        with opener() as file:
+            return decode.num_channels(file)
+
+
+def check_samples(num_samples: int) -> None:
+    """Raises AudioError if a recording of so many samples at 16 kHz is empty or too short."""
+    if num_samples == 0:
+        raise AudioError("holds no samples")
+    if num_samples < MIN_SAMPLES:
+        raise AudioError(f"too short: {num_samples} samples at 16 kHz, at least {MIN_SAMPLES} are needed")
+
+
+def _read(name: str, blocks: Blocks, limit: float) -> Audio:
+    """All blocks as one, of at most `limit` seconds. Raises AudioError, without the name."""
+    parts, num_samples = [], 0
+    flags: tuple[str, ...] = ()
+    with contextlib.closing(blocks):
+        while True:
+            try:
+                parts.append(next(blocks))
+            except StopIteration as end:
+                flags = end.value
+                break
+            num_samples += len(parts[-1])
+            # A recording can have been opened without this limit. Resampling rounds lengths up.
+            if num_samples > limit * SAMPLE_RATE + 1:
+                raise_too_long(limit)
+    check_samples(num_samples)
+    return Audio(name, np.concatenate(parts), flags)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name in front of AudioErrors."""
+    try:
+        yield
     except AudioError as error:
-        raise type(error)(f"{printable(name)}: {error}") from error.__cause__
-    return Audio(name, *decoded)
+        raise _with_name(name, error) from error.__cause__
+
+
+def _with_name(name: str, error: AudioError) -> AudioError:
+    return type(error)(f"{printable(name)}: {error}")
 
 
 def path_of(source: Any) -> str | None:
@@ -135,27 +288,36 @@ def printable(name: str) -> str:
     return name if name and name.isprintable() else ascii(name)
 
 
-def _check_limit(max_seconds: float | None) -> float:
-    if max_seconds is None:
-        return MAX_SECONDS
+def _check_limit(max_seconds: float) -> float:
     if not 0 < max_seconds < float("inf"):
         raise AudioError(f"max_seconds must be a positive number, not {max_seconds!r}")
     return float(max_seconds)
 
 
-def _check_samples(samples: np.ndarray) -> None:
-    if len(samples) == 0:
-        raise AudioError("holds no samples")
-    if len(samples) < MIN_SAMPLES:
-        raise AudioError(f"too short: {len(samples)} samples at 16 kHz, at least {MIN_SAMPLES} are needed")
-
-
 # Encoded audio.
 
 
-def _read_path(path: str | os.PathLike[str], sampling_rate: float | None, limit: float) -> Decoded:
-    with open_regular(path) as file:
-        return decode(file, sampling_rate, limit)
+def _decode_encoded(
+    opener: Callable[[], contextlib.AbstractContextManager[BinaryIO]],
+    sampling_rate: float | None,
+    limit: float,
+    channel: int | None,
+) -> Blocks:
+    with opener() as file:
+        return (yield from decode.decode(file, sampling_rate, limit, channel=channel))
+
+
+def _opener(source: Any) -> Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None:
+    """Opens an encoded source; None if it is an array. Picklable if the source is."""
+    if isinstance(source, (str, os.PathLike)):
+        return functools.partial(open_regular, source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return functools.partial(io.BytesIO, bytes(source))
+    if not hasattr(source, "read"):
+        return None
+    if not _is_seekable(source):
+        return functools.partial(io.BytesIO, _read_stream(source))
+    return functools.partial(_open_part, source, _part_start(source))
 
 
 @contextlib.contextmanager
@@ -190,27 +352,94 @@ def load_segment(
       AudioError: as in `load_audio`, without the name.
       OSError: reading the file failed.
     """
-    decoded = decode(file, None, _check_limit(max_seconds), offset, duration)
-    _check_samples(decoded.samples)
-    return Audio(name, *decoded)
+    limit = MAX_SECONDS if max_seconds is None else _check_limit(max_seconds)
+    return _read(name, decode.decode(file, None, limit, offset, duration), limit)
+
+
+def _is_seekable(file: Any) -> bool:
+    try:
+        return bool(file.seekable()) if hasattr(file, "seekable") else False
+    except Exception:  # The caller's own object: what it cannot tell, it is not.
+        return False
 
 
 def _read_stream(stream: Any) -> bytes:
-    """Reads the remaining bytes of a binary file object, which need not be seekable; all of it if it is at its end."""
-    try:
+    """Reads the remaining bytes of a binary file object that is not seekable."""
+    with _callers_errors():
         data = stream.read(_MAX_STREAM_BYTES + 1)
-        if not data and hasattr(stream, "seekable") and stream.seekable():  # written, and not rewound
-            stream.seek(0)
-            data = stream.read(_MAX_STREAM_BYTES + 1)
-    except AudioError:
-        raise
-    except Exception as error:  # The caller's own object: whatever it raises, this input cannot be read.
-        raise AudioError(f"cannot be read ({one_line(error)})") from error
-    if not isinstance(data, (bytes, bytearray)):
-        raise AudioError("the file must be opened in binary mode")
+    _check_binary(data)
     if len(data) > _MAX_STREAM_BYTES:
         raise AudioError(f"more than {_MAX_STREAM_BYTES >> 30} GiB")
     return bytes(data)
+
+
+def _part_start(file: Any) -> int:
+    """The position from which on a file is audio: the current one; its beginning if that is its end."""
+    with _callers_errors():
+        _check_binary(file.read(0))
+        position = file.tell()
+        is_at_end = file.seek(0, io.SEEK_END) == position  # written, and not rewound
+        return 0 if is_at_end else position
+
+
+def _check_binary(data: Any) -> None:
+    if not isinstance(data, (bytes, bytearray)):
+        raise AudioError("the file must be opened in binary mode")
+
+
+@contextlib.contextmanager
+def _callers_errors() -> Iterator[None]:
+    """Turns what a caller's file object raises into AudioErrors."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except Exception as error:  # Whatever it raises, this input cannot be read.
+        raise AudioError(f"cannot be read ({one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _open_part(file: Any, start: int) -> Iterator[BinaryIO]:
+    """A caller's file from a position on. It is left at its end, where reading all of it leaves it."""
+    part = _FilePart(file, start)
+    try:
+        yield cast(BinaryIO, part)
+    except OSError as error:
+        raise AudioError(f"cannot be read ({one_line(error)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.seek(0, io.SEEK_END)
+
+
+class _FilePart:
+    """A seekable file without the bytes before `start`. Reads are never short, and all errors are OSErrors."""
+
+    def __init__(self, file: Any, start: int):
+        self._file, self._start = file, start
+
+    def read(self, size: int) -> bytes:
+        parts = []
+        with _os_errors():
+            while size > 0 and (part := self._file.read(size)):
+                parts.append(bytes(part))
+                size -= len(part)
+        return b"".join(parts)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _os_errors():
+            return self._file.seek(offset + (self._start if whence == io.SEEK_SET else 0), whence) - self._start
+
+    def tell(self) -> int:
+        with _os_errors():
+            return self._file.tell() - self._start
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # The caller's own object can raise anything.
+        raise error if isinstance(error, OSError) else OSError(one_line(error)) from error
 
 
 # Arrays.
@@ -227,7 +456,18 @@ def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
     return source[0], rate
 
 
-def _from_array(source: Any, rate: float, limit: float) -> Decoded:
+def decode_array(source: Any, rate: float, limit: float, channel: int | None = None) -> Blocks:
+    """Blocks of an array in any form that `load_audio` takes, at `rate` in Hz. Raises AudioError, without a name."""
+    frames = _frames_of(source)
+    starts = range(0, len(frames), BLOCK_FRAMES)
+    mixer = Mixer(channel)
+    mono = mixer(scale(frames[start : start + BLOCK_FRAMES]) for start in starts)
+    yield from resample(mono, rate, limit)
+    return ("one-channel",) if mixer.took_one_channel else ()
+
+
+def _frames_of(source: Any) -> np.ndarray:
+    """An array as `[n, channels]`."""
     try:
         array = np.asarray(source)
     except Exception as error:  # Ragged lists, tensors on a device, objects whose __array__ fails.
@@ -237,13 +477,14 @@ def _from_array(source: Any, rate: float, limit: float) -> Decoded:
         raise AudioError(f"expected an array of shape [n] or [n, channels], not {list(array.shape)}")
     frames = array[:, None] if array.ndim == 1 else array if array.shape[0] > array.shape[1] else array.T
     check_channels(frames.shape[1])
-    blocks = [frames[i : i + _BLOCK_FRAMES] for i in range(0, len(frames), _BLOCK_FRAMES)]
-    mixer = Mixer()
-    samples = resample((mixer(scale(block)) for block in blocks), rate, limit)
-    if not mixer.cancels:
-        return Decoded(samples)
-    mixer = Mixer(mixer.loudest)
-    return Decoded(resample((mixer(scale(block)) for block in blocks), rate, limit), ("one-channel",))
+    return frames
+
+
+def _audio_blocks(audio: Audio, limit: float) -> Blocks:
+    samples = audio.samples
+    blocks = (samples[start : start + BLOCK_FRAMES] for start in range(0, len(samples), BLOCK_FRAMES))
+    yield from resample(blocks, SAMPLE_RATE, limit)
+    return audio.flags
 
 
 def _check_dtype(array: np.ndarray, source: Any) -> None:

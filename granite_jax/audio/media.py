@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from granite_jax.audio.resample import Mixer, check_channels, check_rate, one_line, resample
+from granite_jax.audio.resample import Blocks, Mixer, check_channels, check_rate, one_line, resample
 from granite_jax.errors import AudioError
 
 HEAD = 512
@@ -81,46 +82,44 @@ def decode_media(
     limit: float,
     offset: float = 0.0,
     duration: float | None = None,
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Decodes the first audio track: arguments, result and errors as of `decode.decode`."""
-    mixer = Mixer()
-    decoder = _Decoder(file, kind, sampling_rate, limit, offset, duration)
-    samples, flags = decoder.decode(mixer)
-    if mixer.cancels:
-        samples, flags = decoder.decode(Mixer(mixer.loudest))
-        flags = (*flags, "one-channel")
-    if offset and len(samples) == 0:
-        raise AudioError(f"has no audio at {offset:g} seconds")
-    return samples, flags
+    channel: int | None = None,
+) -> Blocks:
+    """Decodes the first audio track in blocks. Arguments, result and errors are those of `decode.decode`."""
+    return _Decoder(file, kind, sampling_rate, limit, offset, duration, channel).decode()
+
+
+def num_media_channels(file: BinaryIO, kind: MediaFormat) -> int:
+    """The channels of the first audio track's first frame: headers of AAC can tell half of them."""
+    with _Decoder(file, kind).open() as (av, container), contextlib.closing(_first_track(av, container)) as blocks:
+        return blocks.num_channels
 
 
 class _Decoder(NamedTuple):
     file: BinaryIO
     kind: MediaFormat
-    sampling_rate: float | None
-    limit: float
-    offset: float
-    duration: float | None
+    sampling_rate: float | None = None
+    limit: float = math.inf
+    offset: float = 0.0
+    duration: float | None = None
+    channel: int | None = None
 
-    def decode(self, mixer: Mixer) -> tuple[np.ndarray, tuple[str, ...]]:
+    def decode(self) -> Blocks:
         if self.offset > _PREROLL:
             with contextlib.suppress(_NoSeekError):
-                return self._decode(mixer, seek=True)
-        return self._decode(mixer, seek=False)
+                return (yield from self._decode(seek=True))
+        return (yield from self._decode(seek=False))
 
-    def _decode(self, mixer: Mixer, *, seek: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-        with self._open() as (av, container):
+    def _decode(self, *, seek: bool) -> Blocks:
+        """_NoSeekError is raised before any block is yielded."""
+        with self.open() as (av, container), contextlib.ExitStack() as stack:
             from av.error import FFmpegError
 
-            if not container.streams.audio:
-                raise AudioError("has no audio track")
-            track = container.streams.audio[0]
-            blocks = _Blocks(av, container, track)
+            blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
             rate, beginning = blocks.rate, blocks.start
             if seek:
                 try:
                     container.seek(int((self.offset - _PREROLL) * 1e6))
-                    blocks = _Blocks(av, container, track)
+                    blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
                 except (FFmpegError, AudioError):
                     raise _NoSeekError from None
             if self.sampling_rate is not None and check_rate(self.sampling_rate) != rate:
@@ -133,20 +132,25 @@ class _Decoder(NamedTuple):
             if position > skip:
                 raise _NoSeekError
             skip -= position
-            wanted = _cut(blocks, skip, take)
-            samples = resample((mixer(block) for block in wanted), rate, self.limit)
+            mixer, num_samples = Mixer(self.channel), 0
+            for block in resample(mixer(_cut(blocks, skip, take)), rate, self.limit):
+                num_samples += len(block)
+                yield block
+            flags = ("one-channel",) if mixer.took_one_channel else ()
             if take is not None and blocks.num_frames >= skip + take:
-                return samples, ()
+                return flags
             is_truncated = blocks.error is not None
             if blocks.error is not None and not (self._is_at_end() and blocks.num_frames):
                 raise AudioError(f"is damaged ({blocks.error})")
-            seconds = _declared_seconds(container, track)
+            seconds = _declared_seconds(container, container.streams.audio[0])
             if seconds is not None:
                 is_truncated |= (position + blocks.num_frames) / rate < seconds - _SLACK
-            return samples, ("truncated-input",) if is_truncated else ()
+            if self.offset and num_samples == 0:
+                raise AudioError(f"has no audio at {self.offset:g} seconds")
+            return ("truncated-input", *flags) if is_truncated else flags
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[ModuleType, Any]]:
+    def open(self) -> Iterator[tuple[ModuleType, Any]]:
         try:
             import av
             from av.error import FFmpegError
@@ -164,6 +168,12 @@ class _Decoder(NamedTuple):
         return self.file.read(1) == b"" or position == 0
 
 
+def _first_track(av: ModuleType, container: Any) -> _Blocks:
+    if not container.streams.audio:
+        raise AudioError("has no audio track")
+    return _Blocks(av, container, container.streams.audio[0])
+
+
 class _NoSeekError(Exception):
     """The format does not allow to begin amid the recording, or does not tell where it did."""
 
@@ -173,6 +183,7 @@ class _Blocks:
 
     Fields:
       rate: in Hz, as the decoder has it: headers of AAC can tell half of it.
+      num_channels: of the first frame.
       start: the time of the first frame, in frames of the file's clock.
       num_frames: frames that were decoded.
       error: why decoding ended, if an error ended it.
@@ -185,7 +196,8 @@ class _Blocks:
         if self._first is None:
             raise AudioError("holds no samples")
         self.rate = check_rate(self._first.sample_rate)
-        check_channels(self._first.layout.nb_channels)
+        self.num_channels: int = self._first.layout.nb_channels
+        check_channels(self.num_channels)
         self.num_frames, self.error = 0, None
         self.start = 0
         if self._first.pts is not None:
@@ -202,6 +214,10 @@ class _Blocks:
             self.error = one_line(error.strerror)
         except ValueError:  # of the resampler
             raise AudioError("changes its sampling rate or channels within the recording") from None
+
+    def close(self) -> None:
+        """Ends decoding."""
+        self._frames.close()
 
     def _converted(self, resampler: Any, frame: Any) -> Iterator[np.ndarray]:
         for converted in resampler.resample(frame):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,6 +17,18 @@ RATE_LIMITS = (1_000, 768_000)
 MAX_CHANNELS = 64
 MAX_AMPLITUDE = 100.0
 """Float audio is nominally in [-1, 1]; far beyond that it is integer PCM that was cast without being scaled."""
+
+BLOCK_FRAMES = 1 << 16
+"""Audio is decoded, mixed down and resampled in blocks of at most this many frames."""
+CHUNK_VALUES = 1 << 22
+"""Frames times channels that are mixed down alike."""
+
+Blocks = Generator[np.ndarray, None, tuple[str, ...]]
+"""Float32 blocks `[n]` at 16 kHz, mono; returns flags when it is exhausted. Closing it closes what it reads from.
+
+The flags are "truncated-input" if the file lacks its end, and "one-channel" if the channels cancel each other out
+somewhere, and the samples there are those of the loudest.
+"""
 
 
 class TooLongError(AudioError):
@@ -50,56 +62,91 @@ def scale(frames: np.ndarray) -> np.ndarray:
 
 
 class Mixer:
-    """Mixes blocks of frames down to mono, and notices channels that cancel each other out.
+    """Mixes blocks of frames down to mono, and takes one channel where the channels cancel each other out.
 
-    Channels of opposite phase, which wrong wiring and some "vocal" effects make, have a mean near zero.
+    Channels of opposite phase, which wrong wiring and some "vocal" effects make, have a mean near zero. That is decided
+    chunk by chunk: a chunk has up to `CHUNK_VALUES` values.
+
+    Fields:
+      took_one_channel: whether the loudest channel was taken instead of the mean in any chunk so far.
     """
 
     def __init__(self, channel: int | None = None):
-        """Takes the mean over the channels, or `channel` alone."""
+        """Takes the mean over the channels, or `channel` alone, counted from 0."""
         self._channel = channel
-        self._energies, self._energy = np.zeros(1), 0.0  # of each channel; of the mix
+        self.took_one_channel = False
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """`[n, channels]` of any float type -> float32 `[n]`."""
-        if frames.dtype.name == "bfloat16":
-            frames = frames.astype(np.float32)
-        if not np.isfinite(frames).all():
-            raise AudioError("holds NaN or infinite samples")
-        peak = float(np.abs(frames).max())
-        if peak > MAX_AMPLITUDE:
-            raise AudioError(f"float samples should be within [-1, 1], but one is {peak:.6g}: scale them first")
+    def __call__(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Blocks `[n, channels]` of any float type -> blocks float32 `[n]`, of at most `BLOCK_FRAMES` frames.
+
+        Raises:
+          AudioError: samples are not finite or not within [-1, 1], or there is no such channel.
+        """
+        chunk: list[np.ndarray] = []
+        num_values = 0
+        for block in blocks:
+            for frames in _split(_checked(block), BLOCK_FRAMES):
+                num_channels = frames.shape[1]
+                if self._channel is not None and self._channel >= num_channels:
+                    raise AudioError(f"has {num_channels} channels, and no channel {self._channel} (the first is 0)")
+                if num_channels == 1 or self._channel is not None:
+                    yield frames[:, self._channel or 0].copy()
+                    continue
+                if num_values + frames.size > CHUNK_VALUES:
+                    yield from self._mixed(chunk)
+                    chunk, num_values = [], 0
+                chunk.append(frames)
+                num_values += frames.size
+        yield from self._mixed(chunk)
+
+    def _mixed(self, chunk: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Mono blocks of a chunk, whose channels cancel if their mean is 10 dB weaker than that of unrelated ones."""
+        mixed = [frames.mean(axis=1, dtype=np.float32) for frames in chunk]
+        energies = sum((np.einsum("nc,nc->c", frames, frames, dtype=np.float64) for frames in chunk), np.zeros(1))
+        energy = sum(float(np.dot(block, block)) for block in mixed)
+        if energy < 0.1 * energies.sum() / len(energies) ** 2:
+            self.took_one_channel = True
+            loudest = int(energies.argmax())
+            mixed = [frames[:, loudest].copy() for frames in chunk]
+        chunk.clear()
+        yield from mixed
+
+
+def _checked(frames: np.ndarray) -> np.ndarray:
+    """A float32 copy. AudioError if a sample is not finite or far beyond [-1, 1]."""
+    if frames.dtype.name == "bfloat16":
         frames = frames.astype(np.float32)
-        if frames.shape[1] == 1 or self._channel is not None:
-            return frames[:, self._channel or 0].copy()
-        mixed = frames.mean(axis=1, dtype=np.float32)
-        self._energies = self._energies + np.einsum("nc,nc->c", frames, frames, dtype=np.float64)
-        self._energy += float(np.dot(mixed, mixed))
-        return mixed
-
-    @property
-    def cancels(self) -> bool:
-        """Whether the mix is 10 dB weaker than if the channels had nothing to do with each other."""
-        return self._energy < 0.1 * self._energies.sum() / len(self._energies) ** 2
-
-    @property
-    def loudest(self) -> int:
-        """The channel with the most energy."""
-        return int(self._energies.argmax())
+    if not np.isfinite(frames).all():
+        raise AudioError("holds NaN or infinite samples")
+    peak = float(np.abs(frames).max(initial=0.0))
+    if peak > MAX_AMPLITUDE:
+        raise AudioError(f"float samples should be within [-1, 1], but one is {peak:.6g}: scale them first")
+    return frames.astype(np.float32)
 
 
-def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> np.ndarray:
-    """Joins mono float32 blocks at `rate` into float32 [n] at 16 kHz, n at most `limit` seconds."""
+def _split(frames: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (frames[start : start + size] for start in range(0, len(frames), size))
+
+
+def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> Iterator[np.ndarray]:
+    """Resamples mono float32 blocks at `rate` to float32 blocks `[n]` at 16 kHz.
+
+    Raises:
+      TooLongError: there are more than `limit` seconds, which may be infinite.
+    """
     stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-    parts, frames = [], 0
+    num_frames = 0
     for block in blocks:
-        frames += len(block)
-        if frames > limit * rate:
+        num_frames += len(block)
+        if num_frames > limit * rate:
             raise_too_long(limit)
-        parts.append(block if stream is None else stream.resample_chunk(block))
-    if stream is not None and frames:
-        parts.append(stream.resample_chunk(np.empty(0, np.float32), last=True))
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+        resampled = block if stream is None else stream.resample_chunk(block)
+        if len(resampled):
+            yield resampled
+    if stream is not None and num_frames:
+        rest = stream.resample_chunk(np.empty(0, np.float32), last=True)
+        if len(rest):
+            yield rest
 
 
 def raise_too_long(limit: float) -> NoReturn:

@@ -2,18 +2,22 @@
 
 import bisect
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import grain
+import numpy as np
 
-from granite_jax.audio.load import AccessError, Audio, load_audio, load_segment, printable
-from granite_jax.audio.resample import one_line
+from granite_jax.audio.decode import decode
+from granite_jax.audio.load import AccessError, Audio, Recording, check_samples, decode_array, printable
+from granite_jax.audio.resample import SAMPLE_RATE, Blocks, check_rate, one_line
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.file_versions import Detection, version_of
 from granite_jax.batch.manifest import Entry, Manifest
@@ -28,13 +32,14 @@ class LoadedEntry:
     """An entry and its audio, or why there is none.
 
     Fields:
+      audio: a Recording, which reads the file again, if it is longer than `Reader.hold_seconds`.
       file: the `file_versions.version_of` its file; empty if that was not reached.
       is_transient: whether the error is one of access, which a later run may not meet: the file is missing, forbidden
         or out of reach, or its reader was killed.
     """
 
     entry: Entry
-    audio: Audio | None = None
+    audio: Audio | Recording | None = None
     error: str | None = None
     file: Mapping[str, Any] = field(default_factory=dict)
     is_transient: bool = False
@@ -46,15 +51,19 @@ class Reader:
 
     Fields:
       access: which audio may be read.
-      max_seconds: longest audio to accept.
+      max_seconds: longest audio to accept; None for no limit.
       dataset: directory and split of the prepared TFDS data set that `tfds:` entries are examples of.
       detection: how changes of files will be noticed.
+      hold_seconds: of longer audio, the samples are not held.
+      decode_long: decode longer audio to its end nevertheless, so that it is known to be readable.
     """
 
     access: AudioStorage
-    max_seconds: float
+    max_seconds: float | None
     dataset: tuple[str, str] | None = None
     detection: Detection = "time"
+    hold_seconds: float = 120.0
+    decode_long: bool = False
 
     def __call__(self, entry: Entry, data: bytes | None = None) -> LoadedEntry:
         """Loads an entry, from `data` if its file's bytes are there. Retries transient errors; returns all others."""
@@ -62,41 +71,116 @@ class Reader:
             return LoadedEntry(entry, error=entry.error)
         version: dict[str, Any] = {}
         try:
-            return LoadedEntry(entry, retried(lambda: self._load(entry, data, version)), file=version)
-        except FileNotFoundError:
-            return LoadedEntry(entry, error=f"{printable(entry.audio)}: no such file", is_transient=True)
+            return LoadedEntry(entry, self._load(entry, data, version), file=version)
         except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
-            is_known = isinstance(error, GraniteError)
-            reason = str(error) if is_known else f"cannot be read ({_reason(error)})"
-            is_transient = not is_known or isinstance(error, AccessError)
-            error_text = f"{printable(entry.audio)}: {reason}"
-            return LoadedEntry(entry, error=error_text, file=version, is_transient=is_transient)
+            known = _known(error)
+            error_text = f"{printable(entry.audio)}: {known}"
+            return LoadedEntry(entry, error=error_text, file=version, is_transient=isinstance(known, AccessError))
 
-    def _load(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Audio:
+    def _load(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Audio | Recording:
         """The audio; `version` is filled when its file is open."""
+        parts: list[np.ndarray] = []
+        num_samples = 0
+        with contextlib.closing(_retried_blocks(functools.partial(self._decode, entry, data, version))) as blocks:
+            while num_samples <= self.hold_seconds * SAMPLE_RATE:
+                try:
+                    parts.append(next(blocks))
+                except StopIteration as end:
+                    check_samples(num_samples)
+                    return Audio(entry.audio, np.concatenate(parts), end.value)
+                num_samples += len(parts[-1])
+            parts.clear()
+            if self.decode_long:
+                for _ in blocks:
+                    pass
+        return Recording(entry.audio, functools.partial(self._decode_again, entry, data))
+
+    def _decode(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Blocks:
+        """The entry's audio in blocks."""
+        limit = math.inf if self.max_seconds is None else self.max_seconds
         if data is None and entry.audio.startswith("tfds:"):
-            return self._example(entry)
+            samples, rate = self._example(entry)
+            return (yield from decode_array(samples, check_rate(rate), limit))
         with self.access.open(entry.audio) if data is None else io.BytesIO(data) as file:
             version.update(version_of(file, self.detection))
-            return load_segment(
-                file, entry.audio, offset=entry.offset, duration=entry.duration, max_seconds=self.max_seconds
-            )
+            return (yield from decode(file, None, limit, entry.offset, entry.duration))
 
-    def _example(self, entry: Entry) -> Audio:
+    def _decode_again(self, entry: Entry, data: bytes | None) -> Blocks:
+        """The entry's audio in blocks; all errors are AudioErrors."""
+        try:
+            return (yield from _retried_blocks(functools.partial(self._decode, entry, data, {})))
+        except Exception as error:  # as in __call__
+            known = _known(error)
+            if known is error:
+                raise
+            raise known from error
+
+    def _example(self, entry: Entry) -> tuple[np.ndarray, int]:
+        """Samples and rate in Hz of an example of the data set."""
         from granite_jax.batch.tfds import open_dataset
 
         position = entry.audio.removeprefix("tfds:")
         if self.dataset is None or not position.isdecimal():
             raise AudioError("is no example of the job's data set")
-        try:
-            samples, rate = open_dataset(*self.dataset)[int(position)]
-            return load_audio(samples, sampling_rate=rate, name="", max_seconds=self.max_seconds)
-        except AudioError as error:
-            raise AudioError(str(error).removeprefix("'': ")) from None
+        return open_dataset(*self.dataset)[int(position)]
+
+
+def _known(error: Exception) -> GraniteError:
+    """What a reader raised as an error of this program, without the name: an AccessError if it is transient."""
+    if isinstance(error, GraniteError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return AccessError("no such file")
+    return AccessError(f"cannot be read ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
+
+
+def _retried_blocks(open_blocks: Callable[[], Blocks]) -> Blocks:
+    """The blocks of audio that is opened again at a transient error, without the samples that were there before.
+
+    Each block has the attempts that `retried` makes: a long recording may meet more errors than a short one.
+    """
+    num_samples = 0
+    blocks: Generator[np.ndarray, None, tuple[str, ...]] | None = None
+
+    def read() -> tuple[np.ndarray | None, tuple[str, ...]]:
+        nonlocal blocks
+        if blocks is None:
+            blocks = _without_first(open_blocks(), num_samples)
+        try:
+            return next(blocks), ()
+        except StopIteration as end:
+            return None, end.value
+        except Exception:
+            blocks = None
+            raise
+
+    try:
+        while True:
+            block, flags = retried(read)
+            if block is None:
+                return flags
+            num_samples += len(block)
+            yield block
+    finally:
+        if blocks is not None:
+            blocks.close()
+
+
+def _without_first(blocks: Blocks, num_samples: int) -> Blocks:
+    """The blocks without the first samples."""
+    with contextlib.closing(blocks):
+        while True:
+            try:
+                block = next(blocks)
+            except StopIteration as end:
+                return end.value
+            if num_samples < len(block):
+                yield block[num_samples:]
+            num_samples = max(0, num_samples - len(block))
 
 
 @dataclass(frozen=True)
@@ -158,7 +242,8 @@ def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterato
 
     Args:
       kind: threads of this process; or processes, which start more slowly, but which a file may kill: it is then read
-        again in a new process, and given up if it kills that, too.
+        again in a new process, and given up if it kills that, too. Processes also decode long audio to its end, so
+        that a file that kills a decoder does not get to kill this process.
       workers: number of threads or processes.
 
     Raises:
@@ -168,7 +253,7 @@ def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterato
         read: Callable[[Entry], LoadedEntry] = reader
         processes = None
         if kind == "processes":
-            processes = ReaderProcesses(reader, workers)
+            processes = ReaderProcesses(dataclasses.replace(reader, decode_long=True), workers)
             read = functools.partial(_read_in, processes)
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
         iterator = iter(grain.MapDataset.source(source).map(read).to_iter_dataset(options))
