@@ -1,0 +1,261 @@
+"""A recording's transcript from those of its segments: seams, order, second tries, errors, memory."""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+
+from granite_jax.audio.load import Audio
+from granite_jax.audio.segment import AudioSegment
+from granite_jax.inference.engine import Decoded, Request
+from granite_jax.inference.guards import Verdict
+from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.recordings import RecordingDecoder, join_texts
+from granite_jax.inference.results import Segment, Transcript, Word
+from granite_jax.model import ctc
+from granite_jax.text.tasks import PromptTokens
+
+SECOND = 16_000
+Timed = tuple[str, float, float]  # a word, and seconds of the recording
+
+
+class Tokenizer:
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+class Engine:
+    """Decodes a script: the words that it hears in each request. Requests are done when the test says so."""
+
+    full_rows = 2
+
+    def __init__(self, script: list[Timed], *, slip: float = 0.0):
+        """`slip`: seconds by which times of every other request are off."""
+        self.script, self.slip = script, slip
+        self.requests: list[tuple[Request, "Future[Decoded]"]] = []
+        self.flushes = 0
+        self.verdicts: dict[int, Verdict] = {}
+
+    def submit(self, request: Request) -> "Future[Decoded]":
+        self.requests.append((request, Future()))
+        return self.requests[-1][1]
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self.finish_all()
+
+    def finish(self, number: int) -> None:
+        request, future = self.requests[number]
+        if not future.done():
+            future.set_result(self.decode(number, request))
+
+    def finish_all(self) -> None:
+        number = 0
+        while number < len(self.requests):
+            self.finish(number)
+            number += 1
+
+    def decode(self, number: int, request: Request) -> Decoded:
+        offset = float(request.audio.samples[0])  # of the recording: its samples tell their own time
+        duration = request.audio.duration
+        slip = self.slip * (number % 2)
+        heard = [(w, a - offset + slip, b - offset + slip) for w, a, b in self.script]
+        heard = [(w, a, b) for w, a, b in heard if a >= 0 and b <= duration]
+        text = " ".join(word for word, _, _ in heard)
+        labels = np.zeros(round(duration / ctc.FRAME_SECONDS), np.int32)
+        for word, start, end in heard:
+            frames = np.linspace(start, end, len(word), endpoint=False) / ctc.FRAME_SECONDS
+            labels[np.round(frames).astype(int)] = ctc.to_labels(word)
+            labels[min(round(end / ctc.FRAME_SECONDS), len(labels) - 1)] = ord(" ")
+        stats = {"route": "verified", "llm_passes": 1, "draft_tokens": 2, "accepted_tokens": 2, "draft_from": "ctc"}
+        transcript = Transcript(
+            "a", text, tuple(map(ord, text)), duration, 0.5, text, {**stats, "finish": "end"}, flags=request.flags
+        )
+        words = tuple(Word(*word) for word in heard) if request.needs_words else ()
+        verdict = None if request.is_final else self.verdicts.get(number)
+        return Decoded(transcript, labels, words, verdict)
+
+
+def segment(start: float, begin: float, end: float, until: float, *, last: bool = False) -> AudioSegment:
+    samples = np.arange(round(start * SECOND), round(until * SECOND), dtype=np.float64) / SECOND
+    return AudioSegment(round(start * SECOND), samples, round(begin * SECOND), round(end * SECOND), last)
+
+
+def decoder(
+    engine: Engine, on_segment: Callable[[str, Segment], None] | None = None, **fields: Any
+) -> RecordingDecoder:
+    options = TranscribeOptions(**fields)
+
+    def make_request(samples: np.ndarray) -> Request:
+        return Request(Audio("a", samples), 200, PromptTokens((), ()), 10, options)
+
+    tokenizer: Any = Tokenizer()
+    fake: Any = engine
+    return RecordingDecoder(fake, tokenizer, make_request, options, "a", on_segment=on_segment)
+
+
+def words(count: int, each: float = 0.4) -> list[Timed]:
+    """Words of 0.3 s, one after another; every third is said twice."""
+    return [(f"w{chr(97 + i - (i % 3 == 1))}", i * each + 0.05, i * each + 0.35) for i in range(count)]
+
+
+@pytest.mark.parametrize("cut", np.arange(9.5, 10.5, 0.07).tolist())
+@pytest.mark.parametrize("slip", [0.0, 0.08, -0.08])
+def test_no_word_at_a_seam_is_lost_or_doubled(cut: float, slip: float) -> None:
+    # Given words without a pause, some of which are repeated, a cut anywhere, and times that disagree by 80 ms
+    engine = Engine(words(24), slip=slip)
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, cut, cut + 1))
+    recording.submit(segment(cut - 1, cut, 24 * 0.4, 24 * 0.4 + 0.5, last=True))
+    recording.close(())
+    # When both sides are decoded, then the text is that of the whole
+    engine.finish_all()
+    transcript = recording.result.result()
+    assert transcript.text.split() == [word for word, _, _ in engine.script]
+    assert transcript.ctc_text.split() == transcript.text.split()
+    assert transcript.text == " ".join(part.text for part in transcript.segments)
+    assert transcript.tokens == tuple(token for part in transcript.segments for token in part.tokens)
+
+
+def test_times_are_those_of_the_recording() -> None:
+    # Given segments that begin at 20 and 40 s, when joined with word times
+    engine = Engine([("one", 1.0, 1.5), ("two", 22.0, 22.5), ("three", 41.25, 42.0)])
+    recording = decoder(engine, word_timestamps=True)
+    for start in (0, 20, 40):
+        recording.submit(segment(start, start, start + 20, start + 20, last=start == 40))
+    recording.close(("truncated-input",))
+    engine.finish_all()
+    transcript = recording.result.result()
+    # Then words and segments have the recording's times, from the first word to the last one
+    times = [(w.text, w.start, w.end) for part in transcript.segments for w in part.words]
+    assert times == [("one", 1.0, 1.5), ("two", 22.0, 22.5), ("three", 41.25, 42.0)]
+    assert [(part.start, part.end) for part in transcript.segments] == [(1.0, 1.5), (22.0, 22.5), (41.25, 42.0)]
+    assert (transcript.duration, transcript.flags) == (60.0, ("truncated-input",))
+    assert transcript.stats["llm_passes"] == 3 and transcript.stats["route"] == "verified"
+
+
+def test_segments_without_word_times_begin_and_end_where_the_ctc_head_hears_characters() -> None:
+    engine = Engine([("hello", 3.0, 3.5)])
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    engine.finish_all()
+    (part,) = recording.result.result().segments
+    assert part.start == pytest.approx(3.0, abs=0.03) and part.end == pytest.approx(3.5, abs=0.05)
+    assert part.words == ()
+
+
+def test_segments_are_told_in_order_and_early() -> None:
+    # Given three segments, when they are done in another order
+    engine, told = Engine(words(140)), []
+    recording = decoder(engine, lambda name, part: told.append((name, part.start)))
+    for start in (0, 20, 40):
+        recording.submit(segment(start, start, start + 20, start + 20, last=start == 40))
+    engine.finish(1)
+    assert told == []
+    engine.finish(0)
+    # Then the first is told when its neighbor is done, and the last when there can be no more
+    assert len(told) == 1
+    engine.finish(2)
+    assert len(told) == 2 and not recording.result.done()
+    recording.close(())
+    assert told == [("a", 0.05), ("a", 20.05), ("a", 40.05)] and recording.result.done()
+
+
+def test_a_problem_is_decoded_again_in_halves() -> None:
+    # Given a segment whose text leaves something out at 8 s
+    engine = Engine(words(50))
+    engine.verdicts[0] = Verdict("hole", "", 8.0)
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    # When decoded, then two smaller ones are, of which one begins there, and nothing is lost or doubled
+    engine.finish_all()
+    transcript = recording.result.result()
+    assert len(engine.requests) == 3 and engine.requests[2][0].audio.samples[0] == pytest.approx(6.75)
+    assert transcript.text.split() == [word for word, _, _ in engine.script]
+    assert transcript.flags == ("retried",) and len(transcript.segments) == 2
+
+
+def test_second_tries_end() -> None:
+    # Given problems in whatever is decoded, when tried again, then the smallest parts are final
+    engine = Engine(words(50))
+    engine.verdicts = {number: Verdict("loop", "") for number in range(100)}
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    engine.finish_all()
+    assert recording.result.result().text and len(engine.requests) == 7
+    assert [request.is_final for request, _ in engine.requests] == [False] * 3 + [True] * 4
+
+
+def test_short_audio_is_not_cut_further() -> None:
+    engine = Engine(words(5))
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 3, 3, last=True))
+    recording.close(())
+    assert engine.requests[0][0].is_final
+
+
+def test_no_more_than_two_batches_are_unfinished() -> None:
+    # Given a recording of fifty segments, when submitted, then only four are unfinished at a time
+    engine = Engine(words(1000))
+    recording = decoder(engine)
+    for start in range(0, 1000, 20):
+        recording.submit(segment(start, start, start + 20, start + 20, last=start == 980))
+        assert sum(not future.done() for _, future in engine.requests) <= 4
+    recording.close(())
+    engine.finish_all()
+    assert engine.flushes > 0 and len(recording.result.result().text.split()) == 1000
+
+
+def test_a_reader_whose_recording_nobody_wants_does_not_wait() -> None:
+    # Given a full window that nobody drives, when the result is cancelled
+    engine = Engine(words(1000))
+    engine.flush = lambda: None  # type: ignore[method-assign]
+    recording = decoder(engine)
+    for start in range(4):
+        recording.submit(segment(start, start, start + 1, start + 1))
+    threading.Timer(0.05, recording.result.cancel).start()
+    # Then submitting returns, and what was submitted is cancelled
+    recording.submit(segment(4, 4, 5, 5))
+    assert all(future.cancelled() for _, future in engine.requests[:4])
+
+
+def test_the_error_of_a_segment_is_that_of_the_recording() -> None:
+    engine = Engine(words(100))
+    recording = decoder(engine)
+    for start in (0, 20):
+        recording.submit(segment(start, start, start + 20, start + 20, last=start == 20))
+    recording.close(())
+    engine.requests[0][1].set_exception(RuntimeError("device lost"))
+    assert isinstance(recording.result.exception(), RuntimeError) and engine.requests[1][1].cancelled()
+
+
+def test_a_segment_that_is_not_finite_fails_the_recording() -> None:
+    engine = Engine(words(100))
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    decoded = engine.decode(0, engine.requests[0][0])
+    broken = dataclasses.replace(decoded.transcript, error="a: NaN")
+    engine.requests[0][1].set_result(dataclasses.replace(decoded, transcript=broken))
+    assert recording.result.result().error == "a: NaN"
+
+
+@pytest.mark.parametrize(
+    ("texts", "joined"),
+    [
+        (["a b", "", "c"], "a b c"),
+        (["こんにちは", "世界"], "こんにちは世界"),
+        (["世界", "hello"], "世界 hello"),
+        (["안녕", "세계"], "안녕 세계"),
+        ([], ""),
+    ],
+)
+def test_texts_are_joined_as_their_script_does(texts: list[str], joined: str) -> None:
+    assert join_texts(texts) == joined
