@@ -141,8 +141,8 @@ def word_times(
 
     A word begins with its first label's first frame. It ends halfway between its last label and the label after it, but
     at most half a letter after its last label, so that it does not take a pause; a letter is the mean distance of the
-    word's labels. Of a dozen rules this had the smallest errors once offsets are added: a mean of 13 ms for starts and for
-    ends on tuning sentences, against 41 and 24 ms with the middle of the blanks.
+    word's labels. Of a dozen rules this had the smallest errors once offsets are added: a mean of 13 ms for starts and
+    for ends on tuning sentences, against 41 and 24 ms with the middle of the blanks.
 
     Starts ascend, words do not overlap, and each takes at least a frame, or less if there are more words than frames.
     If the text cannot be aligned, its words share the duration evenly, with a confidence of 0.
