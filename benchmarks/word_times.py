@@ -27,7 +27,7 @@ import soxr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.inference.transcriber import Transcriber
-from granite_jax.inference.words import align_words
+from granite_jax.inference.words import locate_words
 from granite_jax.training.recipes.demo.noise import RATE, Samples
 from granite_jax.training.recipes.demo.sets import TEST_LINES, TUNE_LINES, free_sentence
 from granite_jax.training.recipes.demo.synthesis import ESPEAK_VOICES, draw_recipe
@@ -167,7 +167,7 @@ def errors(
     for sentence in spoken:
         logits = transcriber.ctc_emissions(sentence.audio, sampling_rate=RATE).ctc_logits
         for pair, rows in zip(offsets, found, strict=True):
-            words = align_words(logits, sentence.text, duration=len(sentence.audio) / RATE, offsets=pair)
+            words = locate_words(logits, sentence.text, duration=len(sentence.audio) / RATE, offsets=pair)
             rows.append(1e3 * (np.array([[word.start, word.end] for word in words]) - sentence.times))
     return [np.concatenate(rows) for rows in found]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from granite_jax.inference.results import Word
-from granite_jax.inference.words import TextWord, align_words, label_sequence, split_words, word_times
+from granite_jax.inference.words import TextWord, label_sequence, locate_words, split_words, word_times
 
 
 def spelled(word: TextWord) -> str:
@@ -71,18 +71,18 @@ def rounded(words: tuple[Word, ...]) -> list[tuple[str, float, float]]:
 
 def test_words_have_times() -> None:
     # Given frames that say "ab c" with pauses, when aligned
-    words = align_words(frames("__a_b______ ____c_____"), "Ab  C.")
+    words = locate_words(frames("__a_b______ ____c_____"), "Ab  C.")
     # Then words begin at their first label's frame, and end half a letter after the last
     assert rounded(words) == [("Ab", 0.04, 0.12), ("C.", 0.32, 0.36)]
     assert [word.confidence for word in words] == [pytest.approx(1.0, abs=1e-3)] * 2
     # And offsets and a start are added, within the audio's limits
-    moved = align_words(frames("__a_b______ ____c_____"), "Ab  C.", start=10.0, offsets=(-0.06, 0.1))
+    moved = locate_words(frames("__a_b______ ____c_____"), "Ab  C.", start=10.0, offsets=(-0.06, 0.1))
     assert rounded(moved) == [("Ab", 10.0, 10.22), ("C.", 10.26, 10.44)]
 
 
 def test_a_number_takes_the_time_of_its_words() -> None:
     # Given "twenty five" in digits
-    words = align_words(frames("it_ i_s _t_w_e_n_t_y_ _f_i_v_e_ _eu"), "it is 25 eu")
+    words = locate_words(frames("it_ i_s _t_w_e_n_t_y_ _f_i_v_e_ _eu"), "it is 25 eu")
     # Then it is where these are spoken, and its confidence is not known
     assert [word.text for word in words] == ["it", "is", "25", "eu"]
     assert 0.16 <= words[2].start <= 0.2
@@ -92,15 +92,15 @@ def test_a_number_takes_the_time_of_its_words() -> None:
 
 def test_characters_without_labels_share_their_time() -> None:
     # Given three characters that the head does not know, spoken in six frames
-    words = align_words(frames("__abcdef__"), "東京都")
+    words = locate_words(frames("__abcdef__"), "東京都")
     assert rounded(words) == [("東", 0.04, 0.08), ("京", 0.08, 0.12), ("都", 0.12, 0.16)]
 
 
 def test_a_text_that_cannot_be_aligned_is_spread() -> None:
-    words = align_words(frames("ab"), "many words here", duration=0.3, start=1.0)
+    words = locate_words(frames("ab"), "many words here", duration=0.3, start=1.0)
     assert rounded(words) == [("many", 1.0, 1.1), ("words", 1.1, 1.2), ("here", 1.2, 1.3)]
     assert [word.confidence for word in words] == [0.0] * 3
-    assert align_words(frames("ab"), "") == ()
+    assert locate_words(frames("ab"), "") == ()
 
 
 @pytest.mark.fuzz

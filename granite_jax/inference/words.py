@@ -190,7 +190,7 @@ def word_times(
     return tuple(timed)
 
 
-def align_words(
+def locate_words(
     logits: Float[np.ndarray, "t c"],
     text: str,
     *,

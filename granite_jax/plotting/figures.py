@@ -16,7 +16,7 @@ from jaxtyping import Float
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
 from granite_jax.inference.results import Emissions, Transcript, Word
-from granite_jax.inference.words import align_words
+from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
 from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
 from granite_jax.text.tokenizer import Tokenizer
@@ -363,7 +363,7 @@ def _put(ax: Axes, text: str, column: int, y: float, **style: Any) -> None:
 def _words(logits: np.ndarray, *texts: str) -> Sequence[Word]:
     """Words of the first text that can be aligned and has characters that the CTC head knows."""
     for text in texts:
-        words = align_words(logits, text)
+        words = locate_words(logits, text)
         if any(word.confidence for word in words):
             return words
     return ()
