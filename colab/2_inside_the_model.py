@@ -22,6 +22,7 @@ import soundfile
 
 import granite_jax as gj
 from granite_jax import plotting
+from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
@@ -80,7 +81,7 @@ print(f"largest entropy: {entropy[worst]:.2f} nats at {worst * ctc.FRAME_SECONDS
 
 # %%
 transcript = asr.transcribe(path)
-words = ctc.words(np.asarray(logits[0]), transcript.text)
+words = locate_words(np.asarray(logits[0]), transcript.text)
 for word in words:
     print(f"{word.start:5.2f} to {word.end:5.2f} s  {word.text}")
 plotting.alignment(words)

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax import convert, plotting, pretrained
+from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
 from granite_jax.training.steps import ctc_loss
 
@@ -67,7 +68,7 @@ for number, hidden in enumerate(encoded.layers):
 # %%
 logits = gj.ctc_logits(config, params, encoded.hidden)
 best = ctc.best_labels(logits, frames)[0]
-word = max(ctc.words(np.asarray(logits[0]), readings[-1]), key=lambda each: each.end - each.start)
+word = max(locate_words(np.asarray(logits[0]), readings[-1]), key=lambda each: each.end - each.start)
 inside = slice(round(word.start / ctc.FRAME_SECONDS), round(word.end / ctc.FRAME_SECONDS))
 
 

@@ -10,6 +10,7 @@ Axis names, the same everywhere:
     d  encoder dimension             e  language model dimension
     k  key/value heads               h  dimension of one head
     v  vocabulary                    m  positions whose logits are wanted
+    y  CTC labels of a text
 
 The tests check these annotations at run time; the library itself does not.
 """

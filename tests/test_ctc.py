@@ -1,6 +1,4 @@
-"""Greedy CTC: labels, text, entropy; alignment."""
-
-import itertools
+"""Greedy CTC: labels, text, entropy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,45 +48,3 @@ def test_frames_past_the_end_are_blank_and_certain():
     assert labels.tolist() == [[5, 5, 5, 5], [5, 5, 0, 0]]
     np.testing.assert_allclose(entropy[0], -(p * np.log(p)).sum(), rtol=1e-5)
     np.testing.assert_array_equal(entropy[1, 2:], 0.0)
-
-
-def _brute_force(logits: np.ndarray, labels: list[int]) -> tuple[float, list[list[int]]]:
-    """The best score of a path that collapses to the labels, and all paths of that score."""
-    scores = np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))
-    found: dict[float, list[list[int]]] = {}
-    for path in itertools.product(range(logits.shape[1]), repeat=len(logits)):
-        if ctc.collapse(list(path)) == labels:
-            found.setdefault(round(sum(scores[t, label] for t, label in enumerate(path)), 9), []).append(list(path))
-    best = max(found)
-    return best, found[best]
-
-
-@pytest.mark.parametrize("labels", [[1], [1, 2], [1, 1], [2, 1, 2], [1, 1, 2], []])
-def test_alignment_is_the_best_path_of_all(labels, num_cases):
-    # Given random logits over five frames, when aligned, then the spans are those of the best path
-    rng = np.random.default_rng(len(labels))
-    for _ in range(num_cases):
-        logits = 3 * rng.standard_normal((5, 3))
-        spans = ctc.align(logits, labels)
-        path = np.zeros(5, int)
-        for label, (start, end) in zip(labels, spans, strict=True):
-            assert end > start
-            path[start:end] = label
-        assert path.tolist() in _brute_force(logits, labels)[1]
-
-
-def test_too_few_frames_for_a_text():
-    with pytest.raises(ValueError, match="2 frames are too few for 2 labels"):
-        ctc.align(np.zeros((2, 3)), [1, 1])
-
-
-def test_words_have_times():
-    # Given frames that say "ab c", two blank ones in front
-    frames = [0, 0, ord("a"), ord("a"), 0, ord("b"), ord(" "), 0, ord("c")]
-    logits = 9.0 * np.eye(348)[frames]
-    # When aligned, then times are those of 20 ms frames
-    assert ctc.words(logits, " ab  c ") == [ctc.Word("ab", 0.04, 0.12), ctc.Word("c", 0.16, 0.18)]
-    # And a text may be long
-    assert [word.text for word in ctc.words(np.zeros((400, 348)), "ab " * 100)] == ["ab"] * 100
-    with pytest.raises(ValueError, match="no CTC label for '你'"):
-        ctc.words(logits, "你")

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax.batch import Progress
+from granite_jax.inference.results import Word
 from granite_jax.inference.transcriber import Emissions
-from granite_jax.model import ctc
 from granite_jax.plotting import figures
 from granite_jax.plotting.figures import Passage
 
@@ -84,7 +84,7 @@ def test_posteriors_have_a_row_for_what_is_heard() -> None:
 
 def test_words_are_at_their_times(tmp_path: Path) -> None:
     # Given two words, one of which would be a formula to matplotlib
-    words = [ctc.Word("a", 0.1, 0.3), ctc.Word(r"$\frac$", 0.5, 0.8)]
+    words = [Word("a", 0.1, 0.3), Word(r"$\frac$", 0.5, 0.8)]
     figure = figures.alignment(words)
     (ax,) = figure.axes
     assert [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches] == [(0.1, 0.3), (0.5, 0.8)]
@@ -187,7 +187,7 @@ def test_an_error_has_no_picture() -> None:
 def test_a_text_that_was_not_spoken_is_not_aligned() -> None:
     # Given characters that the CTC head does not know, or more than there are frames, then the next text is taken
     assert [word.text for word in figures._words(frames("_a_"), "你好", "aaaaaa", "a")] == ["a"]
-    assert figures._words(frames("_a_"), "你好") == []
+    assert figures._words(frames("_a_"), "你好") == ()
 
 
 def test_throughput_is_drawn_from_a_jobs_reports(tmp_path: Path) -> None:

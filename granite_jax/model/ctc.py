@@ -1,9 +1,8 @@
-"""Greedy CTC: labels, characters, entropy; alignment of a text to the frames.
+"""Greedy CTC: labels, characters, entropy.
 
 The label set of Granite Speech: 0 is the blank, labels 32-255 are Latin-1 characters, 256-347 Katakana from U+30A1 on.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -71,56 +70,3 @@ def to_labels(text: str) -> list[int]:
             raise ValueError(f"no CTC label for {character!r}")
         labels.append(label)
     return labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Word:
-    """A word, and its times in seconds: from its first character's first frame to its last character's last."""
-
-    text: str
-    start: float
-    end: float
-
-
-def align(logits: Float[np.ndarray, "t c"], labels: Sequence[int]) -> Int[np.ndarray, "n 2"]:
-    """The frames of every label on the most likely CTC path that spells them (Viterbi), as half-open intervals.
-
-    Raises ValueError if there are too few frames.
-    """
-    states = np.full(2 * len(labels) + 1, BLANK)  # blank, label, blank, ... blank
-    states[1::2] = labels
-    scores = np.asarray(logits, np.float64)
-    scores = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
-    can_skip = np.zeros(len(states), bool)  # a path can skip the blank between two labels that differ
-    can_skip[3::2] = states[3::2] != states[1:-2:2]
-    best = np.full(len(states), -np.inf)
-    best[:2] = 0.0
-    moves = np.zeros((len(scores), len(states)), np.int8)  # by how many states the best path to each state moved
-    for frame, score in enumerate(scores):
-        if frame:
-            step, skip = (np.concatenate([np.full(n, -np.inf), best])[: len(best)] for n in (1, 2))
-            candidates = np.stack([best, step, np.where(can_skip, skip, -np.inf)])
-            moves[frame] = candidates.argmax(axis=0)
-            best = candidates.max(axis=0)
-        best = best + score[states]
-    state = len(states) - 2 + int(np.argmax(best[-2:])) if labels else 0
-    if best[state] == -np.inf:
-        raise ValueError(f"{len(scores)} frames are too few for {len(labels)} labels")
-    path = np.zeros(len(scores), int)
-    for frame in reversed(range(len(scores))):
-        path[frame] = state
-        state -= int(moves[frame, state])
-    label_states = np.arange(1, len(states), 2)
-    return np.stack([np.searchsorted(path, label_states, side) for side in ("left", "right")], axis=1)
-
-
-def words(logits: Float[np.ndarray, "t c"], text: str) -> list[Word]:
-    """Times each word of one utterance's text, by `align`. Raises ValueError as `to_labels` and `align` do."""
-    texts = text.split()
-    frames = align(logits, to_labels(" ".join(texts)))
-    timed, position = [], 0
-    for word in texts:
-        start, end = frames[position, 0], frames[position + len(word) - 1, 1]
-        timed.append(Word(word, float(start * FRAME_SECONDS), float(end * FRAME_SECONDS)))
-        position += len(word) + 1
-    return timed

@@ -1,6 +1,5 @@
 """The figures of `granite_jax.plotting`."""
 
-import contextlib
 import difflib
 import functools
 import itertools
@@ -16,7 +15,8 @@ from jaxtyping import Float
 
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
-from granite_jax.inference.results import Emissions, Transcript
+from granite_jax.inference.results import Emissions, Transcript, Word
+from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
 from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
 from granite_jax.text.tokenizer import Tokenizer
@@ -172,8 +172,8 @@ def ctc_posteriors(
     return _with_bar(ax, cax, image, "probability")
 
 
-def alignment(words: Sequence[ctc.Word], *, ax: Axes | None = None) -> Figure:
-    """When each word was spoken, according to `ctc.words`."""
+def alignment(words: Sequence[Word], *, ax: Axes | None = None) -> Figure:
+    """When each word was spoken, according to `inference.words`."""
     ax = _axes(ax, 10.0, 1.0)
     for position, word in enumerate(words):
         ax.axvspan(word.start, word.end, facecolor=("#d0d0d0", "#e8e8e8")[position % 2], edgecolor=GREY, linewidth=0.5)
@@ -360,12 +360,13 @@ def _put(ax: Axes, text: str, column: int, y: float, **style: Any) -> None:
         )  # fmt: skip
 
 
-def _words(logits: np.ndarray, *texts: str) -> list[ctc.Word]:
-    """Words of the first text that can be aligned."""
+def _words(logits: np.ndarray, *texts: str) -> Sequence[Word]:
+    """Words of the first text that can be aligned and has characters that the CTC head knows."""
     for text in texts:
-        with contextlib.suppress(ValueError):
-            return ctc.words(logits, text)
-    return []
+        words = locate_words(logits, text)
+        if any(word.confidence for word in words):
+            return words
+    return ()
 
 
 def _mel_position(hertz: float) -> float:
