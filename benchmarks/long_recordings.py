@@ -2,7 +2,7 @@
 
     python benchmarks/long_recordings.py [--checkpoint demo] [--corpus DIR] [--minutes 10] [--segment-seconds auto]
     python benchmarks/long_recordings.py memory [--minutes 10]     peak memory of one process
-    python benchmarks/long_recordings.py noise [--minutes 3]       silence, hum, tones, chords, noise, clicks, repetition
+    python benchmarks/long_recordings.py noise [--minutes 3]       silence, hum, tones, noise, clicks, repetition
 
 A recording is made of utterances in random order, with pauses of 0.2 to 3 s between most of them and none in a tenth,
 room noise that changes, silences of up to 20 s, and hum. `--corpus` is a directory of `recipes.demo.recipe`; the

@@ -36,7 +36,7 @@ class Engine:
     def __init__(self, script: list[Timed], *, slip: float = 0.0):
         """`slip`: seconds by which times of every other request are off."""
         self.script, self.slip = script, slip
-        self.requests: list[tuple[Request, "Future[Decoded]"]] = []
+        self.requests: list[tuple[Request, Future[Decoded]]] = []
         self.flushes = 0
         self.verdicts: dict[int, Verdict] = {}
 
@@ -100,17 +100,21 @@ def decoder(
 
 def words(count: int, each: float = 0.4) -> list[Timed]:
     """Words of 0.3 s, one after another; every third is said twice."""
-    return [(f"w{chr(97 + i - (i % 3 == 1))}", i * each + 0.05, i * each + 0.35) for i in range(count)]
+    return [(_name(i - (i % 3 == 1)), i * each + 0.05, i * each + 0.35) for i in range(count)]
+
+
+def _name(number: int) -> str:
+    return "".join(chr(97 + number // 26**power % 26) for power in range(3))
 
 
 @pytest.mark.parametrize("cut", np.arange(9.5, 10.5, 0.07).tolist())
 @pytest.mark.parametrize("slip", [0.0, 0.08, -0.08])
 def test_no_word_at_a_seam_is_lost_or_doubled(cut: float, slip: float) -> None:
     # Given words without a pause, some of which are repeated, a cut anywhere, and times that disagree by 80 ms
-    engine = Engine(words(24), slip=slip)
+    engine = Engine(words(40), slip=slip)
     recording = decoder(engine)
     recording.submit(segment(0, 0, cut, cut + 1))
-    recording.submit(segment(cut - 1, cut, 24 * 0.4, 24 * 0.4 + 0.5, last=True))
+    recording.submit(segment(cut - 1, cut, 16.5, 16.5, last=True))
     recording.close(())
     # When both sides are decoded, then the text is that of the whole
     engine.finish_all()
@@ -119,6 +123,41 @@ def test_no_word_at_a_seam_is_lost_or_doubled(cut: float, slip: float) -> None:
     assert transcript.ctc_text.split() == transcript.text.split()
     assert transcript.text == " ".join(part.text for part in transcript.segments)
     assert transcript.tokens == tuple(token for part in transcript.segments for token in part.tokens)
+
+
+def test_what_a_segment_writes_of_words_that_are_cut_off_is_left_out() -> None:
+    # Given a cut at 10 s, a left side that invents words at its end and a right side that does at its beginning
+    left = [("we", 8.0, 8.3), ("met", 9.2, 9.5), ("her", 10.2, 10.5), ("If,", 10.85, 11.0)]
+    right = [("Et", 9.0, 9.15), ("met", 9.2, 9.5), ("her", 10.2, 10.5), ("there", 12.0, 12.5)]
+    assert joined_at_ten(left, right) == "we met her there"
+
+
+def test_the_right_side_reads_the_overlap_in_other_words() -> None:
+    # Given sides that spell what both hear differently, then each time has one word, and the right one no capital
+    left = [("la", 8.8, 9.0), ("réunion", 9.2, 9.6), ("rendue", 9.9, 10.3), ("publique", 10.4, 10.7)]
+    right = [("Réunions", 9.1, 9.6), ("rendu", 9.9, 10.3), ("public", 10.4, 10.8), ("hier", 11.2, 11.4)]
+    text = joined_at_ten(left, right)
+    assert text in ("la réunion rendu public hier", "la réunion rendue public hier", "la réunion rendue publique hier")
+
+
+def test_japanese_is_cut_between_characters() -> None:
+    left = [(char, 8 + 0.3 * i, 8.3 + 0.3 * i) for i, char in enumerate("きょうはいいてん")]
+    right = [(char, 9.2 + 0.3 * i, 9.5 + 0.3 * i) for i, char in enumerate("いいてんきです")]
+    assert joined_at_ten(left, right, space="") == "きょうはいいてんきです"
+
+
+def joined_at_ten(left: list[Timed], right: list[Timed], space: str = " ") -> str:
+    """The text of a recording that was cut at 10 s, from what both sides hear."""
+    recording = decoder(engine := Engine([]))
+    recording.submit(segment(0, 0, 10, 11))
+    recording.submit(segment(9, 10, 20, 20, last=True))
+    recording.close(())
+    for heard, offset, (request, future) in zip((left, right), (0, 9), engine.requests, strict=True):
+        text = space.join(word for word, _, _ in heard)
+        transcript = dataclasses.replace(engine.decode(0, request).transcript, text=text)
+        words = tuple(Word(word, start - offset, end - offset) for word, start, end in heard)
+        future.set_result(Decoded(transcript, np.zeros(10, np.int32), words))
+    return recording.result.result().text
 
 
 def test_times_are_those_of_the_recording() -> None:
@@ -163,7 +202,8 @@ def test_segments_are_told_in_order_and_early() -> None:
     engine.finish(2)
     assert len(told) == 2 and not recording.result.done()
     recording.close(())
-    assert told == [("a", 0.05), ("a", 20.05), ("a", 40.05)] and recording.result.done()
+    assert recording.result.done() and [name for name, _ in told] == ["a"] * 3
+    np.testing.assert_allclose([start for _, start in told], [0.05, 20.05, 40.05], atol=0.02)
 
 
 def test_a_problem_is_decoded_again_in_halves() -> None:

@@ -1,5 +1,7 @@
 """Segments of recordings: where they are cut, and that they lose nothing."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ def check_tiles(samples: np.ndarray, segments: list[AudioSegment], seconds: floa
     """Every sample is some segment's own, in order, and where it says that it is."""
     assert segments[0].begin == 0 and segments[-1].end == len(samples)
     assert [segment.is_last for segment in segments] == [False] * (len(segments) - 1) + [True]
-    for segment, following in zip(segments, segments[1:], strict=False):
+    for segment, following in itertools.pairwise(segments):
         assert segment.begin < segment.end == following.begin
     for segment in segments:
         end = segment.offset + len(segment.samples)

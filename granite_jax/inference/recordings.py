@@ -218,7 +218,7 @@ class RecordingDecoder:
             heard = (part.offset + frame * ctc.FRAME_SECONDS for frame in (spoken[0], spoken[-1] + 1))
             extent = max(start, next(heard)), min(end, next(heard))
         segment = Segment(
-            *(round(second, 3) for second in extent),
+            *(round(float(second), 3) for second in extent),
             text,
             tokens,
             transcript.confidence if text else None,
