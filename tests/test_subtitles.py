@@ -117,6 +117,9 @@ def test_punctuation_of_the_text_goes_with_the_words() -> None:
         ("« Oui »,",),
         ("dit-il.",),
     ]
+    # Nor does a cue end with a no-break space
+    numbers = (Word("10", 0, 0.5), Word("000", 2, 3))
+    assert lines(Segment(0, 3, "10\u00a0000", words=numbers)) == [("10",), ("000",)]
     # And words that are not those of the text are not used
     assert lines(Segment(0, 5, "Other text", words=words)) == [("Other text",)]
 
@@ -164,7 +167,17 @@ CHARACTERS = (
 TEXTS = st.one_of(
     st.text(CHARACTERS, max_size=60),
     st.sampled_from(
-        ["<b>x</b>", "{\\i1}", "a\\Nb", "-->", "00:00:01,000 --> 00:00:02,000", "&amp;", "w" * 1000, "1984"]
+        [
+            "<b>x</b>",
+            "{\\i1}",
+            "a\\Nb",
+            "-->",
+            "00:00:01,000 --> 00:00:02,000",
+            "&amp;",
+            "w" * 1000,
+            "w" * 41 + "\u00a0ww",
+            "1984",
+        ]
     ),
     st.lists(
         st.sampled_from(["the", "and", "Yes.", "engine,", "comfortable", "12", "is", "日本語です。"]), max_size=40

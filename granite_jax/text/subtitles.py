@@ -358,9 +358,9 @@ def _aligned(text: str, words: Sequence[str]) -> list[tuple[str, bool]] | None:
         else:
             # Punctuation that follows belongs to the word; anything else, such as an opening quote, to the next.
             between = itertools.takewhile(lambda char: char == " " or char in _NOT_FIRST, text[stop:limit])
-            stop += len("".join(between).rstrip(" "))
+            stop += len("".join(between).rstrip(f" {_NO_BREAK_SPACES}"))
         result.append((text[begin:stop], spaced))
-        spaced = text[stop : stop + 1] == " "
+        spaced = text[stop : stop + 1].isspace()
         begin = stop + spaced
     return result
 
@@ -392,11 +392,11 @@ def _parts(token: str) -> Iterator[tuple[str, bool]]:
         columns = _cluster_width(cluster)
         full = width + columns > MAX_WIDTH
         if part and width and (divides or full):
-            yield part, continues
+            yield part.strip(_NO_BREAK_SPACES), continues
             part, width, continues = "", 0, not divides
         part, width, last = part + cluster, width + columns, cluster
     if part:
-        yield part, continues
+        yield part.strip(_NO_BREAK_SPACES), continues
 
 
 # Breaks. The costs order them: an earlier kind is taken instead of a later one if both fit.
