@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from granite_jax.model.features import log_mel, num_frames
     from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
     from granite_jax.pretrained import load
+    from granite_jax.text.subtitles import to_srt, to_tsv, to_vtt
 
 try:
     __version__ = importlib.metadata.version("granite-jax")
@@ -58,6 +59,9 @@ __all__ = [
     "num_frames",
     "prefill",
     "project",
+    "to_srt",
+    "to_tsv",
+    "to_vtt",
 ]
 
 _MODULES = {
@@ -67,6 +71,7 @@ _MODULES = {
     # Speech to text.
     "Transcriber": "inference.transcriber",
     "Transcript": "inference.results",
+    **dict.fromkeys(("to_srt", "to_tsv", "to_vtt"), "text.subtitles"),
     # Research.
     "load": "pretrained",
     "Config": "model.config",

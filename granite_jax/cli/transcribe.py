@@ -1,15 +1,22 @@
 """`granite-jax transcribe`."""
 
-import dataclasses
-import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from granite_jax.cli.options import Format, takes_options
+from granite_jax.cli.options import takes_options
+from granite_jax.cli.outputs import (
+    TranscriptFormat,
+    check_formats,
+    make_directory,
+    output_stems,
+    render,
+    write_file,
+)
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
@@ -30,7 +37,17 @@ def transcribe(
     ],
     model: ModelOptions,
     options: TranscribeOptions,
-    format: Annotated[Format, typer.Option(help="plain text, or one JSON object a line")] = "txt",
+    format: Annotated[
+        list[TranscriptFormat] | None,
+        typer.Option(
+            help="plain text (the default), JSON objects, subtitles (srt, vtt) or a table of segments; repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="write a file for each FILE and format there, named after FILE", show_default=False),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -46,26 +63,40 @@ def transcribe(
 
     Prints one line a file, in order, as soon as its result is there: the text (after the file's name, if there are
     several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans
-    and flags. Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status
-    is 0 if all succeeded, 1 if some did not, 2 if nothing could be tried.
+    and flags. srt, vtt and tsv are printed for one file only. With --output-dir, each result is written to files named
+    after the input, such as talk.srt for a/talk.wav, and their paths are printed, one a line; inputs of the same name
+    get more of their paths, as in a-talk.srt and b-talk.srt. Files of these names that are there are replaced.
+
+    Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status is 0 if
+    all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     from granite_jax.cli.sources import to_sources  # here, because fsspec is slow to import
     from granite_jax.inference.transcriber import Transcriber
 
+    formats = list(dict.fromkeys(format or [TranscriptFormat.txt]))
+    stems = output_stems(files)
+    index, written = -1, True
     try:
+        check_formats(formats, len(files), output_dir)
         plots = None if plot is None else _plots_for(plot, files)
         sources = to_sources(files, allow or ("file", "gs", "s3", "https"), reread=plots is not None)
+        if output_dir is not None:
+            make_directory(output_dir)
         asr = Transcriber.from_options(model)
         transcripts = []
         with ProgressDisplay("transcribing", prints_results=True) as display:
             for transcript in asr.stream(sources, options, on_error="return"):
                 transcripts.append(transcript)
-                _print(transcript, format, with_name=len(files) > 1)
+                index += transcript.channel in (None, 1)  # the channels of an input follow one another
+                if output_dir is None or transcript.error is not None:
+                    _print(transcript, formats[0], with_name=len(files) > 1)
+                else:
+                    written = _write(transcript, formats, output_dir, stems[index]) and written
                 display.show(len(transcripts), len(files))
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None
-    if any(transcript.error is not None for transcript in transcripts):
+    if not written or any(transcript.error is not None for transcript in transcripts):
         raise typer.Exit(1)
     if plots is not None and plot is not None:
         # A translation, or the answer to a custom prompt, is not what was spoken.
@@ -83,18 +114,40 @@ def transcribe(
             fail(f"{plot}: characters are missing, no font here has them")
 
 
-def _print(transcript: "Transcript", format: Format, with_name: bool) -> None:
-    from granite_jax.inference.results import FLAGS
-
+def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) -> None:
     if transcript.error is not None:
         fail(transcript.error)
-    elif format == "json":
-        fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
-        print(json.dumps(fields, ensure_ascii=False), flush=True)
-    else:
+        return
+    if format == "txt":
         print(line(f"{transcript.audio}: {transcript.text}" if with_name else transcript.text), flush=True)
-        for flag in transcript.flags:
-            fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
+    else:
+        print(render(transcript, format), end="", flush=True)
+    if format != "json":
+        _tell_flags(transcript)
+
+
+def _write(transcript: "Transcript", formats: Sequence[TranscriptFormat], directory: Path, stem: str) -> bool:
+    """Writes a transcript's files, and prints their paths. Returns whether all could be written."""
+    written = True
+    if transcript.channel is not None:
+        stem += f".channel{transcript.channel}"
+    for format in formats:
+        path = directory / f"{stem}.{format}"
+        try:
+            write_file(path, render(transcript, format))
+            print(line(str(path)), flush=True)
+        except GraniteError as error:
+            fail(str(error))
+            written = False
+    _tell_flags(transcript)
+    return written
+
+
+def _tell_flags(transcript: "Transcript") -> None:
+    from granite_jax.inference.results import FLAGS
+
+    for flag in transcript.flags:
+        fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
 
 
 def _plots_for(plot: Path, files: list[str]) -> ModuleType:

@@ -1,0 +1,152 @@
+"""Transcripts as text in a format, and the files they are written to."""
+
+import dataclasses
+import enum
+import json
+import os
+import secrets
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from granite_jax.errors import GraniteError
+
+if TYPE_CHECKING:
+    from granite_jax.inference.results import Segment, Transcript
+
+
+class TranscriptFormat(enum.StrEnum):
+    """Formats of transcripts; an enumeration, because options that repeat cannot be of a Literal."""
+
+    txt = "txt"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
+    tsv = "tsv"
+
+
+_MAX_NAME_BYTES = 200  # of 255, for the extension and what tells names apart
+
+
+def output_stems(inputs: Sequence[str]) -> list[str]:
+    """Names for the outputs of inputs, without extension: distinct, also where letter case makes no difference.
+
+    The name is the input's without its extension: `a/talk.wav` gives `talk`. Of a URL, the last part counts; standard
+    input is `stdin`. Inputs that would share a name get more of theirs, all of them by the first of these ways that
+    tells them apart: with extensions (`talk.wav`, `talk.mp3`), with more and more directories in front (`a-talk`,
+    `b-talk`), and both. Inputs that are the same, and names that are still taken, get numbers: `talk`, `talk-2`.
+    """
+    parts = [_parts(argument) for argument in inputs]
+    stems = [_name(path, 0, extension=False) for path in parts]
+    groups: dict[str, list[int]] = {}
+    for index, stem in enumerate(stems):
+        groups.setdefault(_key(stem), []).append(index)
+    taken: set[str] = set()
+    for group in sorted(groups.values(), key=lambda group: len(group) > 1):  # names that nothing else asks for first
+        for index, name in zip(group, _distinct([parts[index] for index in group]), strict=True):
+            stems[index], number = name, 2
+            while _key(stems[index]) in taken:
+                stems[index] = f"{name}-{number}"
+                number += 1
+            taken.add(_key(stems[index]))
+    return stems
+
+
+def _distinct(group: Sequence[Sequence[str]]) -> list[str]:
+    """Names of inputs that share a stem: distinct, or their stems if no way tells them apart."""
+    names = [_name(parts, 0, extension=False) for parts in group]
+    for directories in range(max(map(len, group))):
+        for extension in (False, True):
+            longer = [_name(parts, directories, extension) for parts in group]
+            if len(set(map(_key, longer))) == len(group):
+                return longer
+    return names
+
+
+def _parts(argument: str) -> list[str]:
+    """The directories and the name of an input."""
+    if argument == "-":
+        return ["stdin"]
+    if "://" in argument:
+        url = urlsplit(argument)
+        argument = f"{url.netloc}/{unquote(url.path)}"
+    return [part for part in argument.split("/") if part.strip(". ")] or ["audio"]
+
+
+def _name(parts: Sequence[str], directories: int, extension: bool) -> str:
+    *parents, name = parts[-directories - 1 :]
+    stem, dot, _ = name.rpartition(".")
+    return _safe("-".join([*parents, name if extension or not (dot and stem.strip(". ")) else stem]))
+
+
+def _safe(name: str) -> str:
+    """The name without separators, control characters and leading dots, and short enough for file systems."""
+    name = "".join("_" if char in "/\\" or unicodedata.category(char) in ("Cc", "Zl", "Zp") else char for char in name)
+    name = name.strip().lstrip(".").lstrip()
+    encoded = os.fsencode(name)
+    if len(encoded) > _MAX_NAME_BYTES:
+        name = encoded[:_MAX_NAME_BYTES].decode("utf-8", "ignore").rstrip()
+    return name or "audio"
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, directory: Path | None) -> None:
+    """Raises GraniteError if such results cannot be on standard output."""
+    if directory is None and len(formats) > 1:
+        raise GraniteError(f"--format {', '.join(formats)}: several formats need --output-dir")
+    if directory is None and formats[0] not in ("txt", "json") and num_inputs > 1:
+        raise GraniteError(f"--format {formats[0]}: several files need --output-dir")
+
+
+def render(transcript: "Transcript", format: TranscriptFormat) -> str:
+    """The content of a file with the transcript in a format."""
+    from granite_jax.text import subtitles
+
+    if format == "txt":
+        return transcript.text.rstrip("\n") + "\n"
+    if format == "json":
+        fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
+        return json.dumps(fields, ensure_ascii=False) + "\n"
+    write = {"srt": subtitles.to_srt, "vtt": subtitles.to_vtt, "tsv": subtitles.to_tsv}[format]
+    return write(_segments(transcript))
+
+
+def _segments(transcript: "Transcript") -> "Sequence[Segment]":
+    from granite_jax.inference.results import Segment
+
+    if transcript.segments or not transcript.text:
+        return transcript.segments
+    return (Segment(0.0, transcript.duration, transcript.text),)
+
+
+def make_directory(directory: Path) -> None:
+    """Creates a directory where there is none. Raises GraniteError naming it if that fails."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GraniteError(f"{directory}: cannot be created: {error.strerror}") from None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes a file completely or not at all, in UTF-8; a file that is there is replaced.
+
+    Raises:
+      GraniteError: naming the file, if it cannot be written.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        try:
+            # File names need not be valid Unicode; escapes are, in JSON, too.
+            with partial.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                file.write(text)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except (OSError, ValueError) as error:
+        raise GraniteError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
