@@ -87,14 +87,14 @@ def num_cases() -> int:
 def random_asr(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A Transcriber with random weights and one bucket, of four rows up to 3 s: three programs."""
     from hf_fixture import write_random_checkpoint
+    from plain_transcriber import PlainTranscriber
 
-    from granite_jax import Transcriber
     from granite_jax.inference.buckets import Bucket
 
     directory = tmp_path_factory.mktemp("random")
     write_random_checkpoint(directory, seed=1)
     buckets = [Bucket(4, 48_000, 140, 170)]
-    return Transcriber.from_pretrained(
+    return PlainTranscriber.from_pretrained(
         directory, dtype="float32", batch_size=4, buckets=buckets, compilation_cache=False
     )
 

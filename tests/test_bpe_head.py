@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import cases as goldens
+from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
@@ -125,7 +126,7 @@ def test_rows_that_want_no_labels_cost_nothing(checkpoint: Any) -> None:
 def asr(checkpoint: Any) -> Transcriber:
     bucket = make_bucket(checkpoint.config, 3, 6.0)
     options = {"batch_size": 3, "buckets": [bucket], "compilation_cache": False}
-    return Transcriber.from_pretrained(checkpoint.directory, dtype="float32", **options)
+    return PlainTranscriber.from_pretrained(checkpoint.directory, dtype="float32", **options)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +208,7 @@ def test_a_head_that_cannot_draft_a_task_is_an_error(fields: dict[str, Any]) -> 
 def test_a_head_that_is_not_there_is_named(tmp_path: Path, sounds: list[np.ndarray]) -> None:
     # Given a checkpoint without a BPE head, when it shall draft, then the error says so
     hf_fixture.write_random_checkpoint(tmp_path, **hf_fixture.TINY)
-    asr = Transcriber.from_pretrained(tmp_path, dtype="float32", compilation_cache=False)
+    asr = PlainTranscriber.from_pretrained(tmp_path, dtype="float32", compilation_cache=False)
     with pytest.raises(gj.GraniteError, match='draft_from="bpe" needs a BPE head'):
         asr.transcribe(sounds[0], draft_from="bpe")
 
@@ -223,7 +224,7 @@ def test_devices_that_share_the_head_draft_alike(checkpoint: Any, asr: Transcrib
     # Given two devices with half of the weights each, when they draft, then as one device does
     bucket = make_bucket(checkpoint.config, 3, 6.0)
     options = {"batch_size": 3, "buckets": [bucket], "compilation_cache": False}
-    several = Transcriber.from_pretrained(
+    several = PlainTranscriber.from_pretrained(
         checkpoint.directory, dtype="float32", devices=jax.devices()[:2], model_parallel=2, **options
     )
     found, expected = (one.transcribe(sounds, max_new_tokens=20) for one in (several, asr))

@@ -19,6 +19,7 @@ import soundfile
 import typer
 from click.testing import Result
 from fsspec.implementations.memory import MemoryFileSystem
+from plain_transcriber import PlainTranscriber
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -47,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asr(checkpoint: Path) -> Transcriber:
-    return Transcriber.from_pretrained(checkpoint, batch_size=2, buckets=[Bucket(2, 33600, 90, 128)])
+    return PlainTranscriber.from_pretrained(checkpoint, batch_size=2, buckets=[Bucket(2, 33600, 90, 128)])
 
 
 @pytest.fixture

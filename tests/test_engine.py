@@ -125,7 +125,7 @@ def test_what_is_on_the_device_cannot_be_cancelled(engine: Counting, monkeypatch
     monkeypatch.setattr(engine, "_encode", late)
     # When waited for, then it is too late, and nobody loses a result
     assert all(map(engine.wait, futures)) and cancelled == [False]
-    assert [future.result().audio for future in futures] == [f"{i}" for i in range(8)]
+    assert [future.result().transcript.audio for future in futures] == [f"{i}" for i in range(8)]
 
 
 def test_an_error_of_the_device_reaches_everyone_who_waits(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_an_error_of_the_device_reaches_everyone_who_waits(engine: Counting, mon
     monkeypatch.undo()
     future = engine.submit(request("next"))
     engine.flush()
-    assert engine.wait(future) and future.result().audio == "next"
+    assert engine.wait(future) and future.result().transcript.audio == "next"
 
 
 def test_callers_in_several_threads_share_batches(engine: Counting) -> None:
@@ -153,7 +153,7 @@ def test_callers_in_several_threads_share_batches(engine: Counting) -> None:
     def call(number: int) -> None:
         futures = [engine.submit(request(f"{number}{i}")) for i in range(2)]
         ready.wait()
-        results.extend(future.result().audio for future in futures if engine.wait(future))
+        results.extend(future.result().transcript.audio for future in futures if engine.wait(future))
 
     threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.inference.buckets import Bucket
@@ -47,7 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _transcribe(checkpoint: Path, dtype: str) -> list[tuple[int, ...]]:
-    asr = gj.Transcriber.from_pretrained(checkpoint, dtype=dtype, batch_size=2, buckets=[Bucket(2, 33600, 90, 128)])
+    asr = PlainTranscriber.from_pretrained(checkpoint, dtype=dtype, batch_size=2, buckets=[Bucket(2, 33600, 90, 128)])
     rng = np.random.default_rng(0)
     audio = [rng.uniform(-0.3, 0.3, 20_000).astype(np.float32), rng.uniform(-0.3, 0.3, 30_000)]
     return [t.tokens for t in asr.transcribe(audio, keywords=["kai zoe"], keyword_gate=False, max_new_tokens=8)]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_transcriber import PlainTranscriber
 from retraces import retraces
 
-from granite_jax import Transcriber
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
 from granite_jax.keywords.spotter import make_keyword_batch
@@ -41,7 +41,7 @@ def test_bfloat16_runs_on_bfloat16_weights(tmp_path: Path) -> None:
     # Given a model in bfloat16, when it transcribes, then a result comes from weights of that type
     hf_fixture.write_random_checkpoint(tmp_path / "hf")
     buckets = [Bucket(1, 48_000, 100, 140)]
-    asr = Transcriber.from_pretrained(tmp_path / "hf", dtype="bfloat16", batch_size=1, buckets=buckets)
+    asr = PlainTranscriber.from_pretrained(tmp_path / "hf", dtype="bfloat16", batch_size=1, buckets=buckets)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._engine._params)} == {"bfloat16"}
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000).astype(np.float32)
     assert len(asr.transcribe(noise, max_new_tokens=5).tokens) == 5

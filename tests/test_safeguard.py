@@ -12,10 +12,11 @@ import hf_fixture
 import numpy as np
 import pytest
 import soundfile
+from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.batch.manifest import parse_line
-from granite_jax.inference.engine import Request
+from granite_jax.inference.engine import Decoded, Request
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.results import Transcript
 from granite_jax.inference.safeguard import safeguarded
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asr(checkpoint: Path) -> Transcriber:
-    return Transcriber.from_pretrained(checkpoint, dtype="float32", compilation_cache=False)
+    return PlainTranscriber.from_pretrained(checkpoint, dtype="float32", compilation_cache=False)
 
 
 def test_an_unfamiliar_prompt_falls_back_to_the_raw_transcript(asr: Transcriber) -> None:
@@ -122,7 +123,7 @@ def request_of(asr: Transcriber, audio: Any, **fields: Any) -> Request:
     def submit(request: Request) -> Future[Transcript]:
         captured.append(request)
         future: Future[Transcript] = Future()
-        future.set_result(Transcript(request.audio.name))
+        future.set_result(Decoded(Transcript(request.audio.name, stats={"route": "greedy"}), np.zeros(1, np.int32)))
         return future
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.checkpoint.tree import expected_shapes, flatten
@@ -45,7 +46,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
     def load(batch_size: int = 2, **options: Any) -> gj.Transcriber:
         buckets = [Bucket(rows, 48_000, 110, 140) for rows in {1, batch_size}]
-        return gj.Transcriber.from_pretrained(
+        return PlainTranscriber.from_pretrained(
             directory, dtype="float32", batch_size=batch_size, buckets=buckets, compilation_cache=False, **options
         )
 

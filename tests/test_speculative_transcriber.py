@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_fixture import write_random_checkpoint
+from plain_transcriber import PlainTranscriber
 from retraces import retraces
 from typer.testing import CliRunner
 
@@ -156,7 +157,7 @@ def test_a_text_that_fills_the_models_last_position(tmp_path: Path) -> None:
     audio = 0.1 * np.random.default_rng(5).standard_normal(16_000).astype(np.float32)
     write_random_checkpoint(tmp_path, seed=2, text_config={"max_position_embeddings": 100})
     bucket = Bucket(1, 24_000, 100, 100)
-    asr = gj.Transcriber.from_pretrained(
+    asr = PlainTranscriber.from_pretrained(
         tmp_path, dtype="float32", batch_size=1, buckets=[bucket], compilation_cache=False
     )
     prompt = asr._prompt("can you transcribe the speech into a written format?")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from plain_transcriber import PlainTranscriber
 from retraces import retraces
 from safetensors.numpy import load_file, save_file
 
@@ -43,7 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asr(checkpoint: Path) -> Transcriber:
     """Warmed up: with it, no test may compile anything. Of the default buckets it has the smallest and the largest."""
     first, *_, last = default_buckets(open_checkpoint(checkpoint).config, 4)
-    asr = Transcriber.from_pretrained(checkpoint, dtype="float32", batch_size=4, buckets=[first, last])
+    asr = PlainTranscriber.from_pretrained(checkpoint, dtype="float32", batch_size=4, buckets=[first, last])
     asr.warmup()
     return asr
 
@@ -71,7 +72,7 @@ def wav(samples: np.ndarray, rate: int = RATE, format: str = "WAV") -> bytes:
 
 def like(asr: Transcriber, **options: Any) -> Transcriber:
     """Another Transcriber of the same model."""
-    return Transcriber(asr.config, asr._engine._params, asr.tokenizer, template=asr.template, **options)
+    return PlainTranscriber(asr.config, asr._engine._params, asr.tokenizer, template=asr.template, **options)
 
 
 def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_audio_and_padding_are_never_produced(checkpoint: Path, tmp_path: Path) 
     # Given a model that likes the audio token or the padding best, whatever the input
     directory, ids = boosted(checkpoint, tmp_path, ["<|audio|>", "<|pad|>"])
     bucket = [Bucket(1, 3 * RATE // 4800 * 4800, 100, 140)]
-    asr = Transcriber.from_pretrained(directory, dtype="float32", batch_size=1, buckets=bucket)
+    asr = PlainTranscriber.from_pretrained(directory, dtype="float32", batch_size=1, buckets=bucket)
 
     # When speech is transcribed, then neither is produced
     tokens = asr.transcribe(speech(2.0), max_new_tokens=20).tokens
@@ -290,7 +291,7 @@ def test_end_of_text_ends_a_text_and_is_not_part_of_it(checkpoint: Path, tmp_pat
     # Given a model that likes to end, or else one letter
     directory, (end, letter) = boosted(checkpoint, tmp_path, ["<|end_of_text|>", "a"])
     bucket = [Bucket(1, 3 * RATE // 4800 * 4800, 100, 140)]
-    asr = Transcriber.from_pretrained(directory, dtype="float32", batch_size=1, buckets=bucket)
+    asr = PlainTranscriber.from_pretrained(directory, dtype="float32", batch_size=1, buckets=bucket)
 
     # When speech is transcribed, then it ends before its limit, and passes count the one that chose to end
     transcripts = asr.transcribe([speech(1.5, seed) for seed in range(5)], max_new_tokens=40)
@@ -422,11 +423,16 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     # Given a transcript, when it is taken apart, then it has the documented fields, in types JSON knows
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
-    documented = "audio text tokens duration confidence ctc_text stats draft accepted_spans flags error"
+    documented = (
+        "audio text tokens duration confidence ctc_text stats draft accepted_spans flags error segments channel"
+    )
     assert list(fields) == documented.split()
     assert type(transcript.confidence) is float and 0 < transcript.confidence <= 1
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float
+    (segment,) = fields["segments"]
+    assert list(segment) == "start end text tokens confidence words speaker route flags".split()
+    assert type(segment["start"]) is float and type(segment["end"]) is float
 
 
 @pytest.mark.parametrize("speculative", ["lossless", False, "relaxed"])

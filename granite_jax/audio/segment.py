@@ -19,10 +19,7 @@ import numpy as np
 
 from granite_jax.audio.resample import SAMPLE_RATE
 
-__all__ = ["MIN_SECONDS", "AudioSegment", "cut", "halve"]
-
-MIN_SECONDS = 5.0
-"""The shortest limit of segments."""
+__all__ = ["AudioSegment", "cut", "halve"]
 
 _HOP = SAMPLE_RATE // 100
 _PAUSE = 30  # hops, 0.3 s: shorter gaps can be part of a word
@@ -61,7 +58,7 @@ class AudioSegment:
 
 
 def cut(blocks: Iterable[np.ndarray], seconds: float, *, overlap: bool = True) -> Iterator[AudioSegment]:
-    """Cuts a recording into segments of at most `seconds`, at least `MIN_SECONDS`.
+    """Cuts a recording into segments of at most `seconds`, which are at least five.
 
     Holds no more than two segments and a block at a time.
 
@@ -90,7 +87,7 @@ def cut(blocks: Iterable[np.ndarray], seconds: float, *, overlap: bool = True) -
 
 
 def halve(segment: AudioSegment, *, overlap: bool = True, at: int | None = None) -> tuple[AudioSegment, AudioSegment]:
-    """Cuts a segment of at least `MIN_SECONDS` in two, in its middle third.
+    """Cuts a segment of at least five seconds in two, in its middle third.
 
     Args:
       at: a sample of `segment.samples` to cut at instead, as far as both parts keep a second of their own.

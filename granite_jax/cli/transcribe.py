@@ -1,7 +1,9 @@
 """`granite-jax transcribe`."""
 
+import sys
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +24,7 @@ from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
 if TYPE_CHECKING:
-    from granite_jax.inference.results import Transcript
+    from granite_jax.inference.results import Segment, Transcript
 
 
 @takes_options
@@ -62,10 +64,11 @@ def transcribe(
     """Transcribe or translate audio files.
 
     Prints one line a file, in order, as soon as its result is there: the text (after the file's name, if there are
-    several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans
-    and flags. srt, vtt and tsv are printed for one file only. With --output-dir, each result is written to files named
+    several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans,
+    flags, segments and channel. srt, vtt and tsv are printed for one file only. With --output-dir, each result is written to files named
     after the input, such as talk.srt for a/talk.wav, and their paths are printed, one a line; inputs of the same name
-    get more of their paths, as in a-talk.srt and b-talk.srt. Files of these names that are there are replaced.
+    get more of their paths, as in a-talk.srt and b-talk.srt. Files of these names that are there are replaced. On a
+    terminal, the text of one long file is printed segment by segment, with times.
 
     Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status is 0 if
     all succeeded, 1 if some did not, 2 if nothing could be tried.
@@ -83,15 +86,24 @@ def transcribe(
         if output_dir is not None:
             make_directory(output_dir)
         asr = Transcriber.from_options(model)
-        transcripts = []
+        transcripts: list[Transcript] = []
+        live = formats == ["txt"] and output_dir is None and len(files) == 1 and sys.stdout.isatty()
+        printed = _LiveSegments(live and options.channels == "mix")
         with ProgressDisplay("transcribing", prints_results=True) as display:
-            for transcript in asr.stream(sources, options, on_error="return"):
+
+            def on_segment(name: str, segment: "Segment") -> None:
+                printed.add(segment)
+                display.show(len(transcripts), len(files), f"{printed.seconds / 60:.1f} minutes of speech")
+
+            for transcript in asr.stream(sources, options, on_error="return", on_segment=on_segment):
                 transcripts.append(transcript)
                 index += transcript.channel in (None, 1)  # the channels of an input follow one another
-                if output_dir is None or transcript.error is not None:
+                if output_dir is not None and transcript.error is None:
+                    written = _write(transcript, formats, output_dir, stems[index]) and written
+                elif not printed.is_whole(transcript):
                     _print(transcript, formats[0], with_name=len(files) > 1)
                 else:
-                    written = _write(transcript, formats, output_dir, stems[index]) and written
+                    _tell_flags(transcript)
                 display.show(len(transcripts), len(files))
     except GraniteError as error:
         fail(str(error))
@@ -112,6 +124,34 @@ def transcribe(
             raise typer.Exit(1) from None
         if any("Glyph" in str(warning.message) for warning in caught):
             fail(f"{plot}: characters are missing, no font here has them")
+
+
+class _LiveSegments:
+    """Prints the segments of a recording that has several.
+
+    Fields:
+      seconds: of all segments so far.
+    """
+
+    def __init__(self, is_on: bool):
+        self._is_on, self._count = is_on, 0
+        self._first: Segment | None = None
+        self.seconds = 0.0
+
+    def add(self, segment: "Segment") -> None:
+        self.seconds += segment.end - segment.start
+        self._count += 1
+        if self._is_on and self._count == 1:
+            self._first = segment  # perhaps the only one
+        elif self._is_on:
+            for each in filter(None, (self._first, segment)):
+                times = " - ".join(str(timedelta(seconds=int(second))) for second in (each.start, each.end))
+                print(line(f"[{times}] {each.text}"), flush=True)
+            self._first = None
+
+    def is_whole(self, transcript: "Transcript") -> bool:
+        """Whether all of a transcript has been printed."""
+        return self._is_on and self._count > 1 and transcript.error is None
 
 
 def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) -> None:

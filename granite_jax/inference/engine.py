@@ -517,20 +517,23 @@ class Engine:
 
         def collect() -> _Results:
             host = jax.device_get(alignment)
-            timed = list(decoded)
+            timed: dict[int, tuple[Word, ...]] = {}
             for i, words in texts.items():
-                row, result = rows[i], decoded[i]
+                row = rows[i]
                 frames = len(row.labels)
                 states = host.states[i, :frames] if counts[i] else np.full(0, -1, np.int32)
-                times = word_times(
+                timed[i] = word_times(
                     words,
                     states,
                     host.log_probs[i, :frames],
                     duration=row.request.audio.duration,
                     offsets=self._word_offsets,
                 )
-                timed[i] = dataclasses.replace(result, words=times)
-            return [(row.ticket, result) for row, result in zip(rows, timed, strict=True) if result is not None]
+            return [
+                (row.ticket, dataclasses.replace(result, words=timed.get(i, ())))
+                for i, (row, result) in enumerate(zip(rows, decoded, strict=True))
+                if result is not None
+            ]
 
         return collect
 

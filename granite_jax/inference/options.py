@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from granite_jax.audio.segment import MIN_SECONDS
 from granite_jax.errors import GraniteError, PromptError
 from granite_jax.keywords.options import Entry, KeywordOptions, KeywordsIn, keyword_entries, plain_number
 from granite_jax.text.chat_template import check_text
@@ -31,6 +30,7 @@ PRESETS: Mapping[str, tuple[float, float]] = {
 """(τ_CTC in nats, τ_SLM) of arXiv 2603.11243, table 2: the first for accuracy, the last for speed."""
 
 MODES = ("lossless", *PRESETS)
+MIN_SEGMENT_SECONDS = 5.0
 _MAX_PROMPT = 1 << 20  # characters, whatever the model; how many it takes is checked with its prompts
 
 
@@ -196,9 +196,9 @@ class TranscribeOptions:
             raise GraniteError(f'channels is "mix" or "split", not {self.channels!r:.60}')
         seconds = self.segment_seconds
         is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        if not (seconds is None or seconds == "auto" or (is_number and MIN_SECONDS <= seconds < math.inf)):
+        if not (seconds is None or seconds == "auto" or (is_number and MIN_SEGMENT_SECONDS <= seconds < math.inf)):
             raise GraniteError(
-                f'segment_seconds is "auto", None or a number of at least {MIN_SECONDS:g}, not {seconds!r:.60}'
+                f'segment_seconds is "auto", None or a number of at least {MIN_SEGMENT_SECONDS:g}, not {seconds!r:.60}'
             )
         if self.word_timestamps and not self.is_transcript:
             raise GraniteError("word_timestamps is for transcripts, not for translations and prompts of your own")

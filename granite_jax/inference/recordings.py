@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from granite_jax.audio.resample import SAMPLE_RATE
-from granite_jax.audio.segment import MIN_SECONDS, AudioSegment, halve
+from granite_jax.audio.segment import AudioSegment, halve
 from granite_jax.inference.engine import Decoded, Engine, Request
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.options import MIN_SEGMENT_SECONDS, TranscribeOptions
 from granite_jax.inference.results import FLAGS, Segment, Transcript, Word
 from granite_jax.inference.words import split_words
 from granite_jax.model import ctc
@@ -123,7 +123,7 @@ class RecordingDecoder:
                 needs_logits=not audio.is_whole,
                 needs_words=self._options.word_timestamps or part.overlaps,
                 flags=(*request.flags, *(("retried",) if part.halvings else ())),
-                is_final=part.halvings == _MAX_HALVINGS or part.end - part.begin < MIN_SECONDS,
+                is_final=part.halvings == _MAX_HALVINGS or part.end - part.begin < MIN_SEGMENT_SECONDS,
             )
         )
         part.future.add_done_callback(lambda future: self._finish(part, future))
@@ -218,7 +218,8 @@ class RecordingDecoder:
             heard = (part.offset + frame * ctc.FRAME_SECONDS for frame in (spoken[0], spoken[-1] + 1))
             extent = max(start, next(heard)), min(end, next(heard))
         segment = Segment(
-            *(round(float(second), 3) for second in extent),
+            round(float(extent[0]), 3),
+            round(float(extent[1]), 3),
             text,
             tokens,
             transcript.confidence if text else None,

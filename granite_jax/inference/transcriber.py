@@ -27,14 +27,22 @@ from granite_jax.audio.load import (
     printable,
 )
 from granite_jax.audio.resample import TooLongError
-from granite_jax.audio.segment import MIN_SECONDS, AudioSegment, cut
+from granite_jax.audio.segment import AudioSegment, cut
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.files import cache_directory
-from granite_jax.errors import CheckpointError, ContextError, GraniteError, PromptError
+from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.engine import Engine, Request
-from granite_jax.inference.options import Channels, ModelOptions, Parallel, TranscribeOptions, accepts, drafts_for
+from granite_jax.inference.options import (
+    MIN_SEGMENT_SECONDS,
+    Channels,
+    ModelOptions,
+    Parallel,
+    TranscribeOptions,
+    accepts,
+    drafts_for,
+)
 from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.recordings import OnSegment, RecordingDecoder
 from granite_jax.inference.results import Emissions, Transcript
@@ -417,7 +425,7 @@ class Transcriber:
             max(bucket.samples for bucket in self.buckets) / SAMPLING_RATE,
         )
         if chosen == "auto":
-            return max(min(self.capabilities.segment_seconds, longest), MIN_SECONDS)
+            return max(min(self.capabilities.segment_seconds, longest), MIN_SEGMENT_SECONDS)
         if chosen > longest:
             raise ContextError(
                 f"segment_seconds is {chosen:g}, but at most {longest:.0f} s fit the model and its buckets"

@@ -48,7 +48,7 @@ def test_transformers_hears_the_same_texts_in_the_exported_checkpoint(exported):
     asr = gj.Transcriber.from_pretrained("demo", dtype="float32", compilation_cache=False)
     clips = [json.loads(line)["audio"] for line in (CLIPS / "heldout.jsonl").read_text().splitlines()[:NUM_CLIPS]]
     # When both transcribe held-out clips
-    ours = [transcript.text for transcript in asr.transcribe([CLIPS / clip for clip in clips])]
+    ours = [transcript.text for transcript in asr.transcribe([CLIPS / clip for clip in clips], guards=False)]
     theirs = [_reference_text(model, tokenizer, load_audio(CLIPS / clip).samples, asr) for clip in clips]
     # Then the texts are equal
     assert len(ours) == NUM_CLIPS and all(ours)
