@@ -39,19 +39,23 @@ class Listener(StandIn):
         super().__init__()
         self.texts = texts
         self.buckets = BUCKETS
+        self.flags: tuple[str, ...] = ()
         self.compilations = 0
         self.heard: list[str] = []
         self.keywords: dict[str, Any] = {}
 
-    def warmup(self, buckets: Sequence[Bucket]) -> None:
-        self.compilations += len(buckets)
+    def segment_seconds(self, _: Any) -> float:
+        return 30.0
+
+    def warmup(self, buckets: Sequence[Bucket], *, words: bool) -> None:
+        self.compilations += len(buckets) * (2 if words else 1)
 
     def transcribe(self, audio: list, *_: Any, keywords: Any = None, progress: Any = None, **__: Any) -> list:
         results = []
         for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
             self.keywords[each.name] = listed
             self.heard.append(each.name)
-            results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration))
+            results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration, flags=self.flags))
             if progress is not None:
                 progress(1)
         return results

@@ -52,6 +52,7 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
         "ctc_text",
         "stats",
         "flags",
+        "segments",
     }
     assert (summary.parts, summary.entries, summary.transcribed, summary.failed) == (2, 3, 3, 0)
     # And the summary is of the run that did the work

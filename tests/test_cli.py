@@ -271,7 +271,7 @@ def test_options_reach_the_model(loaded: list, recordings: list[str]) -> None:
 def test_every_option_of_the_api_is_an_option_of_every_command(command: str) -> None:
     # Given the fields of the two objects, when a command's help is asked for, then each is there but for JAX's devices
     fields = [field.name for cls in (ModelOptions, TranscribeOptions) for field in dataclasses.fields(cls)]
-    named = {"keywords": "keyword"}
+    named = {"keywords": "keyword", "word_timestamps": "words"}
     options = [f"--{named.get(name, name).replace('_', '-')}" for name in fields if name != "devices"]
     shown = invoke(*command.split(), "--help").stdout
     assert [option for option in [*options, "--keywords-file", "--to"] if option not in shown] == []

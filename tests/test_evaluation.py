@@ -168,9 +168,20 @@ def test_only_programs_that_are_needed_are_compiled_and_times_are_apart(manifest
     assert set(results["seconds"]) == {"load", "compile", "steady", "wait", "audio", "late_compilations"}
     assert results["seconds"]["audio"] == 3.0 and results["seconds"]["late_compilations"] == 0
     assert results["rtfx"] == pytest.approx(3.0 / results["seconds"]["steady"])
+    # And for recordings that are cut into segments those of the segments
+    assert needed_buckets(BUCKETS, [Utterance("", "", None, 3600.0)], 0.5) == [BUCKETS[0], BUCKETS[1]]
     # And for what is longer than a bucket the next one, and for lengths that are not known all
-    assert needed_buckets(BUCKETS, [Utterance("", "", None, 2.0)]) == [BUCKETS[2]]
-    assert needed_buckets(BUCKETS, [Utterance("", "", None, 0.5), Utterance("", "", None, None)]) == BUCKETS
+    assert needed_buckets(BUCKETS, [Utterance("", "", None, 2.0)], 30.0) == [BUCKETS[2]]
+    assert needed_buckets(BUCKETS, [Utterance("", "", None, 0.5), Utterance("", "", None, None)], 30.0) == BUCKETS
+
+
+def test_flags_of_transcripts_are_counted(manifest: Path, tmp_path: Path) -> None:
+    # Given transcripts of which all are flagged, when evaluated, then results and report say how many
+    asr: Any = Listener(HEARD)
+    asr.flags = ("loop", "retried")
+    results = evaluation.evaluate([str(manifest)], tmp_path / "out", transcriber=(asr, "listener"))
+    assert results is not None and results["sets"][0]["flags"] == {"loop": 6, "retried": 6}
+    assert "Flags in calls: loop 6, retried 6." in (tmp_path / "out" / "results.md").read_text()
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(manifest: Path, tmp_path: Path) -> None:

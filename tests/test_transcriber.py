@@ -431,7 +431,7 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     assert {type(token) for token in transcript.tokens} == {int}
     assert type(transcript.duration) is float
     (segment,) = fields["segments"]
-    assert list(segment) == "start end text tokens confidence words speaker route flags".split()
+    assert list(segment) == ["start", "end", "text", "tokens", "confidence", "words", "speaker", "route", "flags"]
     assert type(segment["start"]) is float and type(segment["end"]) is float
 
 

@@ -65,10 +65,12 @@ def transcribe(
 
     Prints one line a file, in order, as soon as its result is there: the text (after the file's name, if there are
     several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans,
-    flags, segments and channel. srt, vtt and tsv are printed for one file only. With --output-dir, each result is written to files named
-    after the input, such as talk.srt for a/talk.wav, and their paths are printed, one a line; inputs of the same name
-    get more of their paths, as in a-talk.srt and b-talk.srt. Files of these names that are there are replaced. On a
-    terminal, the text of one long file is printed segment by segment, with times.
+    flags, segments and channel. srt, vtt and tsv are printed for one file only. On a terminal, the text of one long
+    file is printed segment by segment, with times.
+
+    With --output-dir, each result is written to files named after the input, such as talk.srt for a/talk.wav, and their
+    paths are printed, one a line; inputs of the same name get more of their paths, as in a-talk.srt and b-talk.srt.
+    Files of these names that are there are replaced.
 
     Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status is 0 if
     all succeeded, 1 if some did not, 2 if nothing could be tried.

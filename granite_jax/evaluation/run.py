@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import tempfile
 import time
@@ -258,8 +257,7 @@ class _Loader:
         loaded = time.monotonic()
         longest = self._asr.segment_seconds(options)
         needed = needed_buckets(self._asr.buckets, utterances, longest)
-        is_long = any((utterance.seconds or math.inf) > longest for utterance in utterances)
-        words = options.word_timestamps or is_long
+        words = options.word_timestamps or any((utterance.seconds or 0) > longest for utterance in utterances)
         self._asr.warmup([bucket for bucket in needed if bucket not in self._warm], words=words)
         self._warm |= set(needed)
         self._compilations = self._asr.compilations

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-LOW_AGREEMENT = 0.5
+LOW_AGREEMENT = 0.4
 """Share of different words beyond which a transcript is flagged; see `disagreement`."""
 NOT_FINITE = "the model computes no numbers for it (NaN): its weights are damaged, or too large for their dtype"
 FLAGS = {
