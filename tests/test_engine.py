@@ -1,5 +1,6 @@
 """The engine's queue and the readers in front of it: when batches go, in what order results come, what is done once."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -13,6 +14,7 @@ from granite_jax.audio.load import Audio
 from granite_jax.inference import transcriber as module
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.engine import Decoded, Engine, Request
+from granite_jax.inference.guards import Verdict
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.results import Transcript
 from granite_jax.text.tasks import PromptTokens
@@ -20,6 +22,10 @@ from granite_jax.text.tasks import PromptTokens
 SECOND = 16_000
 SHORT, LONG = 0.2, 0.9  # seconds of two buckets
 PROMPT = PromptTokens((1,), (2,))
+STATS = {
+    **{"route": "greedy", "draft_from": None, "finish": "end"},
+    **{"llm_passes": 1, "draft_tokens": 0, "accepted_tokens": 0},
+}
 
 
 class Counting(Engine):
@@ -36,7 +42,7 @@ class Counting(Engine):
 
 
 def decoded(name: str) -> Decoded:
-    return Decoded(Transcript(name, stats={"route": "greedy"}), np.zeros(1, np.int32))
+    return Decoded(Transcript(name, stats=STATS), np.zeros(1, np.int32))
 
 
 @pytest.fixture
@@ -164,6 +170,24 @@ def test_callers_in_several_threads_share_batches(engine: Counting) -> None:
 
 
 # Streams.
+
+
+def test_what_is_decoded_again_does_not_wait_for_others(
+    asr: gj.Transcriber, engine: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a text with a problem, whatever the last input of all says
+    engine._buckets = tuple(Bucket(rows, 12 * SECOND, 200, 400) for rows in (1, 8))
+
+    def advance() -> None:
+        (_, batch), _ = engine._encoded.popleft()
+        problem = lambda ticket: None if ticket.request.is_final else Verdict("hole", "", 1.0)  # noqa: E731
+        name = batch[0].request.audio.name
+        engine._finish([(ticket, dataclasses.replace(decoded(name), verdict=problem(ticket))) for ticket in batch])
+
+    monkeypatch.setattr(engine, "_advance_encoded", advance)
+    # When transcribed, then its halves and theirs are decoded, too, and nothing waits for ever
+    transcript = asr.transcribe(np.zeros(11 * SECOND, np.float32))
+    assert len(transcript.segments) == 4
 
 
 class Source:

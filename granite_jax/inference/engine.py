@@ -66,6 +66,7 @@ class Request:
       is_retry: whether keywords are only looked for, because their boosts made one repeat.
       needs_logits: whether CTC logits are kept on the device until the text is known.
       needs_words: whether the words of the text get their times, for which it needs logits.
+      is_urgent: whether it goes with the next batch, because it replaces a request that was due.
       is_final: whether a problem of the text is settled here and now; otherwise the caller is told of it.
     """
 
@@ -80,6 +81,7 @@ class Request:
     is_retry: bool = False
     needs_logits: bool = False
     needs_words: bool = False
+    is_urgent: bool = False
     is_final: bool = True
 
 
@@ -318,6 +320,7 @@ class Engine:
     def _is_late(self, ticket: _Ticket) -> bool:
         return (
             ticket.request.is_retry
+            or ticket.request.is_urgent
             or ticket.number < self._flushed
             or self._admitted - ticket.number > self.read_ahead
             or time.monotonic() - ticket.time > self.deadline

@@ -123,6 +123,7 @@ class RecordingDecoder:
                 needs_logits=not audio.is_whole,
                 needs_words=self._options.word_timestamps or part.overlaps,
                 flags=(*request.flags, *(("retried",) if part.halvings else ())),
+                is_urgent=part.halvings > 0,
                 is_final=part.halvings == _MAX_HALVINGS or part.end - part.begin < MIN_SEGMENT_SECONDS,
             )
         )
