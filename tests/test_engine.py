@@ -187,7 +187,7 @@ def test_what_is_decoded_again_does_not_wait_for_others(
     monkeypatch.setattr(engine, "_advance_encoded", advance)
     # When transcribed, then its halves and theirs are decoded, too, and nothing waits for ever
     transcript = asr.transcribe(np.zeros(11 * SECOND, np.float32))
-    assert len(transcript.segments) == 4
+    assert [len(segment.text) for segment in transcript.segments] == [0, 0, 0]
 
 
 class Source:
