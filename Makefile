@@ -61,7 +61,7 @@ parity-forms:
 # The notebooks from their scripts (REPOSITORY=owner/name: installing from there), and the README's picture.
 notebooks: $(VENV)/.test-slow
 	$(PY) colab/pairs.py $(if $(REPOSITORY),--repository $(REPOSITORY))
-	$(PY) -m granite_jax.cli transcribe granite_jax/evaluation/heldout_clips/heldout-2-000250.ogg --plot colab/overview.png
+	$(PY) -m granite_jax.cli transcribe granite_jax/evaluation/heldout_clips/free-132.ogg --plot colab/overview.png
 
 # Needs espeak-ng, flite, fortunes and wamerican (Debian packages), and hours.
 demo-checkpoint: $(VENV)/.train

@@ -42,7 +42,7 @@ asr = gj.Transcriber.from_pretrained(CHECKPOINT, dtype="float32")
 # 80 mel bands every 10 ms. Two such frames make an encoder frame of 20 ms: `[t, 160]`.
 
 # %%
-path = ROOT / "granite_jax" / "evaluation" / "heldout_clips" / "heldout-2-000250.ogg"
+path = ROOT / "granite_jax" / "evaluation" / "heldout_clips" / "free-132.ogg"
 waveform, rate = soundfile.read(path, dtype="float32")
 lengths = jnp.array([len(waveform)])
 features = gj.log_mel(jnp.asarray(waveform)[None], lengths)
@@ -118,8 +118,8 @@ plotting.draft(drafted, asr.tokenizer)
 # other words of the list change nothing.
 
 # %%
-KEYWORDS = ["limbiv", "kowalczyk", "zurich", "bimgoka"]
-named = path.with_name("heldout-2-000103.ogg")
+KEYWORDS = ["tovkog", "kowalczyk", "zurich", "bimgoka"]
+named = path.with_name("free-071.ogg")
 off = asr.transcribe(named)
 on = asr.transcribe(named, keywords=KEYWORDS)
 print(f"without keywords  {off.text}\nwith keywords     {on.text}\nheard             {', '.join(on.stats['keywords'])}")

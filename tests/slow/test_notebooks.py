@@ -210,9 +210,9 @@ def test_inside_the_model(execute: Callable[..., SimpleNamespace]) -> None:
     assert run.tokens[0] == run.tokens[1] == run.tokens[2]
     assert 0.5 < run.long < 1
     # And a keyword corrects the name that it spells, and nothing else
-    assert run.off == "can you change the password of limbib tomorrow"
-    assert run.on == "can you change the password of limbiv tomorrow"
-    assert run.keywords == ["limbiv"]
+    assert run.off == "tokgok called the plan foolish and walked out"
+    assert run.on == "tovkog called the plan foolish and walked out"
+    assert run.keywords == ["tovkog"]
     assert run.pictures == 7
 
 
