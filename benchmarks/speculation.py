@@ -49,6 +49,9 @@ CORRUPTED = (0.0, 0.1, 0.2)
 MARGIN = 1e-3
 
 
+ONE_PASS: Any = {"segment_seconds": None, "guards": False}  # drafts are for one pass, and guards would mend texts
+
+
 @dataclasses.dataclass(frozen=True)
 class Speech:
     """Utterances with their transcripts."""
@@ -140,7 +143,7 @@ def throughputs(modes: dict[str, Callable[[], Any]], turns: int) -> dict[str, fl
 def compare(ours: Transcriber, paper: Transcriber, params: Any, speech: Speech, turns: int) -> None:
     """Prints modes against drafts."""
     audio, vocabulary = speech.audio, sorted({word for text in speech.texts for word in text.split()})
-    greedy = ours.transcribe(audio, speculative=False)
+    greedy = ours.transcribe(audio, speculative=False, **ONE_PASS)
     print("\n| drafts | mode | passes / utterance | tokens / pass | throughput / greedy | WER |")
     print("| --- | --- | --- | --- | --- | --- |")
     notes = []
@@ -149,13 +152,13 @@ def compare(ours: Transcriber, paper: Transcriber, params: Any, speech: Speech, 
         drafts = [corrupt(t.ctc_text, rate, vocabulary, rng) for t in greedy]
         given = {"draft": drafts} if rate else {}
         modes = {
-            "greedy": lambda: ours.transcribe(audio, speculative=False),
-            "paper": lambda given=given: paper.transcribe(audio, **given),
-            "lossless": lambda given=given: ours.transcribe(audio, **given),
+            "greedy": lambda: ours.transcribe(audio, speculative=False, **ONE_PASS),
+            "paper": lambda given=given: paper.transcribe(audio, **given, **ONE_PASS),
+            "lossless": lambda given=given: ours.transcribe(audio, **given, **ONE_PASS),
         }
         if not rate:  # relaxed modes take no drafts but the encoder's own
             modes |= {
-                name: lambda name=name: ours.transcribe(audio, speculative=name)
+                name: lambda name=name: ours.transcribe(audio, speculative=name, **ONE_PASS)
                 for name in ("relaxed-accurate", "relaxed-fast")
             }
         found = {name: run() for name, run in modes.items()}
@@ -189,7 +192,7 @@ def sweep(make: Callable[[Speculation], Transcriber], speech: Speech, turns: int
     settings = [Speculation(window) for window in (2, 4, 8, 16)]
     transcribers = {setting: make(setting) for setting in settings}
     audio, vocabulary = speech.audio, sorted({word for text in speech.texts for word in text.split()})
-    greedy = transcribers[settings[0]].transcribe(audio, speculative=False)
+    greedy = transcribers[settings[0]].transcribe(audio, speculative=False, **ONE_PASS)
     print("\n| window | " + " | ".join(f"tokens / pass, {rate:.0%}" for rate in CORRUPTED) + " | throughput / greedy |")
     print("| --- |" + " --- |" * (len(CORRUPTED) + 1))
     for setting, asr in transcribers.items():
@@ -197,11 +200,11 @@ def sweep(make: Callable[[Speculation], Transcriber], speech: Speech, turns: int
         for rate in CORRUPTED:
             rng = random.Random(0)
             drafts = [corrupt(t.ctc_text, rate, vocabulary, rng) for t in greedy]
-            found = asr.transcribe(audio, draft=drafts)
+            found = asr.transcribe(audio, draft=drafts, **ONE_PASS)
             columns.append(f"{tokens_per_pass(found, passes_of(found)):.2f}")
         modes = {
-            "greedy": lambda asr=asr: asr.transcribe(audio, speculative=False),
-            "lossless": lambda asr=asr: asr.transcribe(audio),
+            "greedy": lambda asr=asr: asr.transcribe(audio, speculative=False, **ONE_PASS),
+            "lossless": lambda asr=asr: asr.transcribe(audio, **ONE_PASS),
         }
         for run in modes.values():
             run()
@@ -215,10 +218,10 @@ def compare_heads(checkpoint: str, head: Path, speech: Speech, batch: int) -> No
         convert(checkpoint, Path(directory) / "hf")
         shutil.copyfile(head, Path(directory) / "hf" / "out_llm.safetensors")
         asr = Transcriber.from_pretrained(Path(directory) / "hf", dtype="float32", batch_size=batch)
-        greedy = asr.transcribe(speech.audio, speculative=False)
+        greedy = asr.transcribe(speech.audio, speculative=False, **ONE_PASS)
         print("\n| utterances | drafts | WER of the drafts | accepted | passes / utterance | tokens / pass | differ |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
-        drafted = {name: asr.transcribe(speech.audio, draft_from=name) for name in ("ctc", "bpe")}
+        drafted = {name: asr.transcribe(speech.audio, draft_from=name, **ONE_PASS) for name in ("ctc", "bpe")}
         for kind in dict.fromkeys(speech.kinds):
             rows = [i for i, other in enumerate(speech.kinds) if other == kind]
             references = [speech.texts[i] for i in rows]

@@ -1,6 +1,7 @@
 """The BPE head: pooling, labels and drafts, against a plain computation of the published description."""
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from plain_transcriber import PlainTranscriber
 import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
+from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.inference.buckets import draft_budget, make_bucket
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.programs import Speculation
@@ -23,6 +25,7 @@ from granite_jax.model import bpe_head, granite_speech
 from granite_jax.pretrained import open_checkpoint
 
 LABELS = 300
+TRAINED = Path(__file__).parent / "data" / "demo_bpe_head" / "out_llm.safetensors"
 LENGTHS = (1, 3, 4, 41, 60)
 
 
@@ -229,3 +232,20 @@ def test_devices_that_share_the_head_draft_alike(checkpoint: Any, asr: Transcrib
     )
     found, expected = (one.transcribe(sounds, max_new_tokens=20) for one in (several, asr))
     assert [(t.tokens, t.draft) for t in found] == [(t.tokens, t.draft) for t in expected]
+
+
+@pytest.mark.slow
+def test_a_trained_head_drafts_what_the_model_accepts(tmp_path: Path) -> None:
+    # Given the embedded checkpoint with a BPE head trained on its encoder (`recipe bpe-head`), and clips
+    convert("demo", tmp_path)
+    shutil.copyfile(TRAINED, tmp_path / "out_llm.safetensors")
+    asr = PlainTranscriber.from_pretrained(tmp_path, dtype="float32", compilation_cache=False)
+    clips = sorted(CLIPS.glob("grammar-0[0-3]*.ogg"))
+    # When decoded with its drafts and without
+    drafted, greedy = asr.transcribe(clips), asr.transcribe(clips, speculative=False)
+    # Then texts are the same, ties aside, and much of them comes from drafts that save passes
+    assert {transcript.stats["draft_from"] for transcript in drafted} == {"bpe"}
+    assert sum(a.tokens != b.tokens for a, b in zip(drafted, greedy, strict=True)) <= 1
+    tokens = sum(len(transcript.tokens) for transcript in drafted)
+    assert sum(transcript.stats["accepted_tokens"] for transcript in drafted) > 0.3 * tokens
+    assert sum(transcript.stats["llm_passes"] for transcript in drafted) < 0.8 * tokens
