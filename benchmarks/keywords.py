@@ -167,13 +167,15 @@ def encode_once(engine: Engine) -> None:
             samples = np.stack([np.pad(r.audio.samples, (0, bucket.samples - len(r.audio.samples))) for r in rows])
             plain = [dataclasses.replace(t, request=dataclasses.replace(t.request, keywords=None)) for t in batch]
             encoded = encode(bucket, plain)
-            found = encoded.audio, encoded.labels, encoded.entropy, ctc_logits(engine._params, samples, lengths)
+            found = encoded.audio, encoded.labels, encoded.entropy, encoded.speech_frames
+            found = (*found, ctc_logits(engine._params, samples, lengths))
             kept.update(zip(names, zip(*map(np.asarray, found), strict=True), strict=True))
-        audio, labels, entropy, logits = (
+        audio, labels, entropy, speech_frames, logits = (
             np.stack(parts) for parts in zip(*(kept[name] for name in names), strict=True)
         )
         keywords = spotter.make_keyword_batch([request.keywords and request.keywords.labels for request in rows])
-        return Encoded(audio, labels, entropy, score(logits, num_frames(lengths), keywords))
+        spotting = score(logits, num_frames(lengths), keywords)
+        return Encoded(audio, labels, entropy, spotting, None, speech_frames, None)
 
     engine._encode = remembered
 
@@ -193,6 +195,8 @@ def rates(asr: Transcriber, speech: Speech, parts: Sequence[str], results: Path,
         found = asr.transcribe(
             speech.audio[: condition.utterances],
             keywords=lists and lists[: condition.utterances],
+            segment_seconds=None,
+            guards=False,
             **condition.options,
         )
         record = {

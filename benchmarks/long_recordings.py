@@ -125,6 +125,7 @@ def compare(asr: gj.Transcriber, pieces: list[Spoken], **options: Any) -> dict[s
     began = time.monotonic()
     texts = [t.text for t in asr.transcribe([piece.samples for piece in spoken], **options)]
     seconds_alone = time.monotonic() - began
+    alone_duration = sum(len(piece.samples) for piece in spoken) / SAMPLE_RATE
     reference = " ".join(piece.text for piece in spoken)
     cuts = np.cumsum([len(segment.text.split()) for segment in whole.segments])[:-1].tolist()
     lost, doubled = seams(texts, whole.text, cuts)
@@ -135,7 +136,8 @@ def compare(asr: gj.Transcriber, pieces: list[Spoken], **options: Any) -> dict[s
         "wer_alone": 100 * jiwer.wer(reference, " ".join(texts)),
         "lost": lost,
         "doubled": doubled,
-        "throughput_ratio": seconds_alone / seconds_whole,
+        # seconds of audio a second; pauses are audio, too
+        "throughput_ratio": whole.duration / seconds_whole / (alone_duration / seconds_alone),
         "flags": whole.flags,
         "retried": sum("retried" in segment.flags for segment in whole.segments),
     }

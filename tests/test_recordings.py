@@ -1,7 +1,9 @@
 """A recording's transcript from those of its segments: seams, order, second tries, errors, memory."""
 
 import dataclasses
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -251,6 +253,21 @@ def test_no_more_than_two_batches_are_unfinished() -> None:
     recording.close(())
     engine.finish_all()
     assert engine.flushes > 0 and len(recording.result.result().text.split()) == 1000
+
+
+def test_audio_that_is_decoded_is_let_go() -> None:
+    # Given two segments, when the first is decoded, then nothing holds its samples any more
+    engine = Engine(words(100))
+    recording = decoder(engine)
+    first = segment(0, 0, 20, 20)
+    held = weakref.ref(first.samples)
+    recording.submit(first)
+    recording.submit(segment(20, 20, 40, 40, last=True))
+    engine.finish(0)
+    engine.requests[0] = engine.requests[1]
+    del first
+    gc.collect()
+    assert held() is None
 
 
 def test_a_reader_whose_recording_nobody_wants_does_not_wait() -> None:

@@ -80,13 +80,15 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
     return Bucket(batch, samples, min(prompt, capacity), capacity)
 
 
-def default_buckets(config: Config, batch: int) -> tuple[Bucket, ...]:
+def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
     """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit.
 
-    Models of many positions have one more, for short audio with thousands of keywords in its prompt.
+    One of the lengths is that of segments, of which recordings have most. Models of many positions have one more, for short audio with thousands of keywords in its prompt.
     """
     limit = config.max_seconds
-    short = [seconds for seconds in (5.0, 10.0, 20.0, 30.0) if seconds < limit]
+    lengths = [5.0, 10.0, 20.0, 30.0]
+    lengths[min(bisect.bisect_left(lengths, segment_seconds), len(lengths) - 1)] = segment_seconds
+    short = [seconds for seconds in lengths if seconds < limit]
     full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
     # The last bucket takes whatever fits the model's positions, long prompts with short audio included.

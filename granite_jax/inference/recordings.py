@@ -147,7 +147,7 @@ class RecordingDecoder:
     def _take(self, part: _Part, decoded: Decoded) -> None:
         if (verdict := decoded.verdict) is None:
             part.decoded = decoded
-            part.audio = dataclasses.replace(part.audio, samples=part.audio.samples[:0])
+            part.audio = dataclasses.replace(part.audio, samples=np.empty(0, np.float32))  # no view: that keeps all
             self._advance()
             return
         at = None if verdict.seconds is None else round((verdict.seconds - _MARGIN) * SAMPLE_RATE)

@@ -103,7 +103,7 @@ class Transcriber:
         self.template = template or ChatTemplate()
         self.capabilities = capabilities or Capabilities()
         self.batch_size = batch_size or {"tpu": 64, "gpu": 32}.get(jax.default_backend(), 8)
-        self.buckets = tuple(buckets or default_buckets(config, self.batch_size))
+        self.buckets = tuple(buckets or default_buckets(config, self.batch_size, self.capabilities.segment_seconds))
         if not isinstance(devices, DeviceMesh):
             devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
