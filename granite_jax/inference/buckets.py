@@ -83,7 +83,8 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
     """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit.
 
-    One of the lengths is that of segments, of which recordings have most. Models of many positions have one more, for short audio with thousands of keywords in its prompt.
+    One of the lengths is that of segments, of which recordings have most. Models of many positions have one more, for
+    short audio with thousands of keywords in its prompt.
     """
     limit = config.max_seconds
     lengths = [5.0, 10.0, 20.0, 30.0]
