@@ -449,7 +449,8 @@ class Engine:
             draft_from = None if not draft else head if request.draft is None else "caller"
             entropy = float(host["entropy"][i])
             own = labels[i, : num_frames(len(request.audio.samples))]
-            silent = request.options.guards and is_silent(text, int(host["speech_frames"][i])) and request.draft is None
+            is_plain = request.options.prompt is None and request.draft is None
+            silent = request.options.guards and is_plain and is_silent(text, int(host["speech_frames"][i]))
             rows.append(_Row(ticket, own, text, drafted, draft, draft_from, entropy, silent, spotted, automaton))
         return rows
 

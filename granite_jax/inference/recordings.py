@@ -52,8 +52,17 @@ class _Part:
 
     @property
     def words(self) -> list[Word]:
+        """Its words with the recording's times. Batch mates may change last bits, so numbers are rounded."""
         words = () if self.decoded is None else self.decoded.words
-        return [dataclasses.replace(w, start=w.start + self.offset, end=w.end + self.offset) for w in words]
+        return [
+            Word(
+                word.text,
+                round(word.start + self.offset, 3),
+                round(word.end + self.offset, 3),
+                None if word.confidence is None else round(word.confidence, 3),
+            )
+            for word in words
+        ]
 
 
 class RecordingDecoder:
@@ -115,7 +124,6 @@ class RecordingDecoder:
     def _submit(self, part: _Part) -> None:
         audio = part.audio
         request = self._make_request(audio.samples)
-        part.audio = audio
         self._unfinished += 1
         part.future = self._engine.submit(
             dataclasses.replace(
@@ -263,7 +271,7 @@ def _seam(left: _Part, right: _Part) -> float:
         return left.end
     times = np.arange(low, high, 0.01)
     distances = np.abs(times[:, None] - middles[None, :]).min(axis=1).clip(max=0.25)
-    return float(times[np.argmax(distances - 0.01 * np.abs(times - left.end))])
+    return round(float(times[np.argmax(distances - 0.01 * np.abs(times - left.end))]), 3)
 
 
 def _joined_stats(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
