@@ -37,6 +37,8 @@ SPOKEN = "the quick brown fox jumps over the lazy dog and runs into the dark woo
         ("no no no no no", "no no no no no", None),
         ("so" + "o" * 119, "so", "loop"),
         ("call 1000000000", "call one billion", None),
+        ("はい、はい、はい、はい", "ハイハイハイハイ", None),
+        ("毎日毎日毎日毎日", "マイニチマイニチマイニチマイニチ", None),
         ("call " + "0" * 40, "call zero", "loop"),
         ("the quick brown fox", SPOKEN, "hole"),
         ("the dark wood", SPOKEN, "hole"),

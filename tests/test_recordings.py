@@ -34,6 +34,8 @@ class Engine:
     """Decodes a script: the words that it hears in each request. Requests are done when the test says so."""
 
     full_rows = 2
+    read_ahead = 32
+    is_idle = True
 
     def __init__(self, script: list[Timed], *, slip: float = 0.0):
         """`slip`: seconds by which times of every other request are off."""
@@ -41,6 +43,10 @@ class Engine:
         self.requests: list[tuple[Request, Future[Decoded]]] = []
         self.flushes = 0
         self.verdicts: dict[int, Verdict] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        return sum(not future.done() for _, future in self.requests)
 
     def submit(self, request: Request) -> "Future[Decoded]":
         self.requests.append((request, Future()))
@@ -280,7 +286,50 @@ def test_a_reader_whose_recording_nobody_wants_does_not_wait() -> None:
     threading.Timer(0.05, recording.result.cancel).start()
     # Then submitting returns, and what was submitted is cancelled
     recording.submit(segment(4, 4, 5, 5))
-    assert all(future.cancelled() for _, future in engine.requests[:4])
+    assert len(engine.requests) == 4 and all(future.cancelled() for _, future in engine.requests[:4])
+
+
+def test_a_reader_does_not_read_on_when_its_stream_is_abandoned() -> None:
+    # Given a full window, and a stream that was closed, when more is submitted, then it is not, and all is cancelled
+    engine = Engine(words(1000))
+    engine.is_idle = False
+    recording = decoder(engine)
+    for start in range(4):
+        recording.submit(segment(start, start, start + 1, start + 1))
+    recording._is_stopped = lambda: True
+    recording.submit(segment(4, 4, 5, 5))
+    assert recording.result.cancelled() and len(engine.requests) == 4
+
+
+def test_many_recordings_share_a_limit() -> None:
+    # Given an engine that has enough to do for others, when a recording begins, then it waits for it
+    engine = Engine(words(1000))
+    engine.read_ahead = 1
+    first, second = decoder(engine), decoder(engine)
+    for start in range(2):
+        first.submit(segment(start, start, start + 1, start + 1))
+    second.submit(segment(0, 0, 1, 1))
+    assert engine.flushes == 1 and all(future.done() for _, future in engine.requests[:2])
+
+
+def test_seams_do_not_go_back() -> None:
+    # Given a short part between two cuts through speech, whose words are there in all three
+    engine = Engine(words(60))
+    recording = decoder(engine)
+    for start, begin, end, until in ((0, 0, 10, 11), (9, 10, 11, 12), (10, 11, 20, 20)):
+        recording.submit(segment(start, begin, end, until, last=end == 20))
+    recording.close(())
+    engine.finish_all()
+    transcript = recording.result.result()
+    assert transcript.text.split() == [word for word, _, end in engine.script if end < 20]
+    assert all(part.start <= part.end for part in transcript.segments)
+
+
+def test_what_one_side_alone_has_heard_is_written() -> None:
+    # Given words around a cut that only the right side writes, or only the left one
+    right = [("we", 9.4, 9.6), ("met", 9.8, 10.1), ("her", 10.3, 10.5)]
+    assert joined_at_ten([("yes", 5.0, 5.5)], right) == "yes we met her"
+    assert joined_at_ten(right, [("there", 12.0, 12.5)]) == "we met her there"
 
 
 def test_the_error_of_a_segment_is_that_of_the_recording() -> None:

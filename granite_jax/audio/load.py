@@ -316,7 +316,7 @@ def _opener(source: Any) -> Callable[[], contextlib.AbstractContextManager[Binar
     if not hasattr(source, "read"):
         return None
     if not _is_seekable(source):
-        return functools.partial(io.BytesIO, _read_stream(source))
+        return functools.partial(io.BytesIO, read_stream(source))
     return functools.partial(_open_part, source, _part_start(source))
 
 
@@ -363,7 +363,7 @@ def _is_seekable(file: Any) -> bool:
         return False
 
 
-def _read_stream(stream: Any) -> bytes:
+def read_stream(stream: Any) -> bytes:
     """Reads the remaining bytes of a binary file object that is not seekable."""
     with _callers_errors():
         data = stream.read(_MAX_STREAM_BYTES + 1)

@@ -34,7 +34,7 @@ class Bucket:
     @property
     def max_labels(self) -> int:
         """The most CTC labels of a text that can be aligned."""
-        return math.ceil(MAX_LABELS_PER_SECOND * self.samples / SAMPLING_RATE)
+        return label_budget(self.samples)
 
     @property
     def draft(self) -> int:
@@ -68,6 +68,11 @@ def longest_audio(config: Config, prompt_tokens: int, max_new_tokens: int | None
 def draft_budget(samples: int) -> int:
     """The most draft tokens used for this many samples; longer drafts are truncated."""
     return max(MIN_DRAFT, math.ceil(DRAFT_TOKENS_PER_SECOND * samples / SAMPLING_RATE))
+
+
+def label_budget(samples: int) -> int:
+    """The most CTC labels of a text that can be aligned to this many samples."""
+    return math.ceil(MAX_LABELS_PER_SECOND * samples / SAMPLING_RATE)
 
 
 def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:

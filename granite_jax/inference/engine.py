@@ -27,7 +27,7 @@ import numpy as np
 
 from granite_jax.audio.load import Audio, printable
 from granite_jax.decoding import DecodeState
-from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget
+from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget, label_budget
 from granite_jax.inference.guards import Verdict, is_silent, judge
 from granite_jax.inference.options import DraftFrom, TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
@@ -191,6 +191,16 @@ class Engine:
     def rows(self, bucket: Bucket) -> int:
         """Rows of a batch on all devices together."""
         return bucket.batch * self.programs.devices.replicas
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were admitted and are not done."""
+        return len(self._unfinished)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing on the device, and nothing that waits to go on from there."""
+        return not (self._encoded or self._decoding or any(self._to_decode.values()))
 
     @property
     def full_rows(self) -> int:
@@ -451,6 +461,7 @@ class Engine:
             own = labels[i, : num_frames(len(request.audio.samples))]
             is_plain = request.options.prompt is None and request.draft is None
             silent = request.options.guards and is_plain and is_silent(text, int(host["speech_frames"][i]))
+            silent = silent and not np.isnan(entropy)  # which is no silence, but an error
             rows.append(_Row(ticket, own, text, drafted, draft, draft_from, entropy, silent, spotted, automaton))
         return rows
 
@@ -514,7 +525,7 @@ class Engine:
         counts = np.zeros(size, np.int32)
         for i, words in texts.items():
             sequence = label_sequence(words)[0]
-            if len(sequence) <= width:
+            if len(sequence) <= label_budget(len(rows[i].request.audio.samples)):
                 labels[i, : len(sequence)], counts[i] = sequence, len(sequence)
             lengths[i] = len(rows[i].request.audio.samples)
         alignment = self.programs.align(logits, lengths, labels, counts)
@@ -626,7 +637,9 @@ class Engine:
         verdict = self._verdict(row, text, stats) if options.guards else None
         spans = _accepted_spans(draft_positions)
         if verdict is not None and verdict.text != text and (request.is_final or verdict.problem == "invention"):
-            text, tokens, spans = verdict.text, tuple(self._tokenizer.encode(verdict.text)), ()
+            tokens, spans = tuple(self._tokenizer.encode(verdict.text))[: request.max_new_tokens], ()
+            text = self._tokenizer.decode(tokens).strip()
+            doubtful |= verdict.problem in ("hole", "invention")
             stats["route"] = "ctc" if text == row.ctc_text else stats["route"]
             confidence = None
         noticed = {
@@ -648,11 +661,13 @@ class Engine:
         keywords = () if row.request.keywords is None or row.request.is_retry else row.request.keywords.texts
         if stats["llm_passes"] == 0 or options.prompt is not None or has_repetition_loop(text, row.ctc_text, keywords):
             return None  # of what a prompt asks for, nothing is known; boosts that repeat are tried without first
+        if stats["finish"] == "length" and options.max_new_tokens is not None:
+            return None  # as it was asked for
         return judge(
             text,
             row.labels,
             row.ctc_text,
-            stopped=stats["finish"] == "length" and options.max_new_tokens is None,
+            stopped=stats["finish"] == "length",
             is_transcript=options.is_transcript,
             is_raw=options.raw,
         )

@@ -49,6 +49,8 @@ def read_ahead(
         except BaseException as error:
             item.result.set_exception(error)
         else:
+            if stopped.is_set():
+                item.request.cancel()
             item.request.add_done_callback(lambda request: _copy_outcome(request, item.result))
         counter.end()
 

@@ -106,14 +106,26 @@ class RecordingDecoder:
         self.result.add_done_callback(self._cancel)
 
     def submit(self, segment: AudioSegment) -> None:
-        """Submits the next segment, as soon as fewer than two full batches of this recording are unfinished."""
+        """Submits the next segment, if its result is still wanted.
+
+        Waits until fewer than two full batches of this recording, and fewer than twice the engine's `read_ahead` of
+        all, are unfinished.
+        """
         with self._changed:
-            while self._unfinished >= 2 * self._engine.full_rows and not self.result.done() and not self._is_stopped():
-                if not self._changed.wait(_POLL_SECONDS):
+            while self._must_wait() and not self.result.done():
+                if self._is_stopped():
+                    self.result.cancel()
+                elif not self._changed.wait(_POLL_SECONDS) and self._engine.is_idle:
                     self._engine.flush()  # nothing else may come that fills the batch
+            if self.result.done():
+                return
             part = _Part(segment)
             self._parts.append(part)
             self._submit(part)
+
+    def _must_wait(self) -> bool:
+        engine = self._engine
+        return self._unfinished >= 2 * engine.full_rows or engine.num_unfinished >= 2 * engine.read_ahead
 
     def close(self, flags: Sequence[str]) -> None:
         """Says that all segments are submitted, and adds flags of the recording."""
@@ -186,11 +198,9 @@ class RecordingDecoder:
                 return
             if (error := part.decoded.transcript.error) is not None:
                 flags = part.decoded.transcript.flags
-                duration = self._parts[-1].heard_until
-                failed = Transcript(self._name, duration=duration, flags=flags, error=error, channel=self._channel)
-                self.result.set_result(failed)
+                self.result.set_result(Transcript(self._name, flags=flags, error=error, channel=self._channel))
                 return
-            seam = _seam(part, following[0]) if following else part.end
+            seam = _seam(part, following[0], self._seam) if following else max(part.end, self._seam)
             segment, ctc_text = self._segment(part, self._seam, seam)
             self._segments.append(segment)
             self._ctc_texts.append(ctc_text)
@@ -263,14 +273,23 @@ class RecordingDecoder:
         )
 
 
-def _seam(left: _Part, right: _Part) -> float:
-    """Where the text of the left part ends and that of the right part begins, in seconds of the recording."""
-    low, high = right.offset + _MARGIN, left.heard_until - _MARGIN
-    middles = np.array([(word.start + word.end) / 2 for part in (left, right) for word in part.words])
-    if low >= high or not len(middles):
-        return left.end
+def _seam(left: _Part, right: _Part, after: float) -> float:
+    """Where the text of the left part ends and that of the right part begins, in seconds of the recording.
+
+    Args:
+      after: where the text of the left part begins.
+    """
+    low, high = max(right.offset + _MARGIN, after), left.heard_until - _MARGIN
+    if low >= high:
+        return max(left.end, after)
+    middles = [np.array([(word.start + word.end) / 2 for word in part.words]) for part in (left, right)]
+    on_left, on_right = (bool(np.any((low <= side) & (side <= high))) for side in middles)
+    if on_left != on_right:  # what one side alone has heard is written by that side
+        return round(low if on_right else high, 3)
+    if not on_left:
+        return max(left.end, after)
     times = np.arange(low, high, 0.01)
-    distances = np.abs(times[:, None] - middles[None, :]).min(axis=1).clip(max=0.25)
+    distances = np.abs(times[:, None] - np.concatenate(middles)).min(axis=1).clip(max=0.25)
     return round(float(times[np.argmax(distances - 0.01 * np.abs(times - left.end))]), 3)
 
 

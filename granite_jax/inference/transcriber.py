@@ -25,6 +25,7 @@ from granite_jax.audio.load import (
     open_recording,
     path_of,
     printable,
+    read_stream,
 )
 from granite_jax.audio.resample import TooLongError
 from granite_jax.audio.segment import AudioSegment, cut
@@ -177,11 +178,11 @@ class Transcriber:
         """Compiles the programs of all buckets (or those given) by running them on silence.
 
         Args:
-          words: compile those that time words, too, which audio of several segments needs.
+          words: compile those that time words, too, which audio of several segments needs; for up to a minute.
         """
         prompt = self._prompt(self.capabilities.prompts.transcribe)
         for bucket in buckets or self.buckets:
-            self._engine.compile(bucket, prompt, words=words)
+            self._engine.compile(bucket, prompt, words=words and bucket.samples <= _LONG_PASS * SAMPLING_RATE)
 
     @overload
     def transcribe(
@@ -219,7 +220,8 @@ class Transcriber:
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
           on_segment: called with the name of an input and a `Segment` of it, as soon as that is final; in order within
-            an input. It runs between batches, so it should be quick.
+            an input (or a channel of it). It is called by whichever thread finishes a segment, so it must be quick, and
+            must not use this Transcriber.
           fields: fields of `TranscribeOptions` that replace those of `options`.
 
         Returns:
@@ -315,6 +317,7 @@ class Transcriber:
         def submit(
             name: str, source: Any, channel: int | None, entries: Sequence[Entry] | None, draft: str | None
         ) -> Future[Transcript]:
+            decoder = None
             try:
                 prompt, keywords = shared if entries is None else self._prepared(resolved, entries)
                 tokens = None if draft is None else tuple(self.tokenizer.encode(draft))
@@ -335,7 +338,11 @@ class Transcriber:
                 )
                 self._submit_segments(decoder, source, sampling_rate, name, seconds, resolved, draft, channel)
                 return decoder.result
-            except GraniteError as error:
+            except BaseException as error:
+                if decoder is not None:
+                    decoder.result.cancel()  # of what was read before the error, nothing is wanted
+                if not isinstance(error, GraniteError):
+                    raise
                 failed: Future[Transcript] = Future()
                 if on_error == "raise":
                     failed.set_exception(error)
@@ -384,6 +391,10 @@ class Transcriber:
     ) -> None:
         """Reads an input and submits it in segments. Raises GraniteError naming it."""
         if seconds is None:
+            if channel is not None:
+                source = open_recording(
+                    source, sampling_rate=None if is_encoded(source) else rate, name=name, channel=channel
+                )
             audio = self._load(source, rate, name)
             if audio.duration > _LONG_PASS:
                 warnings.warn(
@@ -528,13 +539,15 @@ def _check_length(segment: AudioSegment, name: str) -> None:
 
 def _channels(source: Any, name: str, channels: Channels) -> Iterator[tuple[str, Any, int | None]]:
     """An input under its name, for each of its channels from 0 on; once, without a channel, if they are mixed."""
-    if channels == "split":
-        with contextlib.suppress(Exception):  # reading it fails again, where the error is reported
-            if hasattr(source, "read"):
-                source = source.read()  # several readers cannot share a file
-            yield from [(name, source, channel) for channel in range(num_channels(source))]
-            return
-    yield name, source, None
+    if channels == "mix":
+        yield name, source, None
+        return
+    count = 1  # of what cannot be read: the error is reported where it is read again
+    with contextlib.suppress(AudioError):
+        if hasattr(source, "read"):
+            source = read_stream(source)  # several readers cannot share a file
+        count = num_channels(source)
+    yield from ((name, source, channel) for channel in range(count))
 
 
 def _transience(error: GraniteError) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 _MIN_REPEATS = 4
 _MIN_REPEATS_OF_DIGITS = 12
 _REPETITION = re.compile(rf"(.{{1,120}}?)\1{{{_MIN_REPEATS - 1},}}", re.DOTALL)
+_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+_KATAKANA = {hiragana: hiragana + 0x60 for hiragana in range(0x3041, 0x3097)}
 _WORD = re.compile(r"\w+")
 
 
@@ -48,9 +50,11 @@ def _loops(folded: str) -> Iterator[tuple[str, int, int]]:
 
 
 def _is_spoken(unit: str, ctc_text: str) -> bool:
+    if _HAN.search(unit):  # whose sounds are not known
+        return next(_loops(_words(ctc_text)), None) is not None
     return (unit * 2).replace(" ", "") in _words(ctc_text).replace(" ", "")
 
 
 def _words(text: str) -> str:
-    """The words of a text, in lower case and without punctuation."""
-    return " ".join(_WORD.findall(text.lower()))
+    """The words of a text, in lower case, in Katakana for Hiragana, and without punctuation."""
+    return " ".join(_WORD.findall(text.lower().translate(_KATAKANA)))
