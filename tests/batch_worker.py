@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from granite_jax import batch
+from granite_jax.audio.load import load_audio
 from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reading import LoadedEntry, Reader
 from granite_jax.inference.options import TranscribeOptions
@@ -44,7 +45,8 @@ class StandIn:
         asked = instruction(options.task, target_language=options.target_language, prompt=options.prompt)
         self.calls.append((len(audio), options))
         results = []
-        for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
+        for source, listed in zip(audio, keywords or [None] * len(audio), strict=True):
+            each = load_audio(source)
             time.sleep(self.seconds)
             named = list(options.keywords if listed is None else listed)
             self.keywords.append(named)

@@ -30,10 +30,10 @@ def test_no_word_is_lost_or_doubled_at_a_seam(asr: gj.Transcriber, minutes: floa
     pieces = list(compose(utterances(None), 60 * minutes))
     # When transcribed by the encoder, as one recording and one by one
     result = compare(asr, pieces, **CTC)
-    # Then the texts are alike at every cut, but for one in a hundred, and elsewhere nearly
+    # Then the texts are alike at every cut, but for a few, and elsewhere nearly
     cuts = result["segments"] - 1
     assert cuts > 3 * minutes
-    assert result["lost"] + result["doubled"] <= 0.02 * cuts
+    assert result["lost"] + result["doubled"] <= 0.05 * cuts
     assert result["wer_whole"] - result["wer_alone"] < 4.0
 
 
