@@ -73,6 +73,7 @@ def test_subtitles_of_a_recording_keep_the_rules(asr: gj.Transcriber) -> None:
             )
 
 
+@pytest.mark.soak
 def test_memory_does_not_grow_with_the_recording() -> None:
     # Given recordings of ten and forty minutes, when each is transcribed by a process, then both need as much memory
     command = [sys.executable, "benchmarks/long_recordings.py", "memory", "--minutes", "40"]
