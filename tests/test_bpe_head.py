@@ -73,7 +73,9 @@ def test_labels_are_those_of_a_plain_computation(checkpoint: Any, importance: An
 
     # When the head labels them
     wanted = np.ones(len(LENGTHS), np.int32)
-    labels = jax.jit(functools.partial(granite_speech.bpe_labels, config))(params, encoded, lengths, wanted)
+    labels = jax.jit(functools.partial(granite_speech.bpe_labels, config))(
+        params, encoded.hidden, encoded.importance, lengths, wanted
+    )
 
     # Then labels are those of the description, the last, partial window included, and blank after it
     leaves, distinct = flatten(jax.device_get(params)), set()
@@ -161,7 +163,10 @@ def test_a_draft_is_the_text_of_the_labels_as_the_tokenizer_cuts_it(asr: Transcr
         granite_speech.encode(config, params, features, lengths, importance=importance)
         for importance in ("before", "after")
     )
-    labels, others = (granite_speech.bpe_labels(config, params, one, lengths, wanted) for one in (before, after))
+    labels, others = (
+        granite_speech.bpe_labels(config, params, one.hidden, one.importance, lengths, wanted)
+        for one in (before, after)
+    )
     text = " ".join(asr.tokenizer.decode(bpe_head.bpe_tokens(np.asarray(labels)[0])).split())
     assert transcript.draft == tuple(asr.tokenizer.encode(text))[: min(200, draft_budget(len(sound)))]
 

@@ -410,17 +410,18 @@ class Engine:
         return False
 
     def _encode(self, bucket: Bucket, batch: list[_Ticket]) -> Encoded:
-        """Dispatches a batch to the encoder. Padding rows repeat its first row."""
+        """Dispatches a batch to the encoder. Padding rows have no samples."""
         size = self.rows(bucket)
         samples = np.zeros((size, bucket.samples), np.float32)
         lengths = np.zeros(size, np.int32)
         requests = [ticket.request for ticket in batch]
-        padded = [*requests, *[requests[0]] * (size - len(batch))]
-        for row, request in enumerate(padded):
+        padding = [None] * (size - len(batch))
+        for row, request in enumerate(requests):
             samples[row, : len(request.audio.samples)] = request.audio.samples
             lengths[row] = len(request.audio.samples)
-        keywords = make_keyword_batch([request.keywords and request.keywords.labels for request in padded])
-        bpe_wanted = np.array([self._draft_from(request) == "bpe" for request in padded], np.int32)
+        keywords = make_keyword_batch([*(r.keywords and r.keywords.labels for r in requests), *padding])
+        bpe_wanted = np.zeros(size, np.int32)
+        bpe_wanted[: len(batch)] = [self._draft_from(request) == "bpe" for request in requests]
         with_logits = any(request.needs_logits or request.needs_words for request in requests)
         return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted, with_logits=with_logits)
 
@@ -556,17 +557,21 @@ class Engine:
         """Dispatches prefill and decode of a padded batch, without waiting for them."""
         size = self.rows(bucket)
         padding = size - len(rows)
-        # Padding rows repeat the first row and generate nothing.
-        requests = [row.request for row in [*rows, *[rows[0]] * padding]]
+        # Padding rows and silent ones have no prompt and generate nothing.
         tokens = np.zeros((size, bucket.prompt), np.int32)
-        for i, request in enumerate(requests):
-            audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
-            tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
-        lengths = np.array([request.prompt_length for request in requests], np.int32)
-        max_new_tokens = np.zeros(size, np.int32)
-        max_new_tokens[: len(rows)] = [0 if row.is_silent else row.request.max_new_tokens for row in rows]
-        draft = pad_drafts([*(row.draft for row in rows), *[()] * padding], bucket.draft)
-        thresholds = np.array([request.options.drafting.verify_threshold for request in requests], np.float32)
+        lengths, max_new_tokens, thresholds = (
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.float32),
+        )
+        for i, row in enumerate(rows):
+            request = row.request
+            thresholds[i] = request.options.drafting.verify_threshold
+            if not row.is_silent:
+                lengths[i], max_new_tokens[i] = request.prompt_length, request.max_new_tokens
+                audio_ids = [self._config.audio_token_id] * self.num_audio_tokens(request.audio)
+                tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
+        draft = pad_drafts([*(() if row.is_silent else row.draft for row in rows), *[()] * padding], bucket.draft)
         automata = self._automata([*(row.automaton for row in rows), *[None] * padding])
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity

@@ -40,7 +40,8 @@ from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
 from granite_jax.model.ctc_alignment import Alignment, align
 from granite_jax.model.decoder import KVCache
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.model.features import num_frames, packed_log_mel
+from granite_jax.model.packed_encoder import pack_frames
 
 _TILE = 16  # slots of a bfloat16 tile: unless the capacity is a multiple, the TPU compiler copies the cache
 
@@ -145,17 +146,23 @@ class Programs:
     ) -> Encoded:
         """`bpe_wanted`: int32, 0 for rows that do not ask for the BPE head's labels."""
         frames = num_frames(lengths)
+        packing = pack_frames(self.config, frames, num_frames(samples.shape[1]))
+        features = packed_log_mel(samples, lengths, packing)
         options: dict[str, Any] = {"importance": self.speculation.importance, "dtype": self.dtype}
-        encoded = granite_speech.encode(self.config, params, log_mel(samples, lengths), frames, **options)
-        hidden = encoded.hidden
-        logits = granite_speech.ctc_logits(self.config, params, hidden, dtype=self.dtype)
-        audio = granite_speech.project(self.config, params, hidden, frames, dtype=self.dtype)
-        labels, entropy = ctc.best_labels(logits, frames), ctc.frame_entropy(logits, frames).max(axis=1)
+        output, found, audio = granite_speech.encode_packed(self.config, params, features, packing, **options)
+        valid = jnp.arange(packing.longest, dtype=jnp.int32)[None, :] < frames[:, None]
+        labels = jnp.where(valid, packing.unpack(found.labels), ctc.BLANK)
+        logits = packing.unpack(found.logits) if with_logits else None
         bpe = None
         if self.config.encoder.bpe_output_dim:
-            bpe = granite_speech.bpe_labels(self.config, params, encoded, frames, bpe_wanted, dtype=self.dtype)
-        spotting, speech_frames = spotter.score_keywords(logits, frames, keywords), ctc.speech_frames(logits, frames)
-        return Encoded(audio, labels, entropy, spotting, bpe, speech_frames, logits if with_logits else None)
+            rows = packing.unpack(output.hidden), packing.unpack(output.importance)
+            bpe = granite_speech.bpe_labels(self.config, params, *rows, frames, bpe_wanted, dtype=self.dtype)
+        spotting = jax.lax.cond(
+            keywords.counts.max() > 0,
+            lambda: spotter.score_keywords(packing.unpack(found.logits), frames, keywords),
+            lambda: spotter.no_scores(frames),
+        )
+        return Encoded(audio, labels, found.entropy, spotting, bpe, found.speech_frames, logits)
 
     def _prefill(
         self,
@@ -169,21 +176,16 @@ class Programs:
     ) -> tuple[VerifierOutput, KVCache]:
         """Prefills prompts `tokens` `[b, p]`, each followed by its draft. The cache holds `capacity` and a window."""
         selector = self._selector(keywords)
-        # A draft is no longer than its row's `max_new_tokens`, which fit the capacity together with the prompt.
-        width = min(tokens.shape[1] + draft.tokens.shape[1], capacity)
-        draft_positions = jnp.arange(width, dtype=jnp.int32)[None, :] - lengths[:, None]
-        in_draft = (draft_positions >= 0) & (draft_positions < draft.lengths[:, None])
-        drafted = jnp.take_along_axis(draft.tokens, jnp.clip(draft_positions, 0, draft.tokens.shape[1] - 1), axis=1)
-        prompts = jnp.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
-        return granite_speech.prefill_reduced(
+        return granite_speech.prefill_packed(
             self.config,
             params,
-            jnp.where(in_draft, drafted, prompts),
+            tokens,
             lengths,
             audio,
+            draft.tokens,
+            draft.lengths,
             functools.partial(decoding.verify, selector=selector),
             DraftProposal.from_draft(draft, selector),
-            draft.lengths + 1,
             capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
             dtype=self.dtype,
         )

@@ -96,6 +96,12 @@ def score_keywords(logits: CTCLogits, lengths: Lengths, keywords: KeywordBatch) 
     return SpottingScores(columns.astype(jnp.int32), scores, starts, ends)
 
 
+def no_scores(lengths: Lengths) -> SpottingScores:
+    """What `score_keywords` returns without keywords."""
+    zeros = jnp.zeros((1, KEPT), jnp.int32) + lengths[:, None] * 0
+    return SpottingScores(zeros, zeros.astype(jnp.float32) - jnp.inf, zeros, zeros)
+
+
 def _align(
     relative: Float[Array, "b t c"], frames: Int[Array, ""], labels: Int[Array, "b k w"]
 ) -> tuple[Float[Array, "b k"], Int[Array, "b k"], Int[Array, "b k"]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import CTCLogits, Lengths
 from granite_jax.model.features import HOP, SAMPLING_RATE
@@ -33,9 +33,13 @@ def frame_entropy(logits: CTCLogits, lengths: Lengths) -> Float[Array, "b t"]:
 
 def speech_frames(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b"]:
     """How many valid frames give more than a fifth of the probability to labels other than the blank, int32."""
-    speech = jax.nn.softmax(logits.astype(jnp.float32))[..., BLANK] < 0.8
     valid = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    return jnp.sum(speech & valid, axis=1, dtype=jnp.int32)
+    return jnp.sum(has_speech(logits) & valid, axis=1, dtype=jnp.int32)
+
+
+def has_speech(logits: CTCLogits) -> Bool[Array, "b t"]:
+    """Whether each frame gives more than a fifth of the probability to labels other than the blank."""
+    return jax.nn.softmax(logits.astype(jnp.float32))[..., BLANK] < 0.8
 
 
 def collapse(labels: Sequence[int] | np.ndarray) -> list[int]:

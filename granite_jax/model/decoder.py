@@ -99,14 +99,8 @@ class Attention(nnx.Module):
         cached: tuple[Float[Array, "b k s h"], Float[Array, "b k s h"], Lengths] | None,
     ) -> tuple[Hidden, Float[Array, "b k p h"], Float[Array, "b k p h"]]:
         """`cached` holds one layer's keys and values and each row's length, or is None for an empty cache."""
-        batch, steps, _ = h.shape
-        groups, head_dim = self.config.num_key_value_heads, self.config.head_dim
-
-        def split(x):  # [b, heads, p, h]
-            return x.reshape(batch, steps, -1, head_dim).swapaxes(1, 2)
-
-        q = _rotate(split(self.q(h)), cos, sin).reshape(batch, groups, -1, steps, head_dim)
-        k, v = _rotate(split(self.k(h)), cos, sin), split(self.v(h))
+        q, k, v = self.heads(h, cos, sin)
+        steps = h.shape[1]
         # A chunk of queries at a time, so that the scores of long prompts never take [p, p].
         chunks = [
             self._attend(
@@ -114,8 +108,25 @@ class Attention(nnx.Module):
             )
             for i in range(0, steps, _QUERY_CHUNK)
         ]
-        mixed = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)  # [b, k, g, p, h]
-        return self.out(mixed.reshape(batch, -1, steps, head_dim).swapaxes(1, 2).reshape(batch, steps, -1)), k, v
+        return self.output(chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=3)), k, v
+
+    def heads(
+        self, h: Hidden, cos: Float[Array, "b p h"], sin: Float[Array, "b p h"]
+    ) -> tuple[Float[Array, "b k g p h"], Float[Array, "b k p h"], Float[Array, "b k p h"]]:
+        """Rotated queries, in groups that share keys; rotated keys; and values."""
+        batch, steps, _ = h.shape
+        groups, head_dim = self.config.num_key_value_heads, self.config.head_dim
+
+        def split(x):  # [b, heads, p, h]
+            return x.reshape(batch, steps, -1, head_dim).swapaxes(1, 2)
+
+        q = _rotate(split(self.q(h)), cos, sin).reshape(batch, groups, -1, steps, head_dim)
+        return q, _rotate(split(self.k(h)), cos, sin), split(self.v(h))
+
+    def output(self, mixed: Float[Array, "b k g p h"]) -> Hidden:
+        """Projects what attention mixed."""
+        batch, _, _, steps, _ = mixed.shape
+        return self.out(mixed.reshape(batch, -1, steps, mixed.shape[-1]).swapaxes(1, 2).reshape(batch, steps, -1))
 
     def _attend(self, q: jax.Array, offset: int, k: jax.Array, v: jax.Array, cached: tuple | None) -> jax.Array:
         """Queries `[b, k, g, q, h]` that begin `offset` positions into the step, over the cache and `k`, `v`."""
@@ -159,10 +170,14 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, h: Hidden, cos: jax.Array, sin: jax.Array, cached: tuple | None):
         mixed, k, v = self.attention(self.input_norm(h), cos, sin, cached)
+        return self.finish(h, mixed), k, v
+
+    def finish(self, h: Hidden, mixed: Hidden) -> Hidden:
+        """What follows the attention."""
         h += mixed * self.config.residual_multiplier
         x = self.post_norm(h)
         x = self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        return h + x * self.config.residual_multiplier, k, v
+        return h + x * self.config.residual_multiplier
 
 
 class Decoder(nnx.Module):

@@ -12,13 +12,16 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
 from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import EncoderConfig
 from granite_jax.model.ctc import BLANK
 from granite_jax.model.layer_norm import LayerNorm
+
+Heads = Float[Array, "b t heads h"]
+Blocks = Float[Array, "b m q heads h"]
 
 
 @jax.tree_util.register_dataclass
@@ -56,28 +59,40 @@ class BlockAttention(nnx.Module):
         self.relative = nnx.Embed(2 * config.max_pos_emb + 1, config.dim_head, rngs=rngs)
 
     def __call__(self, h: Activations, valid: Mask) -> Activations:
-        config = self.config
         batch, frames, _ = h.shape
-        context = config.context_size
+        context = self.config.context_size
         blocks = math.ceil(frames / context)
         padding = blocks * context - frames
 
-        def split(x):  # [b, blocks, context, heads, dim_head]
-            return x.reshape(batch, blocks, context, config.num_heads, config.dim_head)
+        def split(x):
+            return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, blocks, context, *x.shape[2:])
 
-        h = jnp.pad(self.norm(h), ((0, 0), (0, padding), (0, 0)))
+        mask = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, context)
+        mixed = self.attend(*map(split, self.heads(h)), mask, self.relative_table())
+        return self.out(mixed.reshape(batch, blocks * context, -1)[:, :frames])
+
+    def heads(self, h: Activations) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values of every frame."""
+        h = self.norm(h)
         keys, values = jnp.moveaxis(self.kv(h), -2, 0)
-        q, k, v = split(self.q(h)), split(keys), split(values)
-        distance = jnp.arange(context, dtype=jnp.int32)[:, None] - jnp.arange(context, dtype=jnp.int32)[None, :]
-        relative = self.relative(distance + config.max_pos_emb)
+        q, k, v = (x.reshape(*x.shape[:2], self.config.num_heads, -1) for x in (self.q(h), keys, values))
+        return q, k, v
+
+    def relative_table(self) -> Float[Array, "q k h"]:
+        """Embeddings of the distances between the frames of a block."""
+        frames = jnp.arange(self.config.context_size, dtype=jnp.int32)
+        return self.relative(frames[:, None] - frames[None, :] + self.config.max_pos_emb)
+
+    def attend(
+        self, q: Blocks, k: Blocks, v: Blocks, valid: Bool[Array, "b m q"], relative: Float[Array, "q k h"]
+    ) -> Blocks:
+        """Attention within every block over its valid frames."""
         scores = jnp.einsum("bmqhd,bmkhd->bmhqk", q, k, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bmqhd,qkd->bmhqk", q, relative, preferred_element_type=jnp.float32)
-        mask = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, 1, 1, context)
         # A finite floor: blocks past the row's end see no key at all and must not become NaN.
-        scores = jnp.where(mask, scores * config.dim_head**-0.5, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(valid[:, :, None, None], scores * self.config.dim_head**-0.5, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores).astype(v.dtype)
-        mixed = jnp.einsum("bmhqk,bmkhd->bmqhd", weights, v).reshape(batch, blocks * context, -1)
-        return self.out(mixed[:, :frames])
+        return jnp.einsum("bmhqk,bmkhd->bmqhd", weights, v)
 
 
 class BatchNorm(nnx.Module):
@@ -114,11 +129,18 @@ class ConvolutionModule(nnx.Module):
         self.down = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
 
     def __call__(self, h: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
-        value, gate = jnp.moveaxis(self.up(self.norm(h)), -2, 0)
-        # Zeros past the true end, where the reference's convolution sees its own zero padding.
-        x = jnp.where(valid[..., None], value * jax.nn.sigmoid(gate), 0)
+        x = self.gated(h, valid)
         convolve = trained_depthwise if train else depthwise
         x = convolve(x.astype(jnp.float32), self.depthwise[...].astype(jnp.float32)).astype(x.dtype)
+        return self.output(x, valid, train)
+
+    def gated(self, h: Activations, valid: Mask) -> Float[Array, "b t c"]:
+        """The depthwise convolution's input: zeros past the true end, where the reference has its own zero padding."""
+        value, gate = jnp.moveaxis(self.up(self.norm(h)), -2, 0)
+        return jnp.where(valid[..., None], value * jax.nn.sigmoid(gate), 0)
+
+    def output(self, x: Float[Array, "b t c"], valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
+        """What follows the depthwise convolution."""
         x, statistics = self.batch_norm(x, valid, train)
         return self.down(jax.nn.silu(x)), statistics
 
@@ -126,14 +148,16 @@ class ConvolutionModule(nnx.Module):
 def depthwise(x: Float[Array, "b t c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
     """Depthwise convolution over time, zeros past the ends: shifted products, which compilers fuse into one pass."""
     before, after = _same_padding(kernel)
-    return _shifted_products(jnp.pad(x, ((0, 0), (before, after), (0, 0))), kernel, x.shape[1])
+    return shifted_products(jnp.pad(x, ((0, 0), (before, after), (0, 0))), kernel)
 
 
 def _same_padding(kernel: jax.Array) -> tuple[int, int]:
     return len(kernel) // 2, len(kernel) // 2 - (len(kernel) + 1) % 2
 
 
-def _shifted_products(padded: jax.Array, kernel: jax.Array, frames: int) -> jax.Array:
+def shifted_products(padded: Float[Array, "b p c"], kernel: Float[Array, "k c"]) -> Float[Array, "b t c"]:
+    """Depthwise convolution of frames with the padding before and after them."""
+    frames = padded.shape[1] - len(kernel) + 1
     products = (padded[:, i : i + frames] * kernel[None, None, i] for i in range(len(kernel)))
     return functools.reduce(jnp.add, products)
 
@@ -154,7 +178,7 @@ def _depthwise_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array)
     padded = jnp.pad(gradient, ((0, 0), (after, before), (0, 0)))
     shifted = jnp.pad(x, ((0, 0), (before, after), (0, 0)))
     taps = [jnp.sum(shifted[:, i : i + frames] * gradient, axis=(0, 1)) for i in range(len(kernel))]
-    return _shifted_products(padded, kernel[::-1], frames), jnp.stack(taps)
+    return shifted_products(padded, kernel[::-1]), jnp.stack(taps)
 
 
 trained_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
@@ -226,13 +250,7 @@ class Encoder(nnx.Module):
         """
         valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
         definition, layers = nnx.split(self.layers, graph=False)
-
-        def condition(h, _):
-            posteriors = jax.nn.softmax(self.ctc_logits(h))
-            conditioned = h + self.out_mid(posteriors.astype(h.dtype))
-            if importance == "after":
-                posteriors = jax.nn.softmax(self.ctc_logits(conditioned))
-            return conditioned, 1 - posteriors[..., BLANK]
+        condition = functools.partial(self.condition, importance=importance)
 
         def block(carry, layer_and_index):
             h, weights = carry
@@ -240,7 +258,7 @@ class Encoder(nnx.Module):
             h, statistics = nnx.merge(definition, layer)(h, valid, train)
             captured = h if capture_layers else None
             is_middle = index == self.config.self_condition_layer
-            carry = jax.lax.cond(is_middle, condition, lambda h, weights: (h, weights), h, weights)
+            carry = jax.lax.cond(is_middle, condition, lambda h: (h, weights), h)
             return carry, (captured, statistics)
 
         h = self.input(features)
@@ -249,6 +267,14 @@ class Encoder(nnx.Module):
             block, (h, weights), (layers, jnp.arange(self.config.num_layers, dtype=jnp.int32))
         )
         return EncoderOutput(h, captured, statistics, weights)
+
+    def condition(self, h: Activations, importance: Importance) -> tuple[Activations, Float[Array, "b t"]]:
+        """The middle block's activations conditioned on their own CTC output, and the importance of every frame."""
+        posteriors = jax.nn.softmax(self.ctc_logits(h))
+        conditioned = h + self.out_mid(posteriors.astype(h.dtype))
+        if importance == "after":
+            posteriors = jax.nn.softmax(self.ctc_logits(conditioned))
+        return conditioned, 1 - posteriors[..., BLANK]
 
     def ctc_logits(self, h: Activations) -> CTCLogits:
         """CTC logits of any block's activations, float32: the middle and the final head are the same."""

@@ -7,7 +7,7 @@ float32 computes every matrix product at the highest precision, which TPUs and G
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,14 @@ from granite_jax.array_types import (
     Params,
     Tokens,
 )
-from granite_jax.model import bpe_head
+from granite_jax.model import bpe_head, packed_decoder, packed_encoder
 from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import Decoder, KVCache
 from granite_jax.model.encoder import Encoder, EncoderOutput
+from granite_jax.model.packed_decoder import PackedPrompts
+from granite_jax.model.packed_encoder import PackedEncoderOutput, PackedLabels
+from granite_jax.model.packing import Packing
 from granite_jax.model.projector import Projector
 
 _LOGIT_ROWS = 256  # positions whose logits are held at once
@@ -118,6 +121,36 @@ def encode(
     return encoder(features.astype(dtype), lengths, **options)
 
 
+class PackedEncoding(NamedTuple):
+    """What `encode_packed` returns: packed frames, but audio embeddings by row."""
+
+    output: PackedEncoderOutput
+    labels: PackedLabels
+    audio: AudioEmbeddings
+
+
+@_float32_means_float32
+def encode_packed(
+    config: Config,
+    params: Params,
+    features: Float[Array, "p f"],
+    packing: Packing,
+    *,
+    importance: Importance = "before",
+    dtype: DTypeLike | None = None,
+) -> PackedEncoding:
+    """`encode`, `ctc_logits` and `project` of packed rows, for inference: computes no more than what is filled.
+
+    Args:
+      features: those of `packed_log_mel`.
+      packing: that of `packed_encoder.pack_frames`.
+    """
+    encoder, projector = _part(config, params, "encoder"), _part(config, params, "projector")
+    output = packed_encoder.encode(encoder, features.astype(dtype), packing, importance)
+    labels = packed_encoder.label(encoder, output.hidden, packing)
+    return PackedEncoding(output, labels, packed_encoder.project(projector, output.hidden, packing))
+
+
 @_float32_means_float32
 def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DTypeLike | None = None) -> CTCLogits:
     """CTC logits, float32 `[b, t, c]`, of a block's activations (the middle and the final head are the same)."""
@@ -142,7 +175,8 @@ def bpe_logits(
 def bpe_labels(
     config: Config,
     params: Params,
-    encoded: EncoderOutput,
+    hidden: Activations,
+    importance: Float[Array, "b t"],
     lengths: Lengths,
     wanted: Lengths,
     *,
@@ -151,14 +185,14 @@ def bpe_labels(
     """The best label of the BPE head for every window of four frames: int32, label `i` is the token `i - 1`.
 
     Args:
-      encoded: what `encode` returned for rows of `lengths` valid frames.
+      hidden, importance: what `encode` returned for rows of `lengths` valid frames.
       wanted: int32, 0 for rows whose labels nobody needs.
 
     Returns:
       Labels `[b, ceil(t / 4)]`, blank past each row's end.
     """
     encoder: Encoder = _part(config, params, "encoder")
-    pooled = bpe_head.pool(encoded.hidden.astype(dtype), encoded.importance, lengths)
+    pooled = bpe_head.pool(hidden.astype(dtype), importance, lengths)
     return bpe_head.best_labels(encoder.bpe_logits, pooled, lengths, wanted)
 
 
@@ -207,43 +241,51 @@ def prefill(
 
 
 @_float32_means_float32
-def prefill_reduced(
+def prefill_packed(
     config: Config,
     params: Params,
     tokens: Tokens,
     lengths: Lengths,
-    audio: AudioEmbeddings | None,
+    audio: AudioEmbeddings,
+    draft: Int[Array, "b n"],
+    draft_lengths: Lengths,
     reduce: Callable[[Logits, Any], Any],
     operand: Any,
-    counts: Lengths,
     *,
-    capacity: int | None = None,
+    capacity: int,
     dtype: DTypeLike | None = None,
 ) -> tuple[Any, KVCache]:
-    """`prefill` that reduces the logits of a run of positions to something smaller, a chunk of positions at a time.
+    """`prefill` of prompts and drafts, packed, for inference: computes no more than what is filled.
+
+    The logits of each prompt's last position and of its draft's are reduced to something smaller, a few at a time.
 
     Args:
-      tokens: int32 `[b, p]`, prompts and then drafts, padded on the right.
-      lengths: tokens of each prompt alone.
+      tokens: int32 prompts `[b, p]`; the i-th audio token of a row takes its i-th audio embedding.
+      lengths: tokens of each prompt; 0 for rows that nobody needs, which must have no draft.
+      draft: int32 `[b, n]`, tokens after each prompt, `draft_lengths` a row, which fit the capacity together with it.
       reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
-      operand: arrays `[b, m]`; column i belongs to the position `lengths - 1 + i`.
-      counts: how many of the `m` positions of each row are needed. The results for others are arbitrary.
+      operand: arrays `[b, n + 1]`; column i belongs to the position `lengths - 1 + i`.
+      capacity: slots of the cache.
 
     Returns:
-      The reduced arrays `[b, m]`, and the cache, `lengths` positions a row; the drafts are in the slots after these.
+      The reduced arrays `[b, n + 1]`, arbitrary after a row's draft, and the cache, `lengths` positions a row; the
+      drafts are in the slots after these.
     """
     decoder: Decoder = _part(config, params, "decoder")
-    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    packing = Packing.of(lengths + draft_lengths, min(tokens.shape[1] + draft.shape[1], capacity))
+    prompts = PackedPrompts(tokens, lengths, draft, audio.astype(dtype), config.audio_token_id)
+    hidden, k, v = packed_decoder.prefill(decoder, prompts, packing, capacity)
     batch, width = jax.tree.leaves(operand)[0].shape
     chunk = max(1, min(width, _LOGIT_ROWS // batch))
     padded = -(-width // chunk) * chunk
     operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - width))), operand)
-    positions = jnp.minimum(lengths[:, None] - 1 + jnp.arange(padded, dtype=jnp.int32)[None, :], tokens.shape[1] - 1)
-    hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+    last = packing.starts + jnp.maximum(lengths - 1, 0)
 
     def reduced(start: jax.Array) -> Any:
+        columns = start + jnp.arange(chunk, dtype=jnp.int32)
+        positions = jnp.minimum(last[:, None] + columns[None, :], len(hidden) - 1)
         part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk, axis=1)
-        return reduce(decoder.logits(part(hidden)), jax.tree.map(part, operand))
+        return reduce(decoder.logits(hidden[positions]), jax.tree.map(part, operand))
 
     def add(carry):
         start, results = carry
@@ -254,9 +296,9 @@ def prefill_reduced(
 
     # The first chunk is outside the loop: its arrays begin the carry, and without drafts it is the only one.
     first = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - chunk))), reduced(jnp.int32(0)))
-    end, start = jnp.max(counts), jnp.max(counts * 0) + chunk
-    _, results = jax.lax.while_loop(lambda carry: carry[0] < end, add, (start, first))
-    return jax.tree.map(lambda x: x[:, :width], results), cache
+    end = jnp.max(draft_lengths) + 1
+    _, results = jax.lax.while_loop(lambda carry: carry[0] < end, add, (end * 0 + chunk, first))
+    return jax.tree.map(lambda x: x[:, :width], results), KVCache(k, v, lengths)
 
 
 def _run_prompts(

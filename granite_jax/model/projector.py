@@ -7,6 +7,7 @@ Frames past a row's end are zeros and, as in the reference, attended to within t
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, AudioEmbeddings, Lengths
 from granite_jax.model.config import ProjectorConfig
@@ -75,11 +76,17 @@ class Projector(nnx.Module):
         windows = -(-frames // config.window_size)
         h = jnp.where((jnp.arange(frames, dtype=jnp.int32)[None, :] < lengths[:, None])[..., None], h, 0)
         h = jnp.pad(h, ((0, 0), (0, windows * config.window_size - frames), (0, 0)))
-        h = h.reshape(batch, windows, config.window_size, width)
+        audio = self.windows(h.reshape(batch, windows, config.window_size, width))
+        return audio.reshape(batch, windows * config.num_queries, -1)
+
+    def windows(self, h: Float[Array, "b w t d"]) -> Float[Array, "b w a e"]:
+        """The embeddings of every window, whose frames past the row's end are zeros."""
+        config = self.config
+        batch, windows, _, _ = h.shape
         x = self.norm(self.query[...].astype(h.dtype))
         x = jnp.broadcast_to(x, (batch, windows, config.num_queries, config.hidden_size))
         # Adds zeros that depend on the rows: under shard_map a scan's carry must vary with the mesh from the start.
-        x += (lengths * 0)[:, None, None, None].astype(x.dtype)
+        x += h[:, :, :1, :1] * 0
         definition, layers = nnx.split(self.layers, graph=False)
         x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(definition, layer)(x, h), None), x, layers)
-        return self.out(x).reshape(batch, windows * config.num_queries, -1)
+        return self.out(x)
