@@ -86,21 +86,20 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 
 
 def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
-    """At most eight buckets, 24 programs: full batches of short audio, and single rows up to the model's limit.
+    """At most six buckets, 18 programs: full batches of short audio, and single rows up to the model's limit.
 
-    One of the lengths is that of segments, of which recordings have most. Models of many positions have one more, for
-    short audio with thousands of keywords in its prompt.
+    Programs compute what is filled (see `model.packing`), so that shapes cost memory, not time. Segments of recordings
+    fit a full batch. Models of many positions have one bucket more, for short audio with thousands of keywords in its
+    prompt.
     """
     limit = config.max_seconds
-    lengths = [5.0, 10.0, 20.0, 30.0]
-    lengths[min(bisect.bisect_left(lengths, segment_seconds), len(lengths) - 1)] = segment_seconds
-    short = [seconds for seconds in lengths if seconds < limit]
-    full = [make_bucket(config, batch, seconds) for seconds in short] if batch > 1 else []
+    lengths = [seconds for seconds in (10.0, max(30.0, segment_seconds)) if seconds < limit]
+    full = [make_bucket(config, batch, seconds) for seconds in lengths] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
     # The last bucket takes whatever fits the model's positions, long prompts with short audio included.
     longest = dataclasses.replace(longest, prompt=longest.capacity)
     middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
-    singles = [make_bucket(config, 1, seconds) for seconds in (10.0, 40.0, *middle) if seconds < limit]
+    singles = [make_bucket(config, 1, seconds) for seconds in (40.0, *middle) if seconds < limit]
     if config.decoder.max_position_embeddings > _MANY_POSITIONS:
         short_audio = make_bucket(config, 1, 40.0)
         singles.append(dataclasses.replace(short_audio, prompt=longest.capacity, capacity=longest.capacity))
