@@ -38,8 +38,8 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """FLOPs a byte."""
-        return self.flops / self.bytes
+        """FLOPs a byte; 0 where there is nothing to do."""
+        return self.flops / self.bytes if self.bytes else 0.0
 
 
 def encode(config: Config, frames: float, blocks: float) -> float:
