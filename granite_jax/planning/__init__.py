@@ -1,1 +1,1 @@
-"""What the TPU compiler reports about the programs, without a TPU."""
+"""What the TPU compiler reports about the programs, and what data sheets allow, without a TPU."""

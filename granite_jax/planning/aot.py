@@ -142,7 +142,10 @@ def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
 
 def _chips(topology: str) -> DeviceList:
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
-        raise GraniteError("planning needs the TPU compiler: pip install 'granite-jax[plan]' (Linux on x86-64)")
+        raise GraniteError(
+            "planning needs the TPU compiler: pip install 'granite-jax[plan]' (Linux on x86-64); "
+            "--no-compile prints the roofline, which needs none"
+        )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
