@@ -36,7 +36,7 @@ from granite_jax.model.packed_encoder import PackedEncoderOutput, PackedLabels
 from granite_jax.model.packing import Packing
 from granite_jax.model.projector import Projector
 
-_LOGIT_ROWS = 256  # positions whose logits are held at once
+LOGIT_ROWS = 256  # positions whose logits are held at once
 
 
 class Model(nnx.Module):
@@ -276,7 +276,7 @@ def prefill_packed(
     prompts = PackedPrompts(tokens, lengths, draft, audio.astype(dtype), config.audio_token_id)
     hidden, k, v = packed_decoder.prefill(decoder, prompts, packing, capacity)
     batch, width = jax.tree.leaves(operand)[0].shape
-    chunk = max(1, min(width, _LOGIT_ROWS // batch))
+    chunk = max(1, min(width, LOGIT_ROWS // batch))
     padded = -(-width // chunk) * chunk
     operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - width))), operand)
     last = packing.starts + jnp.maximum(lengths - 1, 0)

@@ -132,9 +132,14 @@ def _attend(
 
     zeros = (query * 0).astype(jnp.float32)
     carry = zeros[..., :1] + jnp.finfo(jnp.float32).min, zeros[..., :1], zeros
-    first, last = firsts[0] // packing.chunk, start // packing.chunk
-    _, total, mixed = jax.lax.fori_loop(first, last + 1, add, carry)
+    _, total, mixed = jax.lax.fori_loop(first_chunk_of_keys(packing, start), start // packing.chunk + 1, add, carry)
     return (mixed / total).astype(query.dtype)
+
+
+def first_chunk_of_keys(packing: Packing, start: Int[Array, ""]) -> Int[Array, ""]:
+    """The first chunk that holds a key of a row in the chunk that begins at `start`."""
+    rows, _, _ = packing.rows_of(jnp.atleast_1d(start))
+    return packing.starts[rows[0]] // packing.chunk
 
 
 def _rows(packed: Float[Array, "k p h"], packing: Packing, capacity: int) -> Float[Array, "b k s h"]:

@@ -49,7 +49,7 @@ def pack_frames(config: Config, frames: Lengths, longest: int) -> Packing:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class Blocks:
     """The attention blocks of all rows, a group of them at a time.
 
     Fields:
@@ -65,7 +65,7 @@ class _Blocks:
     group: int
 
     @classmethod
-    def of(cls, packing: Packing, context: int) -> "_Blocks":
+    def of(cls, packing: Packing, context: int) -> "Blocks":
         group = max(1, packing.chunk // context)
         counts = -(-packing.lengths // context)
         ends = jnp.cumsum(counts, dtype=jnp.int32)
@@ -88,7 +88,7 @@ def encode(
     before = config.conv_kernel_size // 2
     after = config.conv_kernel_size - 1 - before
     margin = config.context_size
-    blocks = _Blocks.of(packing, config.context_size)
+    blocks = Blocks.of(packing, config.context_size)
     definition, layers = nnx.split(encoder.layers, graph=False)
 
     def embed(start, h):
@@ -204,13 +204,18 @@ def label(encoder: Encoder, hidden: Float[Array, "p d"], packing: Packing) -> Pa
     return packing.for_chunks(read, start)
 
 
+def window_groups(packing: Packing, window: int) -> tuple[int, Int[Array, ""]]:
+    """The projector's windows that are computed together, and how many such groups hold a frame."""
+    group = max(1, packing.chunk // window)
+    return group, -(-packing.ends[-1] // (group * window))
+
+
 def project(projector: Projector, hidden: Float[Array, "p d"], packing: Packing) -> AudioEmbeddings:
     """Audio embeddings of every row, `[b, num_audio_tokens(longest), e]`; anything finite after a row's own."""
     config = projector.config
     size = config.window_size
-    group = max(1, packing.chunk // size)
+    group, num_groups = window_groups(packing, size)
     most = -(-packing.capacity // size)
-    num_windows = -(-packing.ends[-1] // size)
 
     def project_group(i, audio):
         start = i * group * size
@@ -221,7 +226,7 @@ def project(projector: Projector, hidden: Float[Array, "p d"], packing: Packing)
 
     width = projector.out.out_features
     audio = jnp.zeros((most + group, config.num_queries, width), hidden.dtype) + hidden[:1, :1, None] * 0
-    audio = jax.lax.fori_loop(jnp.int32(0), -(-num_windows // group), project_group, audio)
+    audio = jax.lax.fori_loop(jnp.int32(0), num_groups, project_group, audio)
     index = packing.starts[:, None] // size + jnp.arange(-(-packing.longest // size), dtype=jnp.int32)[None, :]
     rows = audio[jnp.minimum(index, len(audio) - 1)]
     return rows.reshape(len(rows), -1, width)

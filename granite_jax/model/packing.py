@@ -67,6 +67,11 @@ class Packing:
         """How many chunks hold a position."""
         return -(-self.ends[-1] // self.chunk)
 
+    @property
+    def computed(self) -> Int[Array, ""]:
+        """Positions that a loop over chunks computes."""
+        return self.num_chunks * self.chunk
+
     def for_chunks(self, body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry) -> Carry:
         """Calls `body(first position, carry)` for every chunk that holds a position."""
         return jax.lax.fori_loop(jnp.int32(0), self.num_chunks, lambda i, carry: body(i * self.chunk, carry), carry)
