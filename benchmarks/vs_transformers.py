@@ -310,7 +310,7 @@ def own_stages(asr: gj.Transcriber, params: Any, audio: list[np.ndarray], max_ne
 def profile(
     model: str, directory: Path, reference: Reference, audio: list[np.ndarray], batch: int, turns: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures the stages of both sides for the batch of middle length, in seconds."""
+    """Measures the stages of both sides in turn for the batch of middle length, in seconds."""
     asr = gj.Transcriber.from_pretrained(directory, dtype="float32", batch_size=batch)
     _, params = gj.load(directory, dtype="float32")
     start = max(0, (len(audio) - batch) // 2)
@@ -319,20 +319,22 @@ def profile(
     steps = max(len(row.tokens) for row in reference.generate(chosen, instruction)) - 1
     theirs = reference_stages(reference, chosen, instruction, steps)
     ours = own_stages(asr, params, chosen, reference.max_new_tokens, steps)
-    for stages in (theirs, ours):
-        for run in stages.values():
-            run()
-    sides = {BASELINE: median_seconds(theirs, turns), "ours": median_seconds(ours, turns)}
+    measures = {
+        f"{side} {name}": run for name in ours for side, run in ((BASELINE, theirs[name]), ("ours", ours[name]))
+    }
+    for run in measures.values():
+        run()
+    medians = {name: statistics.median(times) for name, times in measure_in_turns(measures, turns).items()}
+    sides = {side: with_rest({name: medians[f"{side} {name}"] for name in ours}) for side in (BASELINE, "ours")}
     for name in sides["ours"]:
         seconds = {side: stages[name] for side, stages in sides.items()}
         yield {"model": model, "batch": batch, "stage": name, **seconds, "longest": len(chosen[-1]) / RATE}
 
 
-def median_seconds(stages: Measures, turns: int) -> dict[str, float]:
-    """The median time of every stage, and of what is in "all" but in none of the others."""
-    medians = {name: statistics.median(times) for name, times in measure_in_turns(stages, turns).items()}
-    whole = medians.pop("all")
-    return {**medians, "the rest": whole - sum(medians.values()), "all": whole}
+def with_rest(stages: Mapping[str, float]) -> dict[str, float]:
+    """Adds the time that is in "all" but in none of the other stages."""
+    parts = {name: seconds for name, seconds in stages.items() if name != "all"}
+    return {**parts, "the rest": stages["all"] - sum(parts.values()), "all": stages["all"]}
 
 
 def modes_table(rows: Sequence[Measured]) -> Iterator[str]:
