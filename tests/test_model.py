@@ -356,3 +356,12 @@ def test_bfloat16_agrees_with_float32_on_almost_all_choices(checkpoint, config, 
     print(f"bfloat16 agrees on {agree.mean():.3f} of all choices, {agree[clear].mean():.3f} of clear ones")
     assert agree.mean() > 0.9
     assert clear.mean() > 0.5 and agree[clear].mean() > 0.995
+
+
+def test_the_abstract_tree_is_that_of_random_parameters(config) -> None:
+    # Given the tree of shapes, which is made without the random numbers
+    abstract = granite_speech.abstract_params(config, jnp.bfloat16)
+    # When it is compared with the tree that `init` would return, then paths, shapes and dtypes are the same
+    expected = jax.eval_shape(lambda: granite_speech.init(config, jax.random.key(0), jnp.bfloat16))
+    assert jax.tree.structure(abstract) == jax.tree.structure(expected)
+    assert jax.tree.leaves(abstract) == jax.tree.leaves(expected)

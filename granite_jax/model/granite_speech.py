@@ -56,13 +56,20 @@ def init(config: Config, key: jax.Array, dtype: DTypeLike = jnp.float32) -> dict
 
 def abstract_params(config: Config, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
     """The tree that `init` would return, as ShapeDtypeStructs: nothing is allocated."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0), dtype))
+    params = nnx.to_pure_dict(nnx.state(_abstract_model(config), graph=False))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_model(config: Config) -> Model:
+    """The model with ShapeDtypeStructs for arrays. Making one takes a good part of the time to load a small model."""
+    return nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)), graph=False)
 
 
 @functools.lru_cache(maxsize=8)
 def _definitions(config: Config) -> dict[str, Any]:
     """The parts' structure without arrays."""
-    model = nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)), graph=False)
+    model = _abstract_model(config)
     return {part: nnx.split(getattr(model, part), graph=False)[0] for part in ("encoder", "projector", "decoder")}
 
 
