@@ -90,8 +90,16 @@ def test_a_request_does_not_wait_for_ever_while_others_go_by(engine: Counting) -
     # Given a long request and then many short ones, without a flush
     first = engine.submit(request("long", LONG))
     others = [engine.submit(request(f"{i}")) for i in range(engine.read_ahead + 8)]
-    # When the last of them is waited for, then the long one has gone before
-    assert engine.wait(others[-8]) and first.done() and engine.batches[0] == ["long"]
+    # When one of them is waited for, then the long one has gone before, and short ones have filled its batch
+    assert engine.wait(others[8]) and first.done() and engine.batches[0][-1] == "long"
+    assert list(map(len, engine.batches[:2])) == [8, 8]
+
+
+def test_part_filled_batches_of_two_buckets_go_as_one(engine: Counting) -> None:
+    # Given three short requests and four long ones, when flushed, then one batch holds them all
+    futures = [engine.submit(request(f"{i}", SHORT if i < 3 else LONG)) for i in range(7)]
+    engine.flush()
+    assert all(map(engine.wait, futures)) and list(map(len, engine.batches)) == [7]
 
 
 def test_a_part_filled_batch_goes_at_its_deadline(engine: Counting) -> None:

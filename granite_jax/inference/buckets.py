@@ -26,6 +26,11 @@ class Bucket:
     prompt: int
     capacity: int
 
+    def contains(self, other: "Bucket") -> bool:
+        """Whether whatever fits the other bucket fits this one, in a batch of as many rows."""
+        sizes = ("samples", "prompt", "capacity", "max_out_length")
+        return self.batch == other.batch and all(getattr(self, size) >= getattr(other, size) for size in sizes)
+
     @property
     def max_out_length(self) -> int:
         """The largest `max_new_tokens` of a row: the positions after the prompt, or all if a prompt can fill them."""

@@ -301,10 +301,16 @@ class Engine:
                 bucket = max(full, key=lambda b: len(self._pending[b]))
             else:
                 return None
+            size, waiting = self.rows(bucket), self._pending[bucket]
+            if len(waiting) < size:
+                # Two part-filled batches make one, in the larger bucket.
+                due = [b for b, ticket in late.items() if ticket is not None]
+                bucket = max((b for b in due if b.contains(bucket)), key=lambda b: b.capacity, default=bucket)
+                waiting = [t for b in self._pending if b == bucket or (b in due and bucket.contains(b))
+                           for t in self._pending[b]]  # fmt: skip
             # Rows of similar length decode for a similar time: take those around the oldest request.
-            waiting = sorted(self._pending[bucket], key=lambda t: len(t.request.audio.samples))
+            waiting = sorted(waiting, key=lambda t: len(t.request.audio.samples))
             oldest_index = waiting.index(min(waiting, key=_number))
-            size = self.rows(bucket)
             start = max(0, min(oldest_index - size // 2, len(waiting) - size))
             batch = waiting[start : start + size]
             single = self.bucket(batch[-1].request, 1)  # for the longest row
@@ -315,7 +321,8 @@ class Engine:
             else:
                 chosen = bucket
             numbers = set(map(_number, batch))
-            self._pending[bucket] = [ticket for ticket in self._pending[bucket] if ticket.number not in numbers]
+            for tickets in self._pending.values():
+                tickets[:] = [ticket for ticket in tickets if ticket.number not in numbers]
             # From here on a request cannot be cancelled.
             batch = [t for t in batch if self._is_wanted(t)]
             return (chosen, batch) if batch else None
