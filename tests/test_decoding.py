@@ -143,3 +143,23 @@ def test_devices_finish_on_their_own() -> None:
     assert [tokens_of(state, row) for row in range(16)] == [tokens for tokens, _, _ in expected]
     assert state.cache.steps.tolist() == [max(expected[2 * i][1], expected[2 * i + 1][1]) - 1 for i in range(8)]
     assert len(set(state.cache.steps.tolist())) > 1
+
+
+def test_finished_rows_are_empty_to_the_decoder() -> None:
+    # Given a long row that takes one token and a short one that takes more, and a decoder that notes its longest row
+    cache = prompts(2, seed=0)
+    cache = dataclasses.replace(cache, lengths=jnp.array([30, 5], jnp.int32))
+
+    def noting_step(tokens: jax.Array, cache: History) -> tuple[jax.Array, History]:
+        longest = jnp.maximum(cache.steps, cache.lengths.max())
+        logits, cache = toy_step(tokens, cache)
+        return logits, dataclasses.replace(cache, steps=longest)
+
+    # When they are decoded
+    logits = jax.vmap(toy_logits)(cache.tokens, cache.lengths)[:, None]
+    limits = jnp.array([1, 8], jnp.int32)
+    state = greedy_decode(noting_step, logits, cache, limits, max_out_length=8, end_of_text=VOCABULARY)
+    # Then no step has seen the long row, and the cache's lengths are those of the tokens
+    assert state.num_tokens.tolist() == [1, 8]
+    assert state.cache.steps.tolist() == [5 + 7 - 1]
+    assert state.cache.lengths.tolist() == [30, 5 + 7]

@@ -266,6 +266,61 @@ def test_several_tokens_a_step_equal_one_by_one_with_roll_back(config, params):
         np.testing.assert_allclose(again[row, : 4 - count], expected[row, count:], atol=1e-4)
 
 
+def test_a_step_reads_the_cache_up_to_its_longest_row_only(config, params):
+    # Given a cache of 300 slots, of which rows fill 128 and 20, and one that fills a position more
+    rng = np.random.default_rng(8)
+    k, v = random_cache(config, rng, 300)
+    tokens = random_tokens(rng, 2, 2)
+    for longest, prefix in ((128, 128), (129, 192)):
+        lengths = np.array([longest, 20], np.int32)
+        assert KVCache(k, v, lengths).prefixes == [128, 192, 256, 300]
+        expected, _ = step(config, params, tokens, KVCache(k[..., :prefix, :], v[..., :prefix, :], lengths))
+        # When the slots of the next sizes hold NaN, which even a weight of 0 would not hide
+        unread = np.arange(300)[:, None] >= prefix
+        dirty = KVCache(jnp.where(unread, jnp.nan, k), jnp.where(unread, jnp.nan, v), lengths)
+        found, _ = step(config, params, tokens, dirty)
+        # Then logits are those of a cache without these slots
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def random_cache(config, rng: np.random.Generator, capacity: int) -> list[jax.Array]:
+    """Keys and values of two rows."""
+    decoder = config.decoder
+    shape = (decoder.num_hidden_layers, 2, decoder.num_key_value_heads, capacity, decoder.head_dim)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32)) for _ in "kv"]
+
+
+@pytest.mark.parametrize("capacity", [16, 128, 560, 4096])
+def test_few_sizes_of_the_cache_leave_little_to_read_in_vain(capacity):
+    # Given a cache, when the size that is read for every number of positions is looked up
+    cache = KVCache(*[jax.ShapeDtypeStruct((1, 1, 1, capacity, 1), jnp.float32)] * 2, jnp.zeros(1, jnp.int32))
+    positions = np.arange(min(150, capacity), capacity + 1)
+    read = np.array([min(size for size in cache.prefixes if size >= count) for count in positions])
+    # Then it is less than 15 % too much on average, and there are few sizes
+    assert np.mean(read / positions) < 1.15
+    assert len(cache.prefixes) <= 30 and cache.prefixes[-1] == capacity
+
+
+def test_a_step_can_be_differentiated(config, params):
+    # Given a cache that is filled in part
+    k, v = random_cache(config, np.random.default_rng(9), 200)
+    lengths, tokens = jnp.array([130, 20], jnp.int32), jnp.array([[5, 6], [7, 8]], jnp.int32)
+
+    @jax.jit
+    def gradients(k, v):
+        def total(k):
+            return granite_speech.decode_step(config, params, tokens, KVCache(k, v, lengths))[0].sum()
+
+        return jax.grad(total)(k)
+
+    # When logits are differentiated by its keys / Then filled slots have a gradient, and others have none
+    found = gradients(k, v)
+    filled = np.arange(200) < np.asarray(lengths)[:, None]
+    np.testing.assert_array_equal(np.any(found != 0, axis=(0, 2, 4)), filled)
+    # And it is that of a cache without other sizes
+    np.testing.assert_allclose(found[..., :130, :], gradients(k[..., :130, :], v[..., :130, :]), atol=1e-5)
+
+
 def test_prefill_equals_token_by_token(config, params):
     # Given prompts of different lengths with logits of every position
     rng = np.random.default_rng(6)

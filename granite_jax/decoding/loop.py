@@ -120,7 +120,8 @@ def decode(
       realign: finds where the draft goes on.
 
     Returns:
-      The final state. Its cache is the given one, updated in place if the caller donates it.
+      The final state. Its cache is the given one, updated in place if the caller donates it; it is of no further use:
+      the slots of rows that finished before others are overwritten.
     """
 
     def accept(
@@ -142,12 +143,14 @@ def decode(
     def iterate(width: int, state: DecodeState) -> DecodeState:
         proposals = draft.window(state.cursor, width)
         states, _ = selector.walk(state.selector_states, proposals, jnp.int32(width))
-        logits, cache = step(jnp.concatenate([state.last_token[:, None], proposals], axis=1), state.cache)
+        # Finished rows, whose results nobody uses, become empty: the decoder reads the cache up to its longest row.
+        cache = state.cache.rolled_back(jnp.where(state.finished, 0, state.cache.lengths))
+        logits, cache = step(jnp.concatenate([state.last_token[:, None], proposals], axis=1), cache)
         selection = selector.select(logits, states)
         agrees = (proposals == selection.tokens[:, :-1]) & (
             jnp.arange(width, dtype=jnp.int32)[None, :] < state.proposable[:, None]
         )
-        # Rolled back at once, so that finished rows stay where they are and never run past the capacity.
+        # Rolled back at once: finished rows never run past the capacity, and others keep what `append` accepts.
         cache = cache.rolled_back(state.cache.lengths)
         return accept(dataclasses.replace(state, cache=cache), selection, count_leading(agrees), states)
 

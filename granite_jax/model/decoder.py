@@ -8,19 +8,23 @@ The cache at a step of two tokens (row 0 holds 4 positions, row 1 holds 2; `.` u
     slot      0 1 2 3 4 5 6          a new token attends to the row's first `lengths` slots
     row 0     x x x x n n .          and, causally, to the step's own keys `n`, which are
     row 1     x x n n . . .          written after all layers ran, at the row's own offset
+
+A step reads the slots up to the longest row, rounded up to one of a few sizes (`KVCache.prefixes`): here 0 to 3.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import Cache, Hidden, Lengths, Logits, Tokens
 from granite_jax.model.config import DecoderConfig
 
 _QUERY_CHUNK = 512  # prompt positions whose scores are held at once
+_FIRST_PREFIX, _PREFIX_STEP = 64, 32  # slots of the cache
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +45,28 @@ class KVCache:
     def capacity(self) -> int:
         """The most positions of a row, `s`."""
         return self.k.shape[3]
+
+    @property
+    def prefixes(self) -> list[int]:
+        """The numbers of slots that a step can read, ascending; the last one is the capacity.
+
+        They are 32 apart, and an eighth where that is more: a step reads up to a tenth more than it must, and a longer
+        cache does not have many more of them. Each costs one branch in the compiled program.
+        """
+        sizes, size = [], _FIRST_PREFIX
+        while size < self.capacity:
+            sizes.append(size)
+            size += max(_PREFIX_STEP, size // 8 // _PREFIX_STEP * _PREFIX_STEP)
+        return [*sizes, self.capacity]
+
+    def layer(self, index: Int[Array, ""], slots: int) -> tuple[Float[Array, "b k _ h"], Float[Array, "b k _ h"]]:
+        """The first `slots` keys and values of one layer."""
+
+        def read(cache: Cache) -> Float[Array, "b k _ h"]:
+            size = (1, *cache.shape[1:3], slots, cache.shape[4])
+            return jax.lax.dynamic_slice(cache, [index, *[jnp.int32(0)] * 4], size)[0]
+
+        return read(self.k), read(self.v)
 
     def append(self, k: Cache, v: Cache) -> "KVCache":
         """Writes the keys and values `[l, b, k, p, h]` of a step at each row's own length, in place under jit."""
@@ -96,9 +122,9 @@ class Attention(nnx.Module):
         h: Hidden,
         cos: Float[Array, "b p h"],
         sin: Float[Array, "b p h"],
-        cached: tuple[Float[Array, "b k s h"], Float[Array, "b k s h"], Lengths] | None,
+        cached: tuple[KVCache, Int[Array, ""]] | None,
     ) -> tuple[Hidden, Float[Array, "b k p h"], Float[Array, "b k p h"]]:
-        """`cached` holds one layer's keys and values and each row's length, or is None for an empty cache."""
+        """`cached` is the cache of all layers and this layer's index in it, or None for an empty cache."""
         q, k, v = self.heads(h, cos, sin)
         steps = h.shape[1]
         # A chunk of queries at a time, so that the scores of long prompts never take [p, p].
@@ -145,14 +171,24 @@ class Attention(nnx.Module):
         current = scored(k, causal)
         if cached is None:
             return mixed(jax.nn.softmax(current), v)
-        cached_k, cached_v, lengths = cached
-        filled = (jnp.arange(cached_k.shape[2], dtype=jnp.int32)[None, :] < lengths[:, None])[:, None, None, None, :]
-        # One softmax over two arrays: joining the cache with the new keys would copy it.
-        past = scored(cached_k, filled)
-        peak = jnp.maximum(past.max(-1, keepdims=True), current.max(-1, keepdims=True))
-        past, current = jnp.exp(past - peak), jnp.exp(current - peak)
-        total = past.sum(-1, keepdims=True) + current.sum(-1, keepdims=True)
-        return mixed(past / total, cached_v) + mixed(current / total, v)
+        cache, layer = cached
+
+        def attend(slots: int) -> jax.Array:
+            """Attention to the first `slots` slots of the cache, which hold all positions, and to `k`, `v`."""
+            cached_k, cached_v = cache.layer(layer, slots)
+            filled = (jnp.arange(slots, dtype=jnp.int32)[None, :] < cache.lengths[:, None])[:, None, None, None, :]
+            # One softmax over two arrays: joining the cache with the new keys would copy it.
+            past = scored(cached_k, filled)
+            peak = jnp.maximum(past.max(-1, keepdims=True), current.max(-1, keepdims=True))
+            past, own = jnp.exp(past - peak), jnp.exp(current - peak)
+            total = past.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
+            return mixed(past / total, cached_v) + mixed(own / total, v)
+
+        # Branches of static size fuse each slice with its product; a loop over chunks of slots, with a running softmax,
+        # takes twice the cycles at a full cache on a TPU, and cannot be differentiated backwards.
+        *shorter, _ = cache.prefixes
+        branch = (cache.lengths.max() > jnp.array(shorter, jnp.int32)).sum(dtype=jnp.int32)
+        return jax.lax.switch(branch, [functools.partial(attend, slots) for slots in cache.prefixes])
 
 
 class DecoderLayer(nnx.Module):
@@ -214,12 +250,14 @@ class Decoder(nnx.Module):
         definition, layers = nnx.split(self.layers, graph=False)
 
         def layer(h, state):
-            weights, cached = state
-            cached = None if cache is None else (*cached, cache.lengths)
+            weights, index = state
+            cached = None if cache is None else (cache, index)
             h, k, v = nnx.merge(definition, weights)(h, cos, sin, cached)
             return h, (k, v)
 
-        h, (k, v) = jax.lax.scan(layer, h, (layers, None if cache is None else (cache.k, cache.v)))
+        # The cache is not scanned: every layer would then read all of its slots.
+        indices = None if cache is None else jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
+        h, (k, v) = jax.lax.scan(layer, h, (layers, indices))
         return self.norm(h), k, v
 
     def logits(self, h: Hidden) -> Logits:

@@ -338,6 +338,9 @@ def decode_step(
 
     Returns float32 logits `[b, p, v]` and the cache, `p` positions longer; `KVCache.rolled_back` drops tokens that were
     not accepted. The cache must have room for `p` more positions in every row.
+
+    Attention reads the cache up to its longest row, in one of several compiled branches; rows that are no longer needed
+    can be rolled back to 0. The branches can be differentiated in both modes; under `vmap` all of them are computed.
     """
     decoder: Decoder = _part(config, params, "decoder")
     hidden, k, v = decoder(decoder.embed(tokens).astype(dtype), cache)
