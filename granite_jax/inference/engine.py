@@ -305,7 +305,9 @@ class Engine:
             if len(waiting) < size:
                 # Two part-filled batches make one, in the larger bucket.
                 due = [b for b, ticket in late.items() if ticket is not None]
-                bucket = max((b for b in due if b.contains(bucket)), key=lambda b: b.capacity, default=bucket)
+                bucket = max(
+                    (b for b in due if b.contains(bucket)), key=lambda b: (b.capacity, b.samples), default=bucket
+                )
                 waiting = [t for b in self._pending if b == bucket or (b in due and bucket.contains(b))
                            for t in self._pending[b]]  # fmt: skip
             # Rows of similar length decode for a similar time: take those around the oldest request.

@@ -50,13 +50,13 @@ class KVCache:
     def prefixes(self) -> list[int]:
         """The numbers of slots that a step can read, ascending; the last one is the capacity.
 
-        They are 32 apart, and an eighth where that is more: a step reads up to a tenth more than it must, and a longer
-        cache does not have many more of them. Each costs one branch in the compiled program.
+        They are 32 apart, and a sixth where that is more: a step reads a tenth more than it must at most, on average, and
+        a longer cache does not have many more of them. Each costs one branch in the compiled program.
         """
         sizes, size = [], _FIRST_PREFIX
         while size < self.capacity:
             sizes.append(size)
-            size += max(_PREFIX_STEP, size // 8 // _PREFIX_STEP * _PREFIX_STEP)
+            size += max(_PREFIX_STEP, size // 6 // _PREFIX_STEP * _PREFIX_STEP)
         return [*sizes, self.capacity]
 
     def layer(self, index: Int[Array, ""], slots: int) -> tuple[Float[Array, "b k _ h"], Float[Array, "b k _ h"]]:
