@@ -10,8 +10,8 @@ released granite-4.0-1b-speech. Texts have 3.2 tokens a second, drafts are right
     segments      1,000 of 15 to 30 s, as recordings are cut into
     mixed         1,000 of a log-normal distribution (median 3.3 s), from words to half a minute
 
-The minimum of each count is that of the audio alone: its own frames, windows, prompt and draft positions, and pairs of a
-query and a key; a decode step reads the weights and the filled slots of rows that still decode. FLOPs are counted by
+The minimum of each count is that of the audio alone: its own frames, windows, prompt and draft positions, and pairs of
+a query and a key; a decode step reads the weights and the filled slots of rows that still decode. FLOPs are counted by
 `granite_jax.planning.work`, which is tested against the compiler's own count.
 """
 

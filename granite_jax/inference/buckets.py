@@ -91,7 +91,7 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 
 
 def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
-    """At most six buckets, 18 programs: full batches of short audio, and single rows up to the model's limit.
+    """At most five buckets, 15 programs: full batches of short audio, and single rows up to the model's limit.
 
     Programs compute what is filled (see `model.packing`), so that shapes cost memory, not time. Segments of recordings
     fit a full batch. Models of many positions have one bucket more, for short audio with thousands of keywords in its
