@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from goldens.cases import CASES
 
-from granite_jax.model import granite_speech
+from granite_jax.model import ctc, granite_speech
 from granite_jax.model.features import log_mel, num_frames, packed_log_mel
 from granite_jax.model.packed_encoder import pack_frames
 from granite_jax.model.packing import Packing
@@ -74,12 +74,16 @@ def test_only_chunks_that_hold_a_position_are_computed(lengths: list[int]) -> No
 
 @functools.partial(jax.jit, static_argnums=0)
 def plain(config, params, samples, lengths):
-    """Features, activations, CTC logits and audio embeddings by row."""
+    """Features, activations, CTC logits, labels and audio embeddings by row, and what is counted of each."""
     frames = num_frames(lengths)
     features = log_mel(samples, lengths)
     hidden = granite_speech.encode(config, params, features, frames).hidden
     logits = granite_speech.ctc_logits(config, params, hidden)
-    return features, hidden, logits, granite_speech.project(config, params, hidden, frames)
+    valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < frames[:, None]
+    speech = jnp.sum(ctc.has_speech(logits) & valid, axis=1)
+    audio = granite_speech.project(config, params, hidden, frames)
+    by_frame = features, hidden, logits, ctc.best_labels(logits, frames)
+    return by_frame, audio, (ctc.frame_entropy(logits, frames).max(axis=1), speech)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,7 +92,8 @@ def packed(config, params, samples, lengths):
     packing = pack_frames(config, num_frames(lengths), num_frames(samples.shape[1]))
     features = packed_log_mel(samples, lengths, packing)
     output, labels, audio = granite_speech.encode_packed(config, params, features, packing)
-    return (*map(packing.unpack, (features, output.hidden, labels.logits)), audio)
+    by_frame = features, output.hidden, labels.logits, labels.labels
+    return tuple(map(packing.unpack, by_frame)), audio, (labels.entropy, labels.speech_frames)
 
 
 def test_encoder_and_projector_say_the_same_of_packed_rows(model) -> None:
@@ -101,21 +106,23 @@ def test_encoder_and_projector_say_the_same_of_packed_rows(model) -> None:
 
     # When they are encoded, then each is what the plain functions make of it
     expected, found = plain(config, params, samples, np.maximum(lengths, 400)), packed(config, params, samples, lengths)
-    for row in np.flatnonzero(lengths):
-        frames = num_frames(int(lengths[row]))
-        for part, size in enumerate((frames, frames, frames, config.num_audio_tokens(frames))):
-            np.testing.assert_allclose(found[part][row, :size], expected[part][row, :size], atol=3e-5)
+    filled = np.flatnonzero(lengths)
+    frames = num_frames(lengths)
+    for row in filled:
+        for ours, theirs in zip(found[0], expected[0], strict=True):
+            np.testing.assert_allclose(ours[row, : frames[row]], theirs[row, : frames[row]], atol=3e-5)
+        size = config.num_audio_tokens(frames[row])
+        np.testing.assert_allclose(found[1][row, :size], expected[1][row, :size], atol=3e-5)
+    for ours, theirs in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(ours[filled], theirs[filled], atol=3e-5)
 
-    # And when the middle one is not finite, then the others stay what they are
-    dirty = samples.copy()
-    middle = int(np.flatnonzero(lengths)[len(np.flatnonzero(lengths)) // 2])
-    dirty[middle] = np.nan
-    again = packed(config, params, dirty, lengths)
-    assert np.isnan(again[3][middle, 0]).all()
-    for row in np.flatnonzero(lengths):
-        frames = num_frames(int(lengths[row]))
-        if row != middle:
-            np.testing.assert_allclose(again[1][row, :frames], found[1][row, :frames], atol=1e-6)
+    # And when one is not finite, then the others stay what they are
+    middle = filled[len(filled) // 2]
+    dirty = np.where(np.arange(18)[:, None] == middle, np.float32(np.nan), samples)
+    (_, hidden, *_), audio, _ = packed(config, params, dirty, lengths)
+    assert not np.isfinite(audio[middle, 0]).any()
+    for row in set(filled) - {middle}:
+        np.testing.assert_allclose(hidden[row, : frames[row]], found[0][1][row, : frames[row]], atol=1e-6)
 
 
 prefill = jax.jit(granite_speech.prefill, static_argnums=0)

@@ -31,12 +31,6 @@ def frame_entropy(logits: CTCLogits, lengths: Lengths) -> Float[Array, "b t"]:
     return jnp.where(jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None], entropy, 0.0)
 
 
-def speech_frames(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b"]:
-    """How many valid frames give more than a fifth of the probability to labels other than the blank, int32."""
-    valid = jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-    return jnp.sum(has_speech(logits) & valid, axis=1, dtype=jnp.int32)
-
-
 def has_speech(logits: CTCLogits) -> Bool[Array, "b t"]:
     """Whether each frame gives more than a fifth of the probability to labels other than the blank."""
     return jax.nn.softmax(logits.astype(jnp.float32))[..., BLANK] < 0.8

@@ -50,8 +50,8 @@ class KVCache:
     def prefixes(self) -> list[int]:
         """The numbers of slots that a step can read, ascending; the last one is the capacity.
 
-        They are 32 apart, and a sixth where that is more, so that a step reads less than a tenth too much on average, and
-        long caches have few of them. Each costs one branch in the compiled program.
+        They are 32 apart, and a sixth where that is more: a step reads less than a tenth too much on average, and long
+        caches have few of them. Each costs one branch in the compiled program.
         """
         sizes, size = [], _FIRST_PREFIX
         while size < self.capacity:
