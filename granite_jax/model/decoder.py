@@ -172,23 +172,30 @@ class Attention(nnx.Module):
         if cached is None:
             return mixed(jax.nn.softmax(current), v)
         cache, layer = cached
+        own_peak = current.max(-1, keepdims=True)
 
-        def attend(slots: int) -> jax.Array:
-            """Attention to the first `slots` slots of the cache, which hold all positions, and to `k`, `v`."""
+        def summed(weights: jax.Array, values: jax.Array) -> jax.Array:
+            equation, weights = "bkgqs,bksh->bkgqh", weights.astype(values.dtype)
+            return jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
+
+        def attend(slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """The largest score so far, and sums of weights and values over the first `slots` slots of the cache."""
             cached_k, cached_v = cache.layer(layer, slots)
             filled = (jnp.arange(slots, dtype=jnp.int32)[None, :] < cache.lengths[:, None])[:, None, None, None, :]
-            # One softmax over two arrays: joining the cache with the new keys would copy it.
             past = scored(cached_k, filled)
-            peak = jnp.maximum(past.max(-1, keepdims=True), current.max(-1, keepdims=True))
-            past, own = jnp.exp(past - peak), jnp.exp(current - peak)
-            total = past.sum(-1, keepdims=True) + own.sum(-1, keepdims=True)
-            return mixed(past / total, cached_v) + mixed(own / total, v)
+            peak = jnp.maximum(past.max(-1, keepdims=True), own_peak)
+            weights = jnp.exp(past - peak)
+            return peak, weights.sum(-1, keepdims=True), summed(weights, cached_v)
 
-        # Branches of static size fuse each slice with its product; a loop over chunks of slots, with a running softmax,
-        # takes twice the cycles at a full cache on a TPU, and cannot be differentiated backwards.
+        # Branches of static size fuse each slice with its product. A loop over chunks of slots with a running softmax
+        # takes twice the cycles at a full cache, by the TPU compiler's estimate, and has no reverse-mode derivative.
         *shorter, _ = cache.prefixes
         branch = (cache.lengths.max() > jnp.array(shorter, jnp.int32)).sum(dtype=jnp.int32)
-        return jax.lax.switch(branch, [functools.partial(attend, slots) for slots in cache.prefixes])
+        peak, total, past = jax.lax.switch(branch, [functools.partial(attend, slots) for slots in cache.prefixes])
+        # One softmax over two arrays: joining the cache with the new keys would copy it. The step's own keys stay out
+        # of the branches, into which the TPU compiler would pass their scores in a slow layout.
+        own = jnp.exp(current - peak)
+        return ((past + summed(own, v)) / (total + own.sum(-1, keepdims=True))).astype(v.dtype)
 
 
 class DecoderLayer(nnx.Module):
