@@ -24,7 +24,7 @@ from granite_jax.array_types import Cache, Hidden, Lengths, Logits, Tokens
 from granite_jax.model.config import DecoderConfig
 
 _QUERY_CHUNK = 512  # prompt positions whose scores are held at once
-_FIRST_PREFIX, _PREFIX_STEP = 64, 32  # slots of the cache
+_FIRST_PREFIX, _PREFIX_STEP = 64, 64  # slots of the cache
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class KVCache:
     def prefixes(self) -> list[int]:
         """The numbers of slots that a step can read, ascending; the last one is the capacity.
 
-        They are 32 apart, and a sixth where that is more: a step reads less than a tenth too much on average, and long
+        They are 64 apart, and a sixth where that is more: a step reads less than a tenth too much on average, and long
         caches have few of them. Each costs one branch in the compiled program.
         """
         sizes, size = [], _FIRST_PREFIX
