@@ -40,7 +40,7 @@ def unrolled(function: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
     results = []
     for i in range(len(jax.tree.leaves(xs)[0])):
         # The index of a layer is a constant, so that the compiler drops the condition on it.
-        state = jax.tree.map(lambda x, i=i: np.int32(i) if x.dtype == jnp.int32 and x.ndim == 1 else x[i], xs)
+        state = jax.tree.map(lambda x, i=i: jnp.int32(i) if x.dtype == jnp.int32 and x.ndim == 1 else x[i], xs)
         carry, result = function(carry, state)
         results.append(result)
     return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)

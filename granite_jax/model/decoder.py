@@ -50,13 +50,13 @@ class KVCache:
     def prefixes(self) -> list[int]:
         """The numbers of slots that a step can read, ascending; the last one is the capacity.
 
-        They are 64 apart, and a sixth where that is more: a step reads less than a tenth too much on average, and long
+        They are 64 apart, and a quarter where that is more: a step reads an eighth too much on average, and long
         caches have few of them. Each costs one branch in the compiled program.
         """
         sizes, size = [], _FIRST_PREFIX
         while size < self.capacity:
             sizes.append(size)
-            size += max(_PREFIX_STEP, size // 6 // _PREFIX_STEP * _PREFIX_STEP)
+            size += max(_PREFIX_STEP, size // 4 // _PREFIX_STEP * _PREFIX_STEP)
         return [*sizes, self.capacity]
 
     def layer(self, index: Int[Array, ""], slots: int) -> tuple[Float[Array, "b k _ h"], Float[Array, "b k _ h"]]:
