@@ -54,7 +54,7 @@ def _transcribe(checkpoint: Path, dtype: str) -> list[tuple[int, ...]]:
     return [t.tokens for t in asr.transcribe(audio, keywords=["kai zoe"], keyword_gate=False, max_new_tokens=8)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_transcripts_do_not_depend_on_settings(checkpoint: Path, dtype: str) -> None:
     # Given JAX's defaults, 64 bits, and 64 bits with no implicit promotion
     tokens = []
