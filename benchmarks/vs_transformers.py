@@ -55,6 +55,9 @@ from benchmarks.speculation import MARGIN, ONE_PASS, first_difference, margin, r
 from benchmarks.timing import elapsed, measure_in_turns
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
+from granite_jax.model import granite_speech
+from granite_jax.model.features import packed_log_mel
+from granite_jax.model.packed_encoder import pack_frames
 
 RATE = 16_000
 BASELINE = "transformers"
@@ -261,7 +264,7 @@ def reference_stages(reference: Reference, audio: list[np.ndarray], instruction:
 
 
 def own_stages(asr: gj.Transcriber, params: Any, audio: list[np.ndarray], max_new_tokens: int, steps: int) -> Measures:
-    """The same stages of the model's functions, jitted for exactly these shapes; "all" is the Transcriber's."""
+    """The same stages of the model's functions on packed rows, as in the programs; "all" is the Transcriber's."""
     config = asr.config
     lengths = jnp.array([len(samples) for samples in audio])
     samples = np.zeros((len(audio), max(map(len, audio))), np.float32)
@@ -278,29 +281,43 @@ def own_stages(asr: gj.Transcriber, params: Any, audio: list[np.ndarray], max_ne
         row[: len(values)] = values
     prompts = jnp.asarray(tokens), jnp.array([len(row) for row in ids])
 
-    log_mel = jax.jit(gj.log_mel)
-    encode = jax.jit(
-        lambda params, features: gj.project(config, params, gj.encode(config, params, features, frames).hidden, frames)
-    )
-    prefill = jax.jit(lambda params, embeddings: gj.prefill(config, params, *prompts, embeddings, capacity=capacity))
-    capacity = tokens.shape[1] + steps
+    packing = pack_frames(config, frames, int(gj.num_frames(samples.shape[1])))
+    log_mel = jax.jit(lambda samples: packed_log_mel(samples, lengths, packing))
+    encode = jax.jit(lambda params, features: granite_speech.encode_packed(config, params, features, packing).audio)
+    no_draft = jnp.zeros((len(audio), 1), jnp.int32)
 
     @jax.jit
-    def decode(params: Any, logits: jax.Array, cache: Any) -> Any:
+    def prefill(params: Any, embeddings: jax.Array) -> tuple[jax.Array, Any]:
+        best, cache = granite_speech.prefill_packed(
+            config,
+            params,
+            *prompts,
+            embeddings,
+            no_draft,
+            no_draft[:, 0],
+            lambda logits, _: logits.argmax(axis=-1).astype(jnp.int32),
+            no_draft.repeat(2, axis=1),
+            capacity=tokens.shape[1] + steps,
+        )
+        return best[:, :1], cache
+
+    @jax.jit
+    def decode(params: Any, token: jax.Array, cache: Any) -> Any:
         def step(carry: Any, _: None) -> tuple[Any, None]:
-            return gj.decode_step(config, params, carry[0][:, -1:].argmax(-1).astype(jnp.int32), carry[1]), None
+            logits, cache = gj.decode_step(config, params, *carry)
+            return (logits.argmax(axis=-1).astype(jnp.int32), cache), None
 
-        return jax.lax.scan(step, (logits, cache), length=steps)[0]
+        return jax.lax.scan(step, (token, cache), length=steps)[0]
 
-    features = log_mel(samples, lengths)
+    features = log_mel(samples)
     embeddings = encode(params, features)
-    logits, cache = prefill(params, embeddings)
+    token, cache = prefill(params, embeddings)
     transcribe = functools.partial(asr.transcribe, audio, max_new_tokens=max_new_tokens, speculative=False, **ONE_PASS)
     stages: dict[str, Callable[[], Any]] = {
-        "log-mel": lambda: log_mel(samples, lengths),
+        "log-mel": lambda: log_mel(samples),
         "encoder, projector": lambda: encode(params, features),
         "prefill": lambda: prefill(params, embeddings),
-        f"decode, {steps} steps": lambda: decode(params, logits, cache),
+        f"decode, {steps} steps": lambda: decode(params, token, cache),
         "all": transcribe,
     }
     return {name: functools.partial(elapsed, stage) for name, stage in stages.items()}

@@ -1,4 +1,4 @@
-"""What is computed that nobody needs: work of the engine's batches against the work of the audio alone.
+"""What is computed but not needed: work of the engine's batches against the work of the audio alone.
 
     python benchmarks/waste.py [--batch 64] [--durations FILE] [--format json]
 

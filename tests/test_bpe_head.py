@@ -90,8 +90,9 @@ def test_labels_are_those_of_a_plain_computation(checkpoint: Any, importance: An
 
 
 def test_pooling_weighs_frames_and_leaves_out_padding() -> None:
-    # Given six frames in two windows, of which the second ends after two
+    # Given six frames in two windows, of which the second ends after two, and another row's frame behind them
     hidden = jnp.arange(1.0, 8.0)[None, :, None] * jnp.ones((1, 1, 3))
+    hidden = hidden.at[0, 6].set(jnp.nan)
     importance = jnp.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.25, 9.0]])
     pooled = bpe_head.pool(hidden, importance, jnp.array([6]))
 

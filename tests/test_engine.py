@@ -95,6 +95,20 @@ def test_a_request_does_not_wait_for_ever_while_others_go_by(engine: Counting) -
     assert list(map(len, engine.batches[:2])) == [8, 8]
 
 
+def test_a_due_request_goes_before_those_that_came_later(engine: Counting) -> None:
+    # Given requests that are due at once: a long one, and a short one that comes before each step of the engine
+    engine.deadline = 0.0
+    long = engine.submit(request("long", LONG))
+    for number in range(3):
+        engine.submit(request(f"{number}"))
+        with engine._driving:
+            engine.advance(0.0)
+    # When three steps are done, then the long one was in the first batch, and nothing is lost
+    assert engine.batches[0] == ["long"]
+    engine.wait(long)
+    assert long.done()
+
+
 def test_part_filled_batches_of_two_buckets_go_as_one(engine: Counting) -> None:
     # Given three short requests and four long ones, when flushed, then one batch holds them all
     futures = [engine.submit(request(f"{i}", SHORT if i < 3 else LONG)) for i in range(7)]

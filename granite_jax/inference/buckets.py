@@ -98,7 +98,7 @@ def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -
     prompt.
     """
     limit = config.max_seconds
-    lengths = [seconds for seconds in (10.0, max(30.0, segment_seconds)) if seconds < limit]
+    lengths = sorted({min(seconds, limit) for seconds in (10.0, max(30.0, segment_seconds))})
     full = [make_bucket(config, batch, seconds) for seconds in lengths] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
     # The last bucket takes whatever fits the model's positions, long prompts with short audio included.

@@ -291,43 +291,43 @@ class Engine:
         with self._changed:
             for tickets in self._pending.values():
                 tickets[:] = [t for t in tickets if not (t.future.cancelled() and self._unfinished.pop(t.number))]
-            late = {b: min((t for t in tickets if self._is_late(t)), key=_number, default=None)
-                    for b, tickets in self._pending.items()}  # fmt: skip
+            late = {b: [t for t in tickets if self._is_late(t)] for b, tickets in self._pending.items()}
+            late = {b: min(tickets, key=_number) for b, tickets in late.items() if tickets}
             full = [b for b, tickets in self._pending.items() if len(tickets) >= self.rows(b)]
-            oldest = min((t for t in late.values() if t is not None), key=_number, default=None)
-            if oldest is not None:
-                bucket = next(b for b, ticket in late.items() if ticket is oldest)
+            if late:
+                bucket, first = min(late.items(), key=lambda item: item[1].number)
             elif full:
                 bucket = max(full, key=lambda b: len(self._pending[b]))
+                first = min(self._pending[bucket], key=_number)
             else:
                 return None
-            size, waiting = self.rows(bucket), self._pending[bucket]
-            if len(waiting) < size:
-                # Two part-filled batches make one, in the larger bucket.
-                due = [b for b, ticket in late.items() if ticket is not None]
+            joined = [bucket]
+            if len(self._pending[bucket]) < self.rows(bucket):
+                # Rows cost the same in any shape: due requests of other buckets fill the batch up.
                 bucket = max(
-                    (b for b in due if b.contains(bucket)), key=lambda b: (b.capacity, b.samples), default=bucket
+                    (b for b in late if b.contains(bucket)), key=lambda b: (b.capacity, b.samples), default=bucket
                 )
-                waiting = [t for b in self._pending if b == bucket or (b in due and bucket.contains(b))
-                           for t in self._pending[b]]  # fmt: skip
-            # Rows of similar length decode for a similar time: take those around the oldest request.
-            waiting = sorted(waiting, key=lambda t: len(t.request.audio.samples))
-            oldest_index = waiting.index(min(waiting, key=_number))
-            start = max(0, min(oldest_index - size // 2, len(waiting) - size))
-            batch = waiting[start : start + size]
-            single = self.bucket(batch[-1].request, 1)  # for the longest row
-            if bucket.batch > 1 and 4 * len(batch) <= size and single is not None:
-                # Empty rows cost as much as others, so a mostly empty batch runs with one row per device.
-                batch = batch[: self.rows(single)]
-                chosen = self.bucket(batch[-1].request, 1) or single
-            else:
-                chosen = bucket
+                joined = [b for b in late if bucket.contains(b)]
+            waiting = [ticket for b in joined for ticket in self._pending[b]]
+            batch = _nearest(waiting, first, self.rows(bucket))
+            if bucket.batch > 1 and 4 * len(batch) <= self.rows(bucket):
+                bucket, batch = self._row_by_row(bucket, batch, first)
             numbers = set(map(_number, batch))
             for tickets in self._pending.values():
                 tickets[:] = [ticket for ticket in tickets if ticket.number not in numbers]
             # From here on a request cannot be cancelled.
             batch = [t for t in batch if self._is_wanted(t)]
-            return (chosen, batch) if batch else None
+            return (bucket, batch) if batch else None
+
+    def _row_by_row(self, bucket: Bucket, batch: list[_Ticket], first: _Ticket) -> _Batch:
+        """In place of a mostly empty batch, whose empty rows take part in decode steps, one row for each device."""
+        for tickets in (_nearest(batch, first, self.programs.devices.replicas), [first]):
+            singles = [self.bucket(ticket.request, 1) for ticket in tickets]
+            known = [single for single in singles if single is not None]
+            largest = next((b for b in known if all(map(b.contains, known))), None)
+            if largest is not None and len(known) == len(tickets):
+                return largest, tickets
+        return bucket, batch
 
     def _is_wanted(self, ticket: _Ticket) -> bool:
         """Whether a request that leaves the queue has not been cancelled."""
@@ -568,11 +568,8 @@ class Engine:
         padding = size - len(rows)
         # Padding rows and silent ones have no prompt and generate nothing.
         tokens = np.zeros((size, bucket.prompt), np.int32)
-        lengths, max_new_tokens, thresholds = (
-            np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.float32),
-        )
+        lengths, max_new_tokens = np.zeros((2, size), np.int32)
+        thresholds = np.zeros(size, np.float32)
         for i, row in enumerate(rows):
             request = row.request
             thresholds[i] = request.options.drafting.verify_threshold
@@ -700,3 +697,10 @@ def _accepted_spans(draft_positions: Sequence[int]) -> tuple[tuple[int, int, int
 
 def _number(ticket: _Ticket) -> int:
     return ticket.number
+
+
+def _nearest(tickets: Sequence[_Ticket], first: _Ticket, size: int) -> list[_Ticket]:
+    """At most `size` of the tickets, one of them `first`, in order of length: rows alike decode for a similar time."""
+    ordered = sorted(tickets, key=lambda ticket: len(ticket.request.audio.samples))
+    start = max(0, min(ordered.index(first) - size // 2, len(ordered) - size))
+    return ordered[start : start + size]

@@ -45,8 +45,9 @@ def pool(hidden: Activations, importance: Float[Array, "b t"], lengths: Lengths)
     padding = windows * WINDOW - frames
     weights = jnp.pad(jnp.where(valid, importance, 0.0), ((0, 0), (0, padding))).reshape(batch, windows, WINDOW)
     weights /= weights.sum(axis=-1, keepdims=True) + 1e-8
-    # Activations past a row's end are finite, and weigh nothing.
-    grouped = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(batch, windows, WINDOW, width)
+    # What is past a row's end weighs nothing, but can be NaN.
+    grouped = jnp.where(valid[..., None], hidden, 0)
+    grouped = jnp.pad(grouped, ((0, 0), (0, padding), (0, 0))).reshape(batch, windows, WINDOW, width)
     pooled = jnp.einsum("bwk,bwkd->bwd", weights, grouped.astype(jnp.float32), precision="highest")
     return pooled.astype(hidden.dtype)
 

@@ -50,7 +50,7 @@ class KVCache:
     def prefixes(self) -> list[int]:
         """The numbers of slots that a step can read, ascending; the last one is the capacity.
 
-        They are 64 apart, and a quarter where that is more: a step reads an eighth too much on average, and long
+        They are 64 apart, and from 512 on a quarter of their size: a step reads an eighth too much on average, and long
         caches have few of them. Each costs one branch in the compiled program.
         """
         sizes, size = [], _FIRST_PREFIX

@@ -134,7 +134,7 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     and a residual. Sums of coarse products are exact, even with bfloat16 inputs; products with a residual are small,
     and so is their rounding.
     """
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(frames), axis=-1, keepdims=True))
+    peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(frames), axis=-1, keepdims=True), 1e-30))
     scale = jnp.ldexp(jnp.ones_like(peak), jnp.frexp(peak)[1])  # a power of two, by which division is exact
     frames /= scale
     coarse = jnp.round(frames * 128.0) / 128.0

@@ -45,8 +45,8 @@ def prefill(
       capacity: slots of the cache, at least `packing.longest`.
 
     Returns:
-      Normed activations of every position, and keys and values `[l, b, k, s, h]`. What is in slots after a row's own is
-      finite and means nothing.
+      Normed activations of every position, and keys and values `[l, b, k, s, h]`. In slots after a row's own are those
+      of other rows; values are finite.
     """
     config, dtype = decoder.config, prompts.audio.dtype
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
@@ -61,10 +61,13 @@ def prefill(
         column = jnp.minimum(local, prompts.tokens.shape[1] - 1)
         drafted = jnp.clip(local - prompts.lengths[rows], 0, prompts.draft.shape[1] - 1)
         tokens = jnp.where(in_prompt, prompts.tokens[rows, column], prompts.draft[rows, drafted])
-        heard = in_prompt & is_audio[rows, column]
+        is_audio_token = in_prompt & is_audio[rows, column]
         index = jnp.clip(audio_index[rows, column], 0, prompts.audio.shape[1] - 1)
-        words = decoder.embed(jnp.where(heard, 0, tokens)[None])[0].astype(dtype)
-        embeddings = jnp.where(heard[:, None], prompts.audio[rows, index], words) * config.embedding_multiplier
+        token_embeddings = decoder.embed(jnp.where(is_audio_token, 0, tokens)[None])[0].astype(dtype)
+        embeddings = (
+            jnp.where(is_audio_token[:, None], prompts.audio[rows, index], token_embeddings)
+            * config.embedding_multiplier
+        )
         tables = config.rotary.tables(local[None], head_dim)
         return put(h, embeddings, start), *(
             put(x, table[0], start) for x, table in zip((cos, sin), tables, strict=True)
@@ -87,7 +90,7 @@ def prefill(
             x = packing.take(h, start)[None]
             tables = (packing.take(table, start)[None] for table in (cos, sin))
             query, key, value = block.attention.heads(block.input_norm(x), *tables)
-            # Masked values of other rows must not come through even if they are NaN; a row's own are NaN in `h`, too.
+            # Masked values of other rows must not come through even if they are NaN. A row's own are so in `h`, too.
             value = jnp.where(jnp.isfinite(value), value, 0)
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new[0], start, axis=1) for old, new in ((k, key), (v, value))
@@ -120,8 +123,8 @@ def _attend(
         peak, total, mixed = carry
         begin = index * packing.chunk
         keys, values = (jax.lax.dynamic_slice_in_dim(x, begin, packing.chunk, axis=1) for x in (k, v))
-        own = packing.positions(begin)[None, :]
-        mask = (own >= firsts[:, None]) & (own <= positions[:, None])
+        key_positions = packing.positions(begin)[None, :]
+        mask = (key_positions >= firsts[:, None]) & (key_positions <= positions[:, None])
         scores = jnp.einsum("kgqh,ksh->kgqs", query, keys, preferred_element_type=jnp.float32)
         # A finite floor: a chunk without any key of a query's row must not become NaN.
         scores = jnp.where(mask[None, None], scores * attention.config.attention_multiplier, jnp.finfo(jnp.float32).min)

@@ -31,7 +31,7 @@ _MIN_GAP = 2  # frames whose place `packed_log_mel` needs
 
 
 class PackedEncoderOutput(NamedTuple):
-    """What `encode` returns; frames of the gaps hold anything finite.
+    """What `encode` returns; frames of the gaps mean nothing.
 
     Fields:
       hidden: activations of the last block, `[p, d]`, and a chunk of zeros.
@@ -165,8 +165,8 @@ class PackedLabels(NamedTuple):
     """What the CTC head says about packed frames.
 
     Fields:
-      logits: float32 `[p, c]`, finite in the gaps.
-      labels: int32 `[p]`, the best of every frame, blank in the gaps.
+      logits: float32 `[p, c]`, without meaning in the gaps.
+      labels: int32 `[p]`, the best of every frame.
       entropy, speech_frames: `[b]`, as in `programs.Encoded`.
     """
 
@@ -179,19 +179,18 @@ class PackedLabels(NamedTuple):
 def label(encoder: Encoder, hidden: Float[Array, "p d"], packing: Packing) -> PackedLabels:
     """Computes the CTC head and what is read from it."""
 
-    def read(start, found):
+    def label_chunk(start, labels):
         rows, _, valid = packing.rows_of(packing.positions(start))
         logits = encoder.ctc_logits(packing.take(hidden, start)[None])
         whole = jnp.full((1,), packing.chunk, jnp.int32)
-        best = jnp.where(valid, ctc.best_labels(logits, whole)[0], ctc.BLANK)
         own = valid[:, None] & (rows[:, None] == jnp.arange(len(packing.lengths), dtype=jnp.int32)[None, :])
         entropy = jnp.max(jnp.where(own, ctc.frame_entropy(logits, whole)[0][:, None], 0.0), axis=0)
         speech = jnp.sum(own & ctc.has_speech(logits)[0][:, None], axis=0, dtype=jnp.int32)
         return PackedLabels(
-            put(found.logits, logits[0], start),
-            put(found.labels, best, start),
-            jnp.maximum(found.entropy, entropy),
-            found.speech_frames + speech,
+            put(labels.logits, logits[0], start),
+            put(labels.labels, ctc.best_labels(logits, whole)[0], start),
+            jnp.maximum(labels.entropy, entropy),
+            labels.speech_frames + speech,
         )
 
     zeros = packing.lengths * 0
@@ -201,7 +200,7 @@ def label(encoder: Encoder, hidden: Float[Array, "p d"], packing: Packing) -> Pa
         zeros.astype(jnp.float32),
         zeros,
     )
-    return packing.for_chunks(read, start)
+    return packing.for_chunks(label_chunk, start)
 
 
 def window_groups(packing: Packing, window: int) -> tuple[int, Int[Array, ""]]:
@@ -211,7 +210,7 @@ def window_groups(packing: Packing, window: int) -> tuple[int, Int[Array, ""]]:
 
 
 def project(projector: Projector, hidden: Float[Array, "p d"], packing: Packing) -> AudioEmbeddings:
-    """Audio embeddings of every row, `[b, num_audio_tokens(longest), e]`; anything finite after a row's own."""
+    """Audio embeddings of every row, `[b, num_audio_tokens(longest), e]`; after a row's own are those of other rows."""
     config = projector.config
     size = config.window_size
     group, num_groups = window_groups(packing, size)

@@ -54,7 +54,7 @@ class Packing:
           gap: unused positions after each row, at least.
           multiple: rows start at multiples of it.
         """
-        rows = len(lengths)
+        rows, lengths = len(lengths), jnp.asarray(lengths, jnp.int32)
         sizes = jnp.where(lengths > 0, -(-(lengths + gap) // multiple) * multiple, 0)
         ends = jnp.cumsum(sizes, dtype=jnp.int32)
         most = rows * (-(-(longest + gap) // multiple) * multiple)
@@ -93,7 +93,7 @@ class Packing:
         return jax.lax.dynamic_slice_in_dim(buffer, start, self.chunk)
 
     def unpack(self, buffer: Array) -> Array:
-        """A buffer `[positions, ...]` as rows `[b, longest, ...]`, which hold anything finite after their end."""
+        """A buffer `[positions, ...]` as rows `[b, longest, ...]`, each followed by what lies behind it."""
         index = self.starts[:, None] + jnp.arange(self.longest, dtype=jnp.int32)[None, :]
         return buffer[jnp.minimum(index, buffer.shape[0] - 1)]
 
