@@ -68,7 +68,8 @@ class BlockAttention(nnx.Module):
             return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).reshape(batch, blocks, context, *x.shape[2:])
 
         mask = jnp.pad(valid, ((0, 0), (0, padding))).reshape(batch, blocks, context)
-        mixed = self.attend(*map(split, self.heads(h)), mask, self.relative_table())
+        q, k, v = map(split, self.heads(h))
+        mixed = self.attend(q, k, v, mask, self.relative_table())
         return self.out(mixed.reshape(batch, blocks * context, -1)[:, :frames])
 
     def heads(self, h: Activations) -> tuple[Heads, Heads, Heads]:
