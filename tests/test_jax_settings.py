@@ -66,7 +66,7 @@ def test_transcripts_do_not_depend_on_settings(checkpoint: Path, dtype: str) -> 
     assert tokens[0] == tokens[1] == tokens[2] and all(tokens[0])
 
 
-@pytest.mark.parametrize("setting", [x64, x64_and_strict])
+@pytest.mark.parametrize("setting", [pytest.param(x64, marks=pytest.mark.slow), x64_and_strict])
 def test_functions_take_lengths_and_tokens_of_64_bits(checkpoint: Path, setting: Any) -> None:
     # Given audio, lengths and a prompt as NumPy makes them
     config, params = gj.load(checkpoint, dtype="float32")
