@@ -20,7 +20,6 @@ from granite_jax.array_types import (
     AudioEmbeddings,
     CTCLogits,
     Features,
-    Hidden,
     Lengths,
     Logits,
     Params,
@@ -240,11 +239,19 @@ def prefill(
       float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
     """
     decoder: Decoder = _part(config, params, "decoder")
-    hidden, cache = _run_prompts(config, decoder, tokens, lengths, audio, capacity, dtype)
+    is_audio = tokens == config.audio_token_id
+    embeddings = decoder.embed(jnp.where(is_audio, 0, tokens)).astype(dtype)
+    if audio is not None:
+        index = jnp.clip(jnp.cumsum(is_audio, axis=1, dtype=jnp.int32) - 1, 0, audio.shape[1] - 1)
+        gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
+        embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
+    hidden, k, v = decoder(embeddings)
+    padding = (capacity or tokens.shape[1]) - tokens.shape[1]
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
     if logit_positions is None:
         logit_positions = lengths[:, None] - 1
     hidden = jnp.take_along_axis(hidden, logit_positions[..., None], axis=1)
-    return decoder.logits(hidden), cache
+    return decoder.logits(hidden), KVCache(k, v, lengths)
 
 
 @_float32_means_float32
@@ -306,28 +313,6 @@ def prefill_packed(
     end = jnp.max(draft_lengths) + 1
     _, results = jax.lax.while_loop(lambda carry: carry[0] < end, add, (end * 0 + chunk, first))
     return jax.tree.map(lambda x: x[:, :width], results), KVCache(k, v, lengths)
-
-
-def _run_prompts(
-    config: Config,
-    decoder: Decoder,
-    tokens: Tokens,
-    lengths: Lengths,
-    audio: AudioEmbeddings | None,
-    capacity: int | None,
-    dtype: DTypeLike | None,
-) -> tuple[Hidden, KVCache]:
-    """Normed activations of every position, and the cache with `lengths` positions a row."""
-    is_audio = tokens == config.audio_token_id
-    embeddings = decoder.embed(jnp.where(is_audio, 0, tokens)).astype(dtype)
-    if audio is not None:
-        index = jnp.clip(jnp.cumsum(is_audio, axis=1, dtype=jnp.int32) - 1, 0, audio.shape[1] - 1)
-        gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
-        embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
-    hidden, k, v = decoder(embeddings)
-    padding = (capacity or tokens.shape[1]) - tokens.shape[1]
-    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
-    return hidden, KVCache(k, v, lengths)
 
 
 @_float32_means_float32

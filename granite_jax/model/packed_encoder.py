@@ -87,8 +87,8 @@ def encode(
     heads, width = config.num_heads, config.num_heads * config.dim_head
     before = config.conv_kernel_size // 2
     after = config.conv_kernel_size - 1 - before
-    margin = config.context_size
-    blocks = Blocks.of(packing, config.context_size)
+    context = config.context_size
+    blocks = Blocks.of(packing, context)
     definition, layers = nnx.split(encoder.layers, graph=False)
 
     def embed(start, h):
@@ -110,12 +110,12 @@ def encode(
         def attend(i, mixed):
             starts = jax.lax.dynamic_slice_in_dim(blocks.starts, i * blocks.group, blocks.group)
             lengths = jax.lax.dynamic_slice_in_dim(blocks.lengths, i * blocks.group, blocks.group)
-            read = jnp.stack([jax.lax.dynamic_slice_in_dim(qkv, start, margin) for start in starts])
-            valid = jnp.arange(margin, dtype=jnp.int32)[None, :] < lengths[:, None]
+            blocks_read = jnp.stack([jax.lax.dynamic_slice_in_dim(qkv, start, context) for start in starts])
+            valid = jnp.arange(context, dtype=jnp.int32)[None, :] < lengths[:, None]
             # Behind a row's end are other rows, whose values must not come through even if they are NaN.
-            q, k, v = (read[None, :, :, part] for part in range(3))
+            q, k, v = (blocks_read[None, :, :, part] for part in range(3))
             v = jnp.where(valid[None, :, :, None, None], v, 0)
-            attended = attention.attend(q, k, v, valid[None], relative)[0].reshape(blocks.group, margin, width)
+            attended = attention.attend(q, k, v, valid[None], relative)[0].reshape(blocks.group, context, width)
             # In order: what a block writes behind its row's end, the next row's first block replaces.
             for block_index in range(blocks.group):
                 mixed = put(mixed, attended[block_index], starts[block_index])
@@ -153,8 +153,8 @@ def encode(
     carry = (
         h,
         packing.zeros(0),
-        packing.zeros(margin, 3, heads, config.dim_head, dtype=dtype),
-        packing.zeros(margin, width, dtype=dtype),
+        packing.zeros(context, 3, heads, config.dim_head, dtype=dtype),
+        packing.zeros(context, width, dtype=dtype),
         packing.zeros(before + after, config.inner_dim, dtype=dtype),
     )
     (h, importances, *_), _ = jax.lax.scan(layer, carry, (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
