@@ -60,7 +60,7 @@ class Transcribe:
         self._threads = ThreadPoolExecutor(num_readers)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Transcribes a batch; a row that failed has an `error` and no text."""
+        """Transcribes a batch; a row that failed has an `error`, no text and no `stats`."""
         contents = rows.get("bytes")  # no array: NumPy would drop zeros at their ends
         columns = {name: np.asarray(column).tolist() for name, column in rows.items() if name != "bytes"}
         count = len(next(iter(rows.values()), []))
@@ -85,7 +85,7 @@ class Transcribe:
             "duration": [transcripts[i].duration for i in range(count)],
             "confidence": [transcripts[i].confidence for i in range(count)],
             "ctc_text": [transcripts[i].ctc_text for i in range(count)],
-            "stats": [transcripts[i].stats for i in range(count)],
+            "stats": [transcripts[i].stats or None for i in range(count)],  # Parquet has no empty structs
             "segments": [segment_fields(transcripts[i]) for i in range(count)],
             "flags": [list(transcripts[i].flags) for i in range(count)],
             "error": [transcripts[i].error for i in range(count)],

@@ -18,7 +18,10 @@ from typer.testing import CliRunner
 from granite_jax import cli
 from granite_jax.batch.ray_data import Transcribe
 from granite_jax.evaluation.heldout import CLIPS
+from granite_jax.inference.results import segment_fields
+from granite_jax.inference.transcriber import Transcriber
 
+SAMPLES = Path(__file__).parents[2] / "samples"
 DEPLOY = Path(__file__).parents[2] / "deploy"
 README = (DEPLOY / "README.md").read_text()
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v6e": "tpu-v6e-slice"}
@@ -50,17 +53,17 @@ class Dying(Transcribe):
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
 ray.data.DataContext.get_current().enable_progress_bars = False
 rows = ray.data.from_items([{"audio": clip} for clip in clips]).repartition(len(clips) // 2)
-options = {"dtype": "float32", "root": "/", "num_readers": 2, "batch_size": 2}
+options = {"dtype": "float32", "root": "/", "num_readers": 2, "batch_size": 2, "word_timestamps": True}
 found = rows.map_batches(Dying, fn_constructor_kwargs=options, batch_size=2, concurrency=2).take_all()
-columns = ("audio", "text", "tokens", "error", "process")
+columns = ("audio", "text", "tokens", "segments", "error", "process")
 with open(results, "w") as file:
     json.dump([[row[column] for column in columns] for row in found], file, default=list)
 """
 
 
 def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
-    # Given recordings, when they go through two actors, one of which is killed midway
-    clips = [str(path) for path in sorted(CLIPS.glob("*.ogg"))[:14]]  # of one bucket
+    # Given recordings, one of several segments, when they go through two actors, one of which is killed midway
+    clips = [str(path) for path in [SAMPLES / "long.wav", *sorted(CLIPS.glob("*.ogg"))[:13]]]
     killed, results = tmp_path / "killed", tmp_path / "results"
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONWARNINGS": "ignore"}
     environment["RAY_raylet_start_wait_time_s"] = "120"  # of a busy machine
@@ -70,18 +73,19 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     environment["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())  # or the programs here would be others
     command = [sys.executable, "-c", RAY, str(killed), str(results), *clips]
     # First, so that the actors find the programs in the compilation cache.
-    expected = Transcribe(dtype="float32", root="/", num_readers=2, batch_size=2)({"audio": clips})
+    asr = Transcriber.from_pretrained("demo", dtype="float32", batch_size=2)
+    expected = asr.transcribe(clips, word_timestamps=True)
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=540
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    *rows, processes = zip(*json.loads(results.read_text()), strict=True)
-    # Then another process did the rest of its work, and each recording is there once, with the text that the class
-    # gives without Ray
+    *columns, processes = zip(*json.loads(results.read_text()), strict=True)
+    # Then another process did the rest of its work, and each recording is there once, as it is transcribed without Ray
     assert set(processes) - {int(killed.read_text())}
-    columns = [expected[name] for name in ("audio", "text", "tokens", "error")]
-    assert sorted(zip(*rows, strict=True)) == sorted(zip(*columns, strict=True))
-    assert set(expected["error"]) == {None}
+    rows = {name: (text, tokens, segments) for name, text, tokens, segments, _ in zip(*columns, strict=True)}
+    assert rows == {t.audio: (t.text, list(t.tokens), json.loads(json.dumps(segment_fields(t)))) for t in expected}
+    assert len(columns[0]) == len(clips) and set(columns[-1]) == {None}
+    assert len(expected[0].segments) > 2
 
 
 def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
@@ -93,6 +97,7 @@ def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
     assert found["id"] == ["x", "none.wav"]
     assert found["error"] == [None, "none.wav: no such file"]
     assert found["text"][0] and not found["text"][1]
+    assert found["stats"][0] and found["stats"][1] is None
 
 
 @pytest.mark.parametrize("names", ["paths", "ids", "neither"])
