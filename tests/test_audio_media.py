@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from granite_jax import AudioError
-from granite_jax.audio.load import load_audio, load_segment
+from granite_jax import AudioError, Transcriber
+from granite_jax.audio.load import RecordingBlocks, load_audio, load_segment
 from granite_jax.audio.media import media_format
+from granite_jax.inference.results import disagreement
 
 RATE = 16000
 SAMPLES = Path(__file__).parents[1] / "samples"
@@ -39,17 +40,20 @@ KINDS = {
 FLAGGED, UNFLAGGED = ("webm", "mkv", "wma", "tta", "wv", "wav"), ("avi", "ts", "ac3")
 
 
-def encode(samples: np.ndarray, kind: str, **options: str) -> bytes:
-    """A file of float samples `[n]` or `[channels, n]` at 16 kHz."""
+def encode(samples: np.ndarray, kind: str, *, video: bool = False, **options: str) -> bytes:
+    """A file of float samples `[n]` or `[channels, n]` at 16 kHz, with a video track before them, if asked for."""
     muxer, codec, rate = KINDS[kind]
     samples = np.atleast_2d(samples).astype(np.float32)
     layout = {1: "mono", 2: "stereo"}[len(samples)]
     written = io.BytesIO()
     with av.open(written, "w", format=muxer, options=options) as container:
+        pictures: Any = container.add_stream("mpeg4", rate=10, width=32, height=32) if video else None
         stream: Any = container.add_stream(codec, rate=rate)
         stream.layout, stream.bit_rate = layout, 96000
         resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
         for start in range(0, samples.shape[1], 1600):
+            if video:
+                container.mux(pictures.encode(av.VideoFrame(32, 32, "yuv420p")))
             frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1600].copy(), format="fltp", layout=layout)
             frame.sample_rate, frame.pts = RATE, start
             for resampled in resampler.resample(frame):
@@ -57,6 +61,8 @@ def encode(samples: np.ndarray, kind: str, **options: str) -> bytes:
         for resampled in resampler.resample(None):
             container.mux(stream.encode(resampled))
         container.mux(stream.encode(None))
+        if video:
+            container.mux(pictures.encode(None))
     return written.getvalue()
 
 
@@ -86,6 +92,37 @@ def test_media_files_are_decoded(speech: np.ndarray, kind: str) -> None:
     segment = load_segment(io.BytesIO(data), "x", offset=3.0, duration=2.0)
     assert len(segment.samples) == 2 * RATE
     assert likeness(segment.samples, audio.samples[3 * RATE : 5 * RATE], 16) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "video"), [("m4a", False), ("mp4", True)])
+def test_a_recording_is_transcribed_as_its_samples_are(
+    kind: str, video: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a sample of several segments as an array and as a file
+    samples, _ = soundfile.read(SAMPLES / "long.wav", dtype="float32")
+    path = tmp_path / f"long.{kind}"
+    path.write_bytes(encode(samples, kind, video=video))
+    asr = Transcriber.from_pretrained("demo", dtype="float32")
+    expected = asr.transcribe(samples, word_timestamps=True)
+    sizes: list[int] = []
+    following = RecordingBlocks.__next__
+
+    def counted(blocks: RecordingBlocks) -> np.ndarray:
+        block = following(blocks)
+        sizes.append(len(block))
+        return block
+
+    # When the file is transcribed
+    monkeypatch.setattr(RecordingBlocks, "__next__", counted)
+    found = asr.transcribe(path, word_timestamps=True)
+    # Then text and times are those of the array, but for what the codec changes
+    assert disagreement(found.text, expected.text) < 0.04
+    assert len(found.segments) == len(expected.segments) > 3
+    for ours, theirs in zip(found.segments, expected.segments, strict=True):
+        assert (ours.start, ours.end) == pytest.approx((theirs.start, theirs.end), abs=0.1)
+    # And it was read in blocks that are shorter than a segment
+    assert sum(sizes) == pytest.approx(len(samples), abs=RATE / 10) and max(sizes) < 5 * RATE
 
 
 @pytest.mark.parametrize("kind", [*FLAGGED, *UNFLAGGED, "m4a", "mov", "caf"])
