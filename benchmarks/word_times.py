@@ -3,9 +3,11 @@
     python benchmarks/word_times.py [CHECKPOINT]         # errors on the test sentences, without offsets
     python benchmarks/word_times.py [CHECKPOINT] --fit   # and with offsets, measured on the tuning sentences
     python benchmarks/word_times.py [CHECKPOINT] --fit --tune      # on the tuning sentences themselves
+    python benchmarks/word_times.py --sentences FILE --voices en-029,en+f5  # on other sentences, in other voices
 
 The sentences are the demo recipe's free ones (lower-case words), without noise: its tuning lines in half of its
-espeak-ng voices, its test lines in the other half. Every second sentence gets a comma, hence a pause.
+espeak-ng voices, its test lines in the other half. Every second sentence gets a comma, hence a pause. Of FILE, one
+sentence a line, lines are skipped that are not two or more words of the letters a to z and apostrophes.
 
 libespeak-ng reports the sample at which each word begins (the closure of a first plosive included), each phoneme and
 each pause. A word ends where the next one begins or a pause does. What espeak-ng speaks as one ("to be", "on the") has
@@ -142,8 +144,10 @@ class Synthesizer:
         return times
 
 
-def sentences(synthesizer: Synthesizer, lines: Sequence[str], voices: Sequence[str], seed: int) -> Iterator[Spoken]:
-    """Speaks each line as the demo recipe does, with its speeds, pitches and levels, without noise."""
+def sentences(
+    synthesizer: Synthesizer, lines: Sequence[str], voices: Sequence[str], seed: int, speed: int | None = None
+) -> Iterator[Spoken]:
+    """Speaks each line as the demo recipe does, with its pitches, levels and (by default) speeds, without noise."""
     for index, line in enumerate(lines):
         rng = np.random.default_rng([seed, index])
         sentence, voice = free_sentence(rng, line), voices[index % len(voices)]
@@ -153,10 +157,16 @@ def sentences(synthesizer: Synthesizer, lines: Sequence[str], voices: Sequence[s
             spaces = [match.start() for match in re.finditer(" ", text)]
             comma = int(rng.choice(spaces[1:-1] or spaces))
             text = text[:comma] + "," + text[comma:]
-        speech, times = synthesizer.speak(text, voice, recipe.speed, recipe.pitch)
+        speech, times = synthesizer.speak(text, voice, speed or recipe.speed, recipe.pitch)
         speech = speech * np.float32(0.95 / np.abs(speech).max() * 10 ** (recipe.gain_db / 20))
         lead, trail = (np.zeros(int(seconds * RATE), np.float32) for seconds in (recipe.lead, recipe.trail))
         yield Spoken(text, voice, np.concatenate([lead, speech, trail]), times + len(lead) / RATE)
+
+
+def read_sentences(path: Path) -> list[str]:
+    """The lines of a file that are words as the recipe's are."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if re.fullmatch(r"[a-z']+( [a-z']+)+", line)]
 
 
 def errors(
@@ -197,6 +207,9 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="measure the offsets on the tuning sentences")
     parser.add_argument("--offsets", type=float, nargs=2, metavar=("START", "END"), help="seconds to add")
     parser.add_argument("--tune", action="store_true", help="report the tuning sentences instead of the test sentences")
+    parser.add_argument("--sentences", type=Path, metavar="FILE", help="instead of the recipe's test sentences")
+    parser.add_argument("--voices", default=",".join(TEST_VOICES), help="espeak-ng's, separated by commas")
+    parser.add_argument("--speed", type=int, help="words a minute, instead of the recipe's 143 to 188")
     parser.add_argument("--limit", type=int, default=200, help="test sentences")
     options = parser.parse_args()
     transcriber = Transcriber.from_pretrained(options.checkpoint)
@@ -207,7 +220,10 @@ def main() -> None:
         pairs.append(measure_offsets(transcriber, tuning))
     if options.offsets:
         pairs.append(tuple(options.offsets))
-    spoken = tuning if options.tune else list(sentences(synthesizer, TEST_LINES[: options.limit], TEST_VOICES, 12))
+    lines = read_sentences(options.sentences) if options.sentences else TEST_LINES
+    test = sentences(synthesizer, lines[: options.limit], options.voices.split(","), 12, options.speed)
+    spoken = tuning if options.tune else list(test)
+    print(f"{len(spoken)} sentences")
     print("| offsets of starts and ends (s) | | words | median (ms) | mean | 95 % | signed median |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for pair, differences in zip(pairs, errors(transcriber, spoken, pairs), strict=True):
