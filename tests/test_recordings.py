@@ -36,6 +36,7 @@ class Engine:
     full_rows = 2
     read_ahead = 32
     is_idle = True
+    word_offsets = (0.0, 0.0)
 
     def __init__(self, script: list[Timed], *, slip: float = 0.0):
         """`slip`: seconds by which times of every other request are off."""
@@ -185,14 +186,29 @@ def test_times_are_those_of_the_recording() -> None:
     assert transcript.stats["llm_passes"] == 3 and transcript.stats["route"] == "verified"
 
 
-def test_segments_without_word_times_begin_and_end_where_the_ctc_head_hears_characters() -> None:
-    engine = Engine([("hello", 3.0, 3.5)])
+@pytest.mark.parametrize(
+    ("word", "offsets", "expected"),
+    [
+        (("hello", 3.0, 3.5), (0.0, 0.0), (3.0, 3.42)),
+        (("hello", 3.0, 3.5), (-0.125, -0.08), (2.875, 3.34)),
+        (("hello", 0.02, 0.5), (-0.125, 0.0), (0.0, 0.42)),
+        (("a", 0.02, 0.5), (-0.125, -0.08), (0.0, 0.02)),
+        (("hello", 19.5, 20.0), (0.6, 0.6), (19.98, 20.0)),
+    ],
+)
+def test_segments_without_word_times_have_the_same_offsets(
+    word: Timed, offsets: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    # Given a head that writes late, and no word times, when a segment is decoded
+    engine = Engine([word])
+    engine.word_offsets = offsets
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
     recording.close(())
     engine.finish_all()
+    # Then it begins and ends where the head hears characters, but for the offsets, and within its own part
     (part,) = recording.result.result().segments
-    assert part.start == pytest.approx(3.0, abs=0.03) and part.end == pytest.approx(3.5, abs=0.05)
+    assert (part.start, part.end) == pytest.approx(expected, abs=0.011) and part.start < part.end
     assert part.words == ()
 
 

@@ -169,7 +169,7 @@ class Engine:
         self._config = config
         self._params = params
         self._tokenizer = tokenizer
-        self._word_offsets = word_offsets
+        self.word_offsets = word_offsets
         self._buckets = tuple(buckets)
         self._batch_size = batch_size
         self._pools: dict[tuple[int, ...], tuple[BatchedAutomata, list[KeywordAutomaton]]] = {}
@@ -552,7 +552,7 @@ class Engine:
                     states,
                     host.log_probs[i, :frames],
                     duration=row.request.audio.duration,
-                    offsets=self._word_offsets,
+                    offsets=self.word_offsets,
                 )
             return [
                 (row.ticket, dataclasses.replace(result, words=timed.get(i, ())))

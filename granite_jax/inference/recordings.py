@@ -24,7 +24,7 @@ from granite_jax.audio.segment import AudioSegment, halve
 from granite_jax.inference.engine import Decoded, Engine, Request
 from granite_jax.inference.options import MIN_SEGMENT_SECONDS, TranscribeOptions
 from granite_jax.inference.results import FLAGS, Segment, Transcript, Word
-from granite_jax.inference.words import split_words
+from granite_jax.inference.words import SPACE, split_words
 from granite_jax.model import ctc
 from granite_jax.text.tokenizer import Tokenizer
 
@@ -229,13 +229,14 @@ class RecordingDecoder:
                 for word, is_kept in zip(words, is_own, strict=True)
                 if is_kept
             ]
-        spoken = np.flatnonzero(labels)
+        spoken = np.flatnonzero((labels != ctc.BLANK) & (labels != SPACE))
         extent = start, end
         if words:
             extent = words[0].start, words[-1].end
         elif text and len(spoken):
-            heard = (part.offset + frame * ctc.FRAME_SECONDS for frame in (spoken[0], spoken[-1] + 1))
-            extent = max(start, next(heard)), min(end, next(heard))
+            heard = np.array([spoken[0], spoken[-1] + 1]) * ctc.FRAME_SECONDS + self._engine.word_offsets
+            first = min(max(start, part.offset + heard[0]), end - ctc.FRAME_SECONDS)
+            extent = first, min(max(part.offset + heard[1], first + ctc.FRAME_SECONDS), end)
         segment = Segment(
             round(float(extent[0]), 3),
             round(float(extent[1]), 3),
