@@ -95,7 +95,11 @@ def segment(start: float, begin: float, end: float, until: float, *, last: bool 
 
 
 def decoder(
-    engine: Engine, on_segment: Callable[[str, Segment], None] | None = None, **fields: Any
+    engine: Engine,
+    on_segment: Callable[[str, Segment], None] | None = None,
+    *,
+    channel: int | None = None,
+    **fields: Any,
 ) -> RecordingDecoder:
     options = TranscribeOptions(**fields)
 
@@ -104,7 +108,7 @@ def decoder(
 
     tokenizer: Any = Tokenizer()
     fake: Any = engine
-    return RecordingDecoder(fake, tokenizer, make_request, options, "a", on_segment=on_segment)
+    return RecordingDecoder(fake, tokenizer, make_request, options, "a", channel=channel, on_segment=on_segment)
 
 
 def words(count: int, each: float = 0.4) -> list[Timed]:
@@ -228,6 +232,32 @@ def test_segments_are_told_in_order_and_early() -> None:
     recording.close(())
     assert recording.result.done() and [name for name, _ in told] == ["a"] * 3
     np.testing.assert_allclose([start for _, start in told], [0.05, 20.05, 40.05], atol=0.02)
+
+
+def test_segments_tell_their_channel() -> None:
+    # Given the second channel of an input, when it is decoded, then its segments and its transcript say so
+    told: list[Segment] = []
+    recording = decoder(engine := Engine(words(10)), lambda _, part: told.append(part), channel=2)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    engine.finish_all()
+    assert [part.channel for part in told] == [recording.result.result().channel] == [2]
+
+
+@pytest.mark.parametrize(("heard", "flags"), [("hello", ("low-agreement",)), ("", ("silence",))])
+def test_a_recording_is_silent_if_nothing_is_heard_in_any_segment(heard: str, flags: tuple[str, ...]) -> None:
+    # Given two segments without text, in the second of which the CTC head may have heard characters
+    recording = decoder(engine := Engine([]))
+    for start, ctc_text in ((0, ""), (20, heard)):
+        recording.submit(segment(start, start, start + 20, start + 20, last=start == 20))
+        request, future = engine.requests[-1]
+        decoded = engine.decode(0, request)
+        own = ("low-agreement",) if ctc_text else ("silence",)
+        transcript = dataclasses.replace(decoded.transcript, ctc_text=ctc_text, flags=own)
+        future.set_result(dataclasses.replace(decoded, transcript=transcript))
+    recording.close(())
+    # When they are joined, then the recording is silent if both are, and doubts are told
+    assert recording.result.result().flags == flags
 
 
 def test_a_problem_is_decoded_again_in_halves() -> None:

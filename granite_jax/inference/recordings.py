@@ -246,6 +246,7 @@ class RecordingDecoder:
             tuple(words) if self._options.word_timestamps else (),
             route=transcript.stats["route"],
             flags=transcript.flags,
+            channel=self._channel,
         )
         return segment, ctc_text
 
@@ -256,17 +257,17 @@ class RecordingDecoder:
             flags = _ordered([*self._flags, *parts[0].flags])
             whole = {"duration": duration, "segments": segments, "channel": self._channel}
             return dataclasses.replace(parts[0], flags=flags, **whole)
-        text = join_texts(segment.text for segment in segments)
+        text, ctc_text = join_texts(segment.text for segment in segments), join_texts(self._ctc_texts)
         weights = [len(segment.tokens) for segment in segments if segment.confidence is not None]
         confidences = [segment.confidence for segment in segments if segment.confidence is not None]
-        flags = {flag for segment in segments for flag in segment.flags if flag != "silence" or not text}
+        flags = {flag for segment in segments for flag in segment.flags if flag != "silence" or not (text or ctc_text)}
         return Transcript(
             self._name,
             text,
             tuple(token for segment in segments for token in segment.tokens),
             duration,
             round(float(np.average(confidences, weights=weights)), 3) if sum(weights) else None,
-            join_texts(self._ctc_texts),
+            ctc_text,
             _joined_stats([part.stats for part in parts]),
             flags=_ordered([*self._flags, *flags]),
             segments=segments,

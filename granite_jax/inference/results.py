@@ -16,7 +16,7 @@ FLAGS = {
     "loop": "the model repeated itself without end, so what it wrote was replaced or cut",
     "length": "the text ended at its budget of tokens, so its end may be missing",
     "silence": "nobody was heard to speak, so nothing was written",
-    "low-agreement": "the encoder's own text differs much, so this text may not be what was said",
+    "low-agreement": "the encoder's own text differs much, so this text may be wrong or lack what was said",
 }
 """The values of a transcript's `flags` and their meanings."""
 
@@ -51,6 +51,7 @@ class Segment:
       speaker: of models that tell speakers apart.
       route: as in `Transcript.stats`.
       flags: warnings about its text, from `FLAGS`.
+      channel: as in `Transcript`.
     """
 
     start: float
@@ -62,6 +63,7 @@ class Segment:
     speaker: str | None = None
     route: str | None = None
     flags: tuple[str, ...] = ()
+    channel: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Transcript:
       draft: ids of the draft as it was proposed, for recordings of one segment.
       accepted_spans: the spans of `tokens` that were taken from the draft, each (position in `tokens`, position in
         `draft`, size).
-      flags: warnings about the text, from `FLAGS`. "low-agreement", for raw transcripts only: the `disagreement` with
+      flags: warnings about the text, from `FLAGS`: those of any segment. "silence": of some segment, and there is
+        neither a text nor a `ctc_text`. "low-agreement", for raw transcripts only: a segment's `disagreement` with its
         `ctc_text` exceeds `LOW_AGREEMENT`.
       error: why there is no result, or None.
       segments: the parts of the recording in order. Their texts, joined, are `text`.
@@ -121,9 +124,9 @@ class Emissions:
 
 
 def segment_fields(transcript: Transcript) -> list[dict[str, Any]]:
-    """A transcript's segments for a line of JSON beside its `tokens`, hence without their own."""
+    """A transcript's segments for a line of JSON of a batch: beside its `tokens`, and of no `channel`."""
     return [
-        {key: value for key, value in dataclasses.asdict(segment).items() if key != "tokens"}
+        {key: value for key, value in dataclasses.asdict(segment).items() if key not in ("tokens", "channel")}
         for segment in transcript.segments
     ]
 
