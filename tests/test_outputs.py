@@ -1,26 +1,36 @@
 """`transcribe --format ... --output-dir ...`: formats, names of files, and files that cannot be written."""
 
+import io
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from granite_jax import Transcriber, cli
-from granite_jax.cli import outputs
+from granite_jax.cli import outputs, terminal
 from granite_jax.cli.outputs import output_stems
 from granite_jax.inference.results import Segment, Transcript, Word
 
 HELLO = Segment(0.5, 2.0, "Hello there.", words=(Word("Hello", 0.5, 1.0), Word("there.", 1.0, 2.0)))
 SRT = "1\n00:00:00,500 --> 00:00:02,000\nHello there.\n"
 VTT = "WEBVTT\n\n00:00:00.500 --> 00:00:02.000\nHello there.\n"
+LONG = (
+    HELLO,
+    Segment(60.0, 67.0, flags=("low-agreement",)),
+    *(Segment(70.0 * i, 70.0 * i + 5, "Again.", flags=("low-agreement",)) for i in (1, 2, 60)),
+)
 TSV = "start\tend\ttext\n500\t2000\tHello there.\n"
 
 
@@ -28,7 +38,7 @@ TSV = "start\tend\ttext\n500\t2000\tHello there.\n"
 def transcribe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Runs the command in an empty directory, with a model that hears the same in every file but those called "bad"."""
 
-    def stream(sources: Sequence[Any], *_: Any, **__: Any) -> Any:
+    def stream(sources: Sequence[Any], *_: Any, on_segment: Any, **__: Any) -> Any:
         for source in sources:
             name = getattr(source, "name", source)
             if "bad" in name:
@@ -37,11 +47,15 @@ def transcribe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                 yield Transcript(name, duration=3.0)
             elif "stereo" in name:
                 yield from (Transcript(name, "Hello there.", segments=(HELLO,), channel=channel) for channel in (1, 2))
+            elif "long" in name:
+                for segment in LONG:
+                    on_segment(name, segment)
+                yield Transcript(name, "Hello there. Again. Again.", segments=LONG, flags=("low-agreement",))
             else:
                 yield Transcript(name, "Hello there.", duration=3.0, segments=(HELLO,))
 
-    def run(*arguments: str | Path) -> Result:
-        result = CliRunner().invoke(cli.app, ["transcribe", *map(str, arguments)])
+    def run(*arguments: str | Path, given: bytes | None = None) -> Result:
+        result = CliRunner().invoke(cli.app, ["transcribe", *map(str, arguments)], input=given)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result
 
@@ -98,6 +112,63 @@ def test_channels_have_files_of_their_own(transcribe: Any) -> None:
     result = transcribe("stereo.wav", "a.wav", "--format", "vtt", "--output-dir", ".")
     assert result.stdout.split() == ["stereo.channel1.vtt", "stereo.channel2.vtt", "a.vtt"]
     assert Path("stereo.channel2.vtt").read_text() == VTT
+
+
+def test_a_document_has_room_for_one_channel(transcribe: Any) -> None:
+    # Given a file of two channels, and as many of one, when one document has to hold its channels
+    for name, channels in (("stereo.wav", 2), ("a.wav", 1)):
+        soundfile.write(name, np.zeros((400, channels)), 16_000)
+    split = ["--channels", "split", "--format", "srt"]
+    for arguments, content in ((["stereo.wav"], None), (["-"], Path("stereo.wav").read_bytes())):
+        result = transcribe(*arguments, *split, given=content)
+        # Then that is refused, before anything is transcribed; and one channel is not
+        message = "granite-jax: --format srt: several channels need --output-dir\n"
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", message)
+    assert transcribe("a.wav", *split).stdout == SRT
+
+
+def test_lines_tell_the_channel(transcribe: Any) -> None:
+    result = transcribe("stereo.wav", "--channels", "split")
+    assert result.stdout == "stereo.wav, channel 1: Hello there.\nstereo.wav, channel 2: Hello there.\n"
+
+
+@pytest.mark.parametrize(("formats", "is_told"), [(["txt"], True), (["txt", "tsv"], True), (["txt", "vtt"], False)])
+def test_times_that_no_format_has_are_told(transcribe: Any, formats: list[str], is_told: bool) -> None:
+    options = [option for name in formats for option in ("--format", name)]
+    result = transcribe("a.wav", "--words", "--output-dir", ".", *options)
+    shown = f"granite-jax: --words: times of words are in json, srt and vtt, not in {' and '.join(formats)}\n"
+    assert (result.exit_code, result.stderr) == (0, shown if is_told else "")
+
+
+def test_doubts_are_located(transcribe: Any) -> None:
+    # Given five segments of which four are doubtful, when they are told, then with their number and where some are
+    shown = transcribe("long.wav").stderr
+    place = "low-agreement in 4 of 5 segments, at 0:01:00, 0:01:10, 0:02:20, ...: "
+    assert shown.startswith(f"granite-jax: long.wav: {place}") and shown.count("\n") == 1
+
+
+def test_a_long_file_is_shown_on_a_terminal_as_it_goes(
+    transcribe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Given a terminal, when a long file is transcribed, then its segments are printed, but for those without text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    terminal_file = io.StringIO()
+    console = Console(file=terminal_file, force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "console", console)
+    with pytest.raises(SystemExit, match="0"):
+        cli.app(["transcribe", "long.wav"])
+    assert capsys.readouterr().out.splitlines() == [
+        "[0:00:00 - 0:00:02] Hello there.",
+        "[0:01:10 - 0:01:15] Again.",
+        "[0:02:20 - 0:02:25] Again.",
+        "[1:10:00 - 1:10:05] Again.",
+    ]
+    assert terminal_file.getvalue() == ""
+    # And if it is written to a file, then there is a bar with the time that is done
+    with pytest.raises(SystemExit, match="0"):
+        cli.app(["transcribe", "long.wav", "--output-dir", "."])
+    assert capsys.readouterr().out == "long.txt\n"
+    assert "1:10:05 of audio" in terminal_file.getvalue()
 
 
 def test_an_input_that_fails_writes_no_file(transcribe: Any, tmp_path: Path) -> None:

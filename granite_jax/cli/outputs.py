@@ -1,5 +1,6 @@
 """Transcripts as text in a format, and the files they are written to."""
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -8,10 +9,10 @@ import secrets
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from granite_jax.errors import GraniteError
+from granite_jax.errors import AudioError, GraniteError
 
 if TYPE_CHECKING:
     from granite_jax.inference.results import Segment, Transcript
@@ -95,12 +96,26 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def is_document(formats: Sequence[TranscriptFormat], directory: Path | None) -> bool:
+    """Whether standard output is one document, which has room for one transcript."""
+    return directory is None and not {TranscriptFormat.txt, TranscriptFormat.json} & set(formats)
+
+
 def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, directory: Path | None) -> None:
     """Raises GraniteError if such results cannot be on standard output."""
     if directory is None and len(formats) > 1:
         raise GraniteError(f"--format {', '.join(formats)}: several formats need --output-dir")
-    if directory is None and formats[0] not in ("txt", "json") and num_inputs > 1:
+    if is_document(formats, directory) and num_inputs > 1:
         raise GraniteError(f"--format {formats[0]}: several files need --output-dir")
+
+
+def check_one_channel(source: Any, format: TranscriptFormat) -> None:
+    """Raises GraniteError if a file, or a stream that can be read twice, has several channels."""
+    from granite_jax.audio.load import num_channels, read_stream
+
+    with contextlib.suppress(AudioError):  # which is reported where the file is transcribed
+        if num_channels(read_stream(source) if hasattr(source, "read") else source) > 1:
+            raise GraniteError(f"--format {format}: several channels need --output-dir")
 
 
 def render(transcript: "Transcript", format: TranscriptFormat) -> str:

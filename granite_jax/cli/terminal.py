@@ -1,8 +1,10 @@
 """What commands print besides results: progress and errors, on stderr."""
 
+import contextlib
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,13 +19,12 @@ _LOG_SECONDS = 60.0  # between two lines of progress without a terminal
 class ProgressDisplay:
     """Shows a command's progress: a bar on a terminal; elsewhere a line a minute, for logs."""
 
-    def __init__(self, action: str, *, prints_results: bool = False):
+    def __init__(self, action: str, *, has_bar: bool = True):
         """
         Args:
           action: what the command does, as in "transcribing".
-          prints_results: whether results go to stdout meanwhile. There is no bar between them on a terminal.
+          has_bar: whether there is a bar on a terminal. Results are printed while it is `paused`.
         """
-        hidden = not console.is_terminal or (prints_results and sys.stdout.isatty())
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,7 +32,13 @@ class ProgressDisplay:
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False)
+        self._bar = Progress(
+            *columns,
+            console=console,
+            disable=not (has_bar and console.is_terminal),
+            transient=True,
+            redirect_stdout=False,
+        )
         self._task = self._bar.add_task(escape(action), total=None, note="")
         self._action = action
         self._told: set[str] = set()
@@ -44,6 +51,15 @@ class ProgressDisplay:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes the bar away meanwhile."""
+        self._bar.stop()
+        try:
+            yield
+        finally:
+            self._bar.start()
 
     def tell(self, message: str) -> None:
         """Prints a message on stderr, as one line, once."""
@@ -58,8 +74,11 @@ class ProgressDisplay:
         self._first = done if self._first is None else self._first
         if not console.is_terminal and now - self._logged > _LOG_SECONDS:
             self._logged = now
-            remaining = (total - done) * (now - self._began) / max(1, done - self._first)
-            text = ", ".join(filter(None, (f"{done} of {total}", note, f"{timedelta(seconds=round(remaining))} left")))
+            left = ""
+            if done > self._first:
+                seconds = (total - done) * (now - self._began) / (done - self._first)
+                left = f"{timedelta(seconds=round(seconds))} left"
+            text = ", ".join(filter(None, (f"{done} of {total}", note, left)))
             print(line(f"granite-jax: {self._action}: {text}"), file=console.file, flush=True)
 
 

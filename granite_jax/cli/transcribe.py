@@ -14,6 +14,8 @@ from granite_jax.cli.options import takes_options
 from granite_jax.cli.outputs import (
     TranscriptFormat,
     check_formats,
+    check_one_channel,
+    is_document,
     make_directory,
     output_stems,
     render,
@@ -63,14 +65,14 @@ def transcribe(
 ) -> None:
     """Transcribe or translate audio files.
 
-    Prints one line a file, in order, as soon as its result is there: the text (after the file's name, if there are
-    several), or a JSON object with audio, text, tokens, duration, confidence, ctc_text, stats, draft, accepted_spans,
-    flags, segments and channel. srt, vtt and tsv are printed for one file only. On a terminal, the text of one long
-    file is printed segment by segment, with times.
+    Prints one line a file, or a channel of it, in order, as soon as its result is there: the text (after the file's
+    name, if there are several, and the channel), or a JSON object with audio, text, tokens, duration, confidence,
+    ctc_text, stats, draft, accepted_spans, flags, segments and channel. srt, vtt and tsv are printed for one file of
+    one channel only. On a terminal, the text of one long file is printed segment by segment, with times.
 
-    With --output-dir, each result is written to files named after the input, such as talk.srt for a/talk.wav, and their
-    paths are printed, one a line; inputs of the same name get more of their paths, as in a-talk.srt and b-talk.srt.
-    Files of these names that are there are replaced.
+    With --output-dir, each result is written to files named after the input, such as talk.srt for a/talk.wav, or
+    talk.channel2.srt, and their paths are printed, one a line; inputs of the same name get more of their paths, as in
+    a-talk.srt and b-talk.srt. Files of these names that are there are replaced.
 
     Files that fail, and those whose text is doubtful, are reported on stderr, one line each. The exit status is 0 if
     all succeeded, 1 if some did not, 2 if nothing could be tried.
@@ -84,29 +86,41 @@ def transcribe(
     try:
         check_formats(formats, len(files), output_dir)
         plots = None if plot is None else _plots_for(plot, files)
-        sources = to_sources(files, allow or ("file", "gs", "s3", "https"), reread=plots is not None)
+        has_one_channel = options.channels == "split" and is_document(formats, output_dir)
+        reread = plots is not None or has_one_channel
+        sources = to_sources(files, allow or ("file", "gs", "s3", "https"), reread=reread)
+        if has_one_channel:
+            check_one_channel(sources[0], formats[0])
         if output_dir is not None:
             make_directory(output_dir)
+        if options.word_timestamps and not {"json", "srt", "vtt"} & set(formats):
+            fail(f"--words: times of words are in json, srt and vtt, not in {' and '.join(formats)}")
         asr = Transcriber.from_options(model)
         transcripts: list[Transcript] = []
-        live = formats == ["txt"] and output_dir is None and len(files) == 1 and sys.stdout.isatty()
-        printed = _LiveSegments(live and options.channels == "mix")
-        with ProgressDisplay("transcribing", prints_results=True) as display:
+        is_live = formats == ["txt"] and output_dir is None and len(files) == 1 and sys.stdout.isatty()
+        is_live = is_live and options.channels == "mix"
+        followed = _FollowedSegments(prints=is_live)
+        with ProgressDisplay("transcribing", has_bar=not is_live) as display:
+
+            def show() -> None:
+                display.show(index + 1, len(files), f"{_clock(followed.seconds)} of audio")
 
             def on_segment(name: str, segment: "Segment") -> None:
-                printed.add(segment)
-                display.show(len(transcripts), len(files), f"{printed.seconds / 60:.1f} minutes of speech")
+                followed.add(name, segment)
+                show()
 
+            show()
             for transcript in asr.stream(sources, options, on_error="return", on_segment=on_segment):
                 transcripts.append(transcript)
                 index += transcript.channel in (None, 1)  # the channels of an input follow one another
-                if output_dir is not None and transcript.error is None:
-                    written = _write(transcript, formats, output_dir, stems[index]) and written
-                elif not printed.is_whole(transcript):
-                    _print(transcript, formats[0], with_name=len(files) > 1)
-                else:
-                    _tell_flags(transcript)
-                display.show(len(transcripts), len(files))
+                with display.paused():
+                    if output_dir is not None and transcript.error is None:
+                        written = _write(transcript, formats, output_dir, stems[index]) and written
+                    elif not followed.is_printed(transcript):
+                        _print(transcript, formats[0], with_name=len(files) > 1)
+                    else:
+                        _tell_flags(transcript)
+                show()
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2) from None
@@ -128,32 +142,44 @@ def transcribe(
             fail(f"{plot}: characters are missing, no font here has them")
 
 
-class _LiveSegments:
-    """Prints the segments of a recording that has several.
+class _FollowedSegments:
+    """Follows recordings, and prints the segments of one that has several.
 
     Fields:
-      seconds: of all segments so far.
+      seconds: of audio that is done, in all recordings together.
     """
 
-    def __init__(self, is_on: bool):
-        self._is_on, self._count = is_on, 0
+    def __init__(self, prints: bool):
+        self._prints, self._count = prints, 0
         self._first: Segment | None = None
+        self._ends: dict[tuple[str, int | None], float] = {}
         self.seconds = 0.0
 
-    def add(self, segment: "Segment") -> None:
-        self.seconds += segment.end - segment.start
+    def add(self, name: str, segment: "Segment") -> None:
+        recording = name, segment.channel
+        self.seconds += segment.end - self._ends.get(recording, 0.0)
+        self._ends[recording] = segment.end
         self._count += 1
-        if self._is_on and self._count == 1:
+        if self._prints and self._count == 1:
             self._first = segment  # perhaps the only one
-        elif self._is_on:
+        elif self._prints:
             for each in filter(None, (self._first, segment)):
-                times = " - ".join(str(timedelta(seconds=int(second))) for second in (each.start, each.end))
-                print(line(f"[{times}] {each.text}"), flush=True)
+                if each.text:
+                    print(line(f"[{_clock(each.start)} - {_clock(each.end)}] {each.text}"), flush=True)
             self._first = None
 
-    def is_whole(self, transcript: "Transcript") -> bool:
+    def is_printed(self, transcript: "Transcript") -> bool:
         """Whether all of a transcript has been printed."""
-        return self._is_on and self._count > 1 and transcript.error is None
+        return self._prints and self._count > 1 and transcript.error is None
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+def _label(transcript: "Transcript") -> str:
+    channel = "" if transcript.channel is None else f", channel {transcript.channel}"
+    return f"{transcript.audio}{channel}"
 
 
 def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) -> None:
@@ -161,7 +187,8 @@ def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) 
         fail(transcript.error)
         return
     if format == "txt":
-        print(line(f"{transcript.audio}: {transcript.text}" if with_name else transcript.text), flush=True)
+        is_labeled = with_name or transcript.channel is not None
+        print(line(f"{_label(transcript)}: {transcript.text}" if is_labeled else transcript.text), flush=True)
     else:
         print(render(transcript, format), end="", flush=True)
     if format != "json":
@@ -189,7 +216,12 @@ def _tell_flags(transcript: "Transcript") -> None:
     from granite_jax.inference.results import FLAGS
 
     for flag in transcript.flags:
-        fail(f"{transcript.audio}: {flag}: {FLAGS[flag]}")
+        starts = [segment.start for segment in transcript.segments if flag in segment.flags]
+        place = ""
+        if 0 < len(starts) < len(transcript.segments):
+            times = ", ".join([*map(_clock, starts[:3]), *["..."] * (len(starts) > 3)])
+            place = f" in {len(starts)} of {len(transcript.segments)} segments, at {times}"
+        fail(f"{_label(transcript)}: {flag}{place}: {FLAGS[flag]}")
 
 
 def _plots_for(plot: Path, files: list[str]) -> ModuleType:
