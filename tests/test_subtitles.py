@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from subtitle_rules import violations
 
 import granite_jax as gj
-from granite_jax.inference.results import Segment, Word
+from granite_jax.inference.results import Segment, Transcript, Word
 from granite_jax.text.subtitles import Cue, cues, text_width
 
 
@@ -331,3 +331,9 @@ def test_speakers_are_named() -> None:
 @pytest.mark.parametrize("segments", [[], [Segment(0, 3)], [Segment(0, 3, " \n\u200b\x00")]])
 def test_no_text_is_an_empty_file(segments: list[Segment]) -> None:
     assert (gj.to_srt(segments), gj.to_vtt(segments), gj.to_tsv(segments)) == ("", "WEBVTT\n", "start\tend\ttext\n")
+
+
+def test_a_transcript_is_its_segments() -> None:
+    segments = [spoken("Hello there."), spoken("And again.", 5.0)]
+    for write in (cues, gj.to_srt, gj.to_vtt, gj.to_tsv):
+        assert write(Transcript("a", segments=tuple(segments))) == write(segments) != write([])

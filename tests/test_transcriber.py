@@ -230,7 +230,8 @@ def test_errors_and_limits_agree(asr: Transcriber) -> None:
     for new_tokens in (None, 1):
         longest = longest_audio(asr.config, length, new_tokens)
         # When a little more is given, then the error names both, and only the longer one is refused
-        with pytest.raises(ContextError, match=r"at most \d+ s fit the model, \d+ s with max_new_tokens=1") as caught:
+        fits = r"at most \d+ s fit the model, \d+ s with max_new_tokens=1"
+        with pytest.raises(ContextError, match=f'{fits}; segment_seconds="auto", the default') as caught:
             asr.transcribe(speech(longest + 0.02), max_new_tokens=new_tokens)
         assert f"at most {longest:.0f} s fit the model" in str(caught.value)
         asr.transcribe(speech(longest), max_new_tokens=new_tokens)

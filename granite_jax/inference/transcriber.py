@@ -220,8 +220,8 @@ class Transcriber:
           on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
           progress: called with the number of inputs just finished.
           on_segment: called with the name of an input and a `Segment` of it, as soon as that is final; in order within
-            an input (or a channel of it). It is called by whichever thread finishes a segment, so it must be quick, and
-            must not use this Transcriber.
+            an input, or a channel of it (`Segment.channel`). It is called by whichever thread finishes a segment, so it
+            must be quick, and must not use this Transcriber.
           fields: fields of `TranscribeOptions` that replace those of `options`.
 
         Returns:
@@ -395,14 +395,17 @@ class Transcriber:
                 source = open_recording(
                     source, sampling_rate=None if is_encoded(source) else rate, name=name, channel=channel
                 )
-            audio = self._load(source, rate, name)
-            if audio.duration > _LONG_PASS:
-                warnings.warn(
-                    f"{printable(name)}: {audio.duration:.0f} s in one pass; text gets worse beyond a minute or two, "
-                    "which segment_seconds avoids",
-                    stacklevel=2,
-                )
-            decoder.submit(AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True))
+            try:
+                audio = self._load(source, rate, name)
+                if audio.duration > _LONG_PASS:
+                    warnings.warn(
+                        f"{printable(name)}: {audio.duration:.0f} s in one pass; text gets worse beyond a minute or "
+                        "two, which segment_seconds avoids",
+                        stacklevel=2,
+                    )
+                decoder.submit(AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True))
+            except ContextError as error:
+                raise ContextError(f'{error}; segment_seconds="auto", the default, takes any length') from None
             decoder.close(audio.flags)
             return
         rate = None if is_encoded(source) else rate  # files have their own

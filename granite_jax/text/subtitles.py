@@ -13,7 +13,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 MAX_WIDTH = 42
 """Columns of a line; East Asian wide characters and emoji take two."""
@@ -56,6 +56,16 @@ class TimedSegment(Protocol):
     def speaker(self) -> str | None: ...
 
 
+class TimedTranscript(Protocol):
+    """What has segments."""
+
+    @property
+    def segments(self) -> Sequence[TimedSegment]: ...
+
+
+Timed = TimedTranscript | Iterable[TimedSegment]
+
+
 @dataclasses.dataclass(frozen=True)
 class Cue:
     """A text that is shown for a time.
@@ -72,7 +82,7 @@ class Cue:
     speaker: str | None = None
 
 
-def cues(segments: Iterable[TimedSegment], *, label_speakers: bool = False) -> list[Cue]:
+def cues(segments: Timed, *, label_speakers: bool = False) -> list[Cue]:
     """Splits segments into cues by the usual conventions for subtitles.
 
     A cue has at most two lines of 42 columns and lasts at most 7 s. It begins with its first word. It ends with its
@@ -95,10 +105,10 @@ def cues(segments: Iterable[TimedSegment], *, label_speakers: bool = False) -> l
     time last 250 ms each, and later ones are delayed as far as necessary.
 
     Args:
-      segments: in order of time. Those without text are left out.
+      segments: in order of time, or a `Transcript`, which has them. Those without text are left out.
       label_speakers: whether the first cue of each speaker's turn begins with "Name: ".
     """
-    runs = list(_runs(segments, label_speakers))
+    runs = list(_runs(_segments(segments), label_speakers))
     spans: list[tuple[int, int, tuple[str, ...], str | None]] = []
     for index, run in enumerate(runs):
         following = runs[index + 1].atoms[0].start if index + 1 < len(runs) else None
@@ -119,10 +129,10 @@ def cues(segments: Iterable[TimedSegment], *, label_speakers: bool = False) -> l
     return result
 
 
-def to_srt(segments: Iterable[TimedSegment]) -> str:
-    """Segments as SubRip (.srt), cue by cue as `cues` splits them; "" without text.
+def to_srt(segments: Timed) -> str:
+    """A `Transcript`, or segments, as SubRip (.srt), cue by cue as `cues` splits them; "" without text.
 
-        Path("talk.srt").write_text(gj.to_srt(transcript.segments), encoding="utf-8", newline="\\n")
+        Path("talk.srt").write_text(gj.to_srt(transcript), encoding="utf-8", newline="\\n")
 
     The first cue of each speaker's turn begins with "Name: ". SRT has no escapes, and its readers take markup of HTML
     and of SubStation Alpha; what would be read as markup is therefore replaced by what looks alike: `<` that could
@@ -139,8 +149,8 @@ def to_srt(segments: Iterable[TimedSegment]) -> str:
     return "\n".join(blocks)
 
 
-def to_vtt(segments: Iterable[TimedSegment]) -> str:
-    """Segments as WebVTT (.vtt), cue by cue as `cues` splits them; the header alone without text.
+def to_vtt(segments: Timed) -> str:
+    """A `Transcript`, or segments, as WebVTT (.vtt), cue by cue as `cues` splits them; the header alone without text.
 
     The characters `&`, `<` and `>` of the text are escaped. Each cue of a speaker begins with a voice tag, `<v Name>`.
     """
@@ -152,15 +162,15 @@ def to_vtt(segments: Iterable[TimedSegment]) -> str:
     return "\n".join(blocks)
 
 
-def to_tsv(segments: Iterable[TimedSegment]) -> str:
-    """Segments as Whisper's tab-separated values: start, end and text, a line each; the header alone without text.
+def to_tsv(segments: Timed) -> str:
+    """A `Transcript`, or segments, as Whisper's tab-separated values: start, end and text, a line a segment with text.
 
-    Times are whole milliseconds. Tabs, line breaks and control characters of the text become spaces or are removed;
-    quotes are not special (`csv.QUOTE_NONE`). Speakers are left out.
+    The first line is a header. Times are whole milliseconds. Tabs, line breaks and control characters of the text
+    become spaces or are removed; quotes are not special (`csv.QUOTE_NONE`). Speakers are left out.
     """
     lines = ["start\tend\ttext\n"]
     latest = 0
-    for segment in segments:
+    for segment in _segments(segments):
         if text := _clean(segment.text):
             latest = start = _milliseconds(segment.start, latest)
             lines.append(f"{start}\t{max(start, _milliseconds(segment.end, start))}\t{text}\n")
@@ -170,6 +180,11 @@ def to_tsv(segments: Iterable[TimedSegment]) -> str:
 def text_width(text: str) -> int:
     """Columns of a text: two for East Asian wide characters and emoji, none for marks and invisible characters."""
     return sum(map(_cluster_width, _clusters(text)))
+
+
+def _segments(timed: Timed) -> Iterable[TimedSegment]:
+    segments: Any = getattr(timed, "segments", timed)
+    return segments
 
 
 # Formats.
