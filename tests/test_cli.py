@@ -274,7 +274,8 @@ def test_every_option_of_the_api_is_an_option_of_every_command(command: str) -> 
     named = {"keywords": "keyword", "word_timestamps": "words"}
     options = [f"--{named.get(name, name).replace('_', '-')}" for name in fields if name != "devices"]
     shown = invoke(*command.split(), "--help").stdout
-    assert [option for option in [*options, "--keywords-file", "--to"] if option not in shown] == []
+    missing = [] if command == "transcribe" else ["--channels"]  # results of their own, where each input has one line
+    assert [option for option in [*options, "--keywords-file", "--to"] if option not in shown] == missing
 
 
 def test_values_of_the_command_line_become_those_of_the_api(tmp_path: Path) -> None:

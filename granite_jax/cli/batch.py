@@ -8,7 +8,7 @@ import typer.core
 
 from granite_jax.cli import failures, signals
 from granite_jax.cli.failures import MaxFailures
-from granite_jax.cli.options import takes_options
+from granite_jax.cli.options import takes_job_options
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 
 @app.command()
-@takes_options
+@takes_job_options
 def run(
     manifest: Annotated[
         str,

@@ -9,13 +9,13 @@ import typer
 from granite_jax.cli import failures, signals
 from granite_jax.cli.batch import show_job
 from granite_jax.cli.failures import MaxFailures
-from granite_jax.cli.options import takes_options
+from granite_jax.cli.options import takes_job_options
 from granite_jax.cli.terminal import ProgressDisplay, fail
 from granite_jax.errors import GraniteError
 from granite_jax.inference.options import ModelOptions, TranscribeOptions
 
 
-@takes_options
+@takes_job_options
 def evaluate(
     model: ModelOptions,
     options: TranscribeOptions,

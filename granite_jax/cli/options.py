@@ -4,12 +4,14 @@ A command whose parameters include such an object gets an option for each of its
 
     @takes_options
     def transcribe(files: list[Path], model: ModelOptions, options: TranscribeOptions) -> None: ...
+
+`takes_job_options` is the same without those fields that `check_mixed` refuses.
 """
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,14 +149,18 @@ _OPTIONS: dict[str, Any] = {
 _KEYWORDS_FILE = "keywords_file"
 
 
-def takes_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces `ModelOptions` and `TranscribeOptions` parameters by an option a field; invalid values exit with 2."""
+def takes_options(command: Callable[..., None], *, without: Sequence[str] = ()) -> Callable[..., None]:
+    """Replaces `ModelOptions` and `TranscribeOptions` parameters by an option a field; invalid values exit with 2.
+
+    Args:
+      without: fields that the command cannot take.
+    """
     objects: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         if parameter.annotation in (ModelOptions, TranscribeOptions):
             objects[parameter.name] = parameter.annotation
-            parameters += _parameters(parameter.annotation)
+            parameters += [each for each in _parameters(parameter.annotation) if each.name not in without]
         else:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
@@ -170,6 +176,9 @@ def takes_options(command: Callable[..., None]) -> Callable[..., None]:
     setattr(run, "__signature__", inspect.Signature(parameters))  # noqa: B010
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+takes_job_options = functools.partial(takes_options, without=("channels",))
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
