@@ -82,8 +82,9 @@ class Transcript:
         "verified" (the language model's first pass accepted the draft), "resumed" (it went on from the part it
         accepted), "greedy" (there was no draft) or, if segments differ, "mixed"; `llm_passes` (the
         prefill included); `draft_tokens`; `accepted_tokens` (tokens of the text that a draft proposed); `draft_from`:
-        the encoder's head that drafted, "ctc" or "bpe", or "caller", or None; `finish`: "end" if the model ended the
-        text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those that were heard, best first.
+        the encoder's head that drafted, "ctc" or "bpe", or "caller", or None, or "mixed"; `finish`: "end" if the model
+        ended the text, "length" if it reached `max_new_tokens`; with keywords, `keywords`: those that were heard, best
+        first.
       draft: ids of the draft as it was proposed, for recordings of one segment.
       accepted_spans: the spans of `tokens` that were taken from the draft, each (position in `tokens`, position in
         `draft`, size).

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,14 @@ def test_every_snippet_runs(reader: Path, capsys: pytest.CaptureFixture[str]) ->
     exec(compile(said.text, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed and all(f"\n    {line}\n" in (ROOT / "README.md").read_text() for line in printed)
+
+
+def test_what_comes_out_is_what_is_shown(reader: Path) -> None:
+    # Given the text and the subtitles that docs/recordings.md shows, when they are made, then they are those
+    page = (ROOT / "docs" / "recordings.md").read_text(encoding="utf-8")
+    for options in ([], ["--words", "--format", "srt"]):
+        done = CliRunner().invoke(cli.app, ["transcribe", "samples/one-name.wav", *options])
+        assert f"\n\n{textwrap.indent(done.stdout, '    ')}\n" in page
 
 
 def test_every_command_runs(reader: Path) -> None:
