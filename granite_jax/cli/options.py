@@ -69,6 +69,9 @@ _OPTIONS: dict[str, Any] = {
         typer.Option(help="raw transcript, transcript with punctuation, or translation without and with it"),
     ],
     "compilation_cache": Annotated[bool, typer.Option(help="keep compiled programs in the user's cache directory")],
+    "compile_ahead": Annotated[
+        bool, typer.Option(help="begin to compile programs for audio of all lengths while the weights are read")
+    ],
     "target_language": Annotated[
         str | None,
         typer.Option("--target-language", "--to", help="of a translation, as in fr or French", show_default=False),

@@ -28,6 +28,7 @@ import numpy as np
 from granite_jax.audio.load import Audio, printable
 from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, choose_bucket, draft_budget, label_budget
+from granite_jax.inference.compilation import Compilations, encode_form
 from granite_jax.inference.guards import Verdict, is_silent, judge
 from granite_jax.inference.options import DraftFrom, TranscribeOptions
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
@@ -156,15 +157,18 @@ class Engine:
         buckets: Sequence[Bucket],
         batch_size: int,
         *,
+        compilations: Compilations | None = None,
         word_offsets: tuple[float, float] = (0.0, 0.0),
         deadline: float = math.inf,
     ):
         """
         Args:
+          compilations: of these programs, if some have begun.
           word_offsets: seconds to add to the starts and the ends of words.
           deadline: seconds after which a request is dispatched even in a part-filled batch.
         """
         self.programs = programs
+        self.compilations = compilations or Compilations(programs, params)
         self.deadline = deadline
         self._config = config
         self._params = params
@@ -220,8 +224,8 @@ class Engine:
         """Prompt tokens that the audio takes."""
         return int(self._config.num_audio_tokens(num_frames(len(audio.samples))))
 
-    def compile(self, bucket: Bucket, prompt: PromptTokens, *, words: bool = False) -> None:
-        """Runs the programs of a bucket on silence; with `words`, those that time words, too."""
+    def run_on_silence(self, bucket: Bucket, prompt: PromptTokens, *, words: bool = False) -> None:
+        """Compiles and runs the programs of a bucket; with `words`, those that time words, too."""
         silence = Audio("warmup", np.zeros(min(bucket.samples, SAMPLING_RATE), np.float32))
         length = len(prompt.prefix) + len(prompt.suffix) + self.num_audio_tokens(silence)
         ticket = _Ticket(Request(silence, 1, prompt, length), 0, 0.0, Future())
@@ -432,6 +436,8 @@ class Engine:
         bpe_wanted = np.zeros(size, np.int32)
         bpe_wanted[: len(batch)] = [self._draft_from(request) == "bpe" for request in requests]
         with_logits = any(request.needs_logits or request.needs_words for request in requests)
+        self.compilations.start(bucket, with_logits=with_logits)
+        self.compilations.wait(bucket, encode_form(with_logits))
         return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted, with_logits=with_logits)
 
     def _draft_from(self, request: Request) -> DraftFrom | None:
@@ -538,6 +544,7 @@ class Engine:
             if len(sequence) <= label_budget(len(rows[i].request.audio.samples)):
                 labels[i, : len(sequence)], counts[i] = sequence, len(sequence)
             lengths[i] = len(rows[i].request.audio.samples)
+        self.compilations.wait(bucket, "align")
         alignment = self.programs.align(logits, lengths, labels, counts)
 
         def collect() -> _Results:
@@ -579,9 +586,11 @@ class Engine:
                 tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         draft = pad_drafts([*(() if row.is_silent else row.draft for row in rows), *[()] * padding], bucket.draft)
         automata = self._automata([*(row.automaton for row in rows), *[None] * padding])
+        self.compilations.wait(bucket, "prefill")
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
         )
+        self.compilations.wait(bucket, "decode")
         return self.programs.decode(
             self._params,
             verified,

@@ -47,6 +47,8 @@ class ModelOptions:
       model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
       batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
       compilation_cache: keep compiled programs in the user's cache directory, unless JAX was given another.
+      compile_ahead: begin to compile the programs of all buckets while the weights are read, as many at a time as there
+        are cores, instead of each bucket's when it is first needed.
     """
 
     checkpoint: str | os.PathLike[str] = "demo"
@@ -57,6 +59,7 @@ class ModelOptions:
     model_parallel: int = 1
     batch_size: int | None = None
     compilation_cache: bool = True
+    compile_ahead: bool = False
 
     def __post_init__(self) -> None:
         _make_numbers_plain(self)

@@ -115,6 +115,10 @@ class Programs:
         keywords = BatchedAutomata(**tables | {"starts": BATCH})  # pyright: ignore[reportArgumentType]
         compiled = self.devices.compile
         self.encode = compiled(self._counted(self._encode), (REPLICATED, *[BATCH] * 4), BATCH, static="with_logits")
+        self.result_shardings = {
+            "encode": self.devices.result_shardings(BATCH),
+            "prefill": self.devices.result_shardings((BATCH, cache)),
+        }
         prompts = (REPLICATED, BATCH, BATCH, BATCH, BATCH, keywords)
         self.prefill = compiled(self._counted(self._prefill), prompts, (BATCH, cache), static="capacity")
         drafts = (REPLICATED, BATCH, cache, BATCH, BATCH, BATCH, keywords)

@@ -128,9 +128,21 @@ class DeviceMesh:
         placed = jax.device_put(params, shardings)
         return jax.tree.map(self._stacked, placed) if self.parallel == "pmap" else placed
 
+    def result_shardings(self, specs: Any) -> Any:
+        """How a program's results lie on the devices, if each device has its own copy of the weights.
+
+        Args:
+          specs: `out_specs` of `compile`.
+        """
+        is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+        alone = self.mesh.size == 1
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, REPLICATED if alone else spec), specs, is_leaf=is_spec
+        )
+
     def shard_rows(self, rows: Any) -> Any:
-        """Splits host arrays over `data` as programs return theirs, so that both have the same type when traced."""
-        return jax.device_put(rows, NamedSharding(self.mesh, BATCH))
+        """Splits host arrays over `data` as programs return theirs, so that both have the same type when compiled."""
+        return jax.device_put(rows, self.result_shardings(BATCH))
 
     def unstack(self, params: Any) -> Any:
         """Gives arrays returned by `put` their original shape."""

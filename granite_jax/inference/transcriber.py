@@ -9,7 +9,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, overload
 
 import jax
@@ -34,6 +34,7 @@ from granite_jax.checkpoint.files import cache_directory
 from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
+from granite_jax.inference.compilation import Compilations, abstract_params
 from granite_jax.inference.engine import Engine, Request
 from granite_jax.inference.options import (
     MIN_SEGMENT_SECONDS,
@@ -86,10 +87,12 @@ class Transcriber:
         devices: DeviceList | DeviceMesh | None = None,
         parallel: Parallel = "shard_map",
         model_parallel: int = 1,
+        compile_ahead: bool = False,
     ):
         """
         Args:
-          params: the model's parameters; computation runs in `dtype`, by default that of `params`.
+          params: the model's parameters, or a function that returns them in `dtype`; computation runs in `dtype`, by
+            default that of `params`.
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
           batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
@@ -98,6 +101,7 @@ class Transcriber:
           devices: devices to run on; default all local devices, or only the first CPU.
           parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
           model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
+          compile_ahead: begin to compile the programs of all buckets, while a function returns the parameters.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -108,6 +112,10 @@ class Transcriber:
         if not isinstance(devices, DeviceMesh):
             devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
+        compilations = None
+        if callable(params):
+            compilations = Compilations(programs, abstract_params(programs))
+            params = _load(params, compilations, self.buckets if compile_ahead else ())
         self._preparing = threading.Lock()
         self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
         self._params = devices.put(params, devices.param_shardings(config))
@@ -118,6 +126,7 @@ class Transcriber:
             tokenizer,
             self.buckets,
             self.batch_size,
+            compilations=compilations,
             word_offsets=self.capabilities.word_offsets,
         )
 
@@ -144,18 +153,20 @@ class Transcriber:
         options = ModelOptions(checkpoint=checkpoint, **fields)
         if options.compilation_cache:
             enable_compilation_cache()
-        opened = open_checkpoint(options.checkpoint, options.revision)
+        opened, dtype = open_checkpoint(options.checkpoint, options.revision), parse_dtype(options.dtype)
         devices = DeviceMesh.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
         return cls(
             opened.config,
-            opened.load_params(parse_dtype(options.dtype), sharding=devices.param_shardings(opened.config)),
+            functools.partial(opened.load_params, dtype, sharding=devices.param_shardings(opened.config)),
             opened.tokenizer(),
             template=opened.chat_template(),
             capabilities=opened.capabilities,
+            dtype=dtype,
             batch_size=options.batch_size,
             buckets=buckets,
             speculation=speculation,
             devices=devices,
+            compile_ahead=options.compile_ahead,
         )
 
     @classmethod
@@ -175,14 +186,18 @@ class Transcriber:
         return self._engine.read_ahead
 
     def warmup(self, buckets: Sequence[Bucket] | None = None, *, words: bool = False) -> None:
-        """Compiles the programs of all buckets (or those given) by running them on silence.
+        """Compiles the programs of all buckets (or those given), several at a time, and runs them on silence.
 
         Args:
           words: compile those that time words, too, which audio of several segments needs; for up to a minute.
         """
         prompt = self._prompt(self.capabilities.prompts.transcribe)
-        for bucket in buckets or self.buckets:
-            self._engine.compile(bucket, prompt, words=words and bucket.samples <= _LONG_PASS * SAMPLING_RATE)
+        timed = {bucket: words and bucket.samples <= _LONG_PASS * SAMPLING_RATE for bucket in buckets or self.buckets}
+        for bucket, is_timed in timed.items():
+            for with_logits in {False, is_timed}:
+                self._engine.compilations.start(bucket, with_logits=with_logits)
+        for bucket, is_timed in timed.items():
+            self._engine.run_on_silence(bucket, prompt, words=is_timed)
 
     @overload
     def transcribe(
@@ -522,6 +537,17 @@ def enable_compilation_cache() -> None:
         warnings.warn(f"{directory}: compiled programs cannot be kept ({error.strerror}): {advice}", stacklevel=2)
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
+
+
+def _load(load: Callable[[], Any], compilations: Compilations, buckets: Sequence[Bucket]) -> Any:
+    """What `load` returns; the programs of the buckets begin to be compiled meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        loading = thread.submit(load)
+        for bucket in buckets:
+            if loading.done() and loading.exception():
+                break
+            compilations.start(bucket)
+        return loading.result()
 
 
 def _raising(transcripts: Generator[Transcript]) -> Iterator[Transcript]:

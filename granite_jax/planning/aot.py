@@ -5,7 +5,6 @@ layouts and collectives the compiler chose; nothing is run.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import math
 import os
@@ -18,16 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
+from jax.stages import Lowered
 
 from granite_jax.audio.resample import one_line
-from granite_jax.decoding import Draft
 from granite_jax.errors import GraniteError
 from granite_jax.inference.buckets import Bucket
+from granite_jax.inference.compilation import Lowering, abstract_params, results
 from granite_jax.inference.programs import Programs
-from granite_jax.inference.sharding import BATCH, REPLICATED, DeviceList, DeviceMesh
-from granite_jax.keywords.automaton import no_keywords
-from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch
-from granite_jax.model import granite_speech
+from granite_jax.inference.sharding import REPLICATED, DeviceList, DeviceMesh
 from granite_jax.model.config import Config
 
 _ENVIRONMENT = {
@@ -101,43 +98,21 @@ def plan(
     chips = _chips(topology)
     limit = _limit(chips[0])
     devices = DeviceMesh.make(chips, model_parallel=model_parallel)
-    rows = NamedSharding(devices.mesh, BATCH)
     programs = Programs(config, dtype, devices=devices)
-    params = _placed(granite_speech.abstract_params(config, dtype), devices.param_shardings(config), dtype)
-    batch = bucket.batch * devices.replicas
+    lowering = Lowering(programs, abstract_params(programs), bucket)
+    encode = lowering.encode()
+    yield _read("encode", _compile(encode), 0, config, limit)
 
-    def of_rows(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=rows)
-
-    keywords = KeywordBatch(of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), of_rows(jnp.int32))
-    encode_inputs = (params, of_rows(jnp.float32, bucket.samples), of_rows(jnp.int32), keywords, of_rows(jnp.int32))
-    yield _read("encode", _compile(programs.encode.lower(*encode_inputs)), 0, config, limit)
-
-    audio = jax.tree.map(
-        lambda x: of_rows(x.dtype, *x.shape[1:]), jax.eval_shape(programs.encode, *encode_inputs).audio
-    )
-    draft = Draft(of_rows(jnp.int32, bucket.draft), of_rows(jnp.int32))
-    tables = no_keywords(batch)
-    automata = _placed(tables, jax.tree.map(lambda _: NamedSharding(devices.mesh, REPLICATED), tables))
-    automata = dataclasses.replace(automata, starts=of_rows(jnp.int32))
-    prefill_inputs = (params, of_rows(jnp.int32, bucket.prompt), of_rows(jnp.int32), audio, draft, automata)
-    prefill = _compile(programs.prefill.lower(*prefill_inputs, capacity=bucket.capacity))
-    verified, cache = jax.eval_shape(functools.partial(programs.prefill, capacity=bucket.capacity), *prefill_inputs)
+    prefill = lowering.prefill(results(encode, programs.result_shardings["encode"]).audio)
+    compiled = _compile(prefill)
+    cache = prefill.out_info[1]
     cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
-    yield _read("prefill", prefill, cache_bytes, config, limit)
+    yield _read("prefill", compiled, cache_bytes, config, limit)
 
-    if prefill is not None:
+    if compiled is not None:
         # Sharded like the prefill's results, for which the compiler chose a layout over `model`.
-        placed = _placed((verified, cache), prefill.output_shardings)
-        decode_inputs = (params, *placed, draft, of_rows(jnp.int32), of_rows(jnp.float32), automata)
-        decode = _compile(programs.decode.lower(*decode_inputs, max_out_length=bucket.max_out_length))
-        yield _read("decode", decode, cache_bytes, config, limit)
-
-
-def _placed(tree: Any, shardings: Any, dtype: Any = None) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree, shardings
-    )
+        decode = lowering.decode(*results(prefill, compiled.output_shardings))
+        yield _read("decode", _compile(decode), cache_bytes, config, limit)
 
 
 def _chips(topology: str) -> DeviceList:
@@ -167,7 +142,7 @@ def _limit(chip: Any) -> int:
     raise GraniteError("this TPU compiler does not say how much memory a chip has")
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(lowered: Lowered) -> Any:
     """The compiled program, or None if it takes more memory than a chip has."""
     try:
         return lowered.compile()

@@ -1,0 +1,160 @@
+"""Programs compiled from shapes alone: several at a time in threads, before they are run, or for chips that are absent.
+
+this thread      lower encode | lower prefill | lower decode | wait for encode, run it ...
+other threads                 | compile encode ─────────────►
+                                              | compile prefill ─────────────►
+                                                             | compile decode ─────────────►
+"""
+
+import dataclasses
+import os
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.stages import Lowered
+
+from granite_jax.decoding import Draft
+from granite_jax.inference.buckets import Bucket
+from granite_jax.inference.programs import Programs
+from granite_jax.inference.sharding import REPLICATED
+from granite_jax.keywords.automaton import no_keywords
+from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch
+from granite_jax.model import granite_speech
+
+
+class Lowering:
+    """Lowers the programs of a bucket for arguments of the types that the engine passes.
+
+    `prefill`, `decode` and `align` take results of an earlier program as shapes, see `results`.
+    """
+
+    def __init__(self, programs: Programs, params: Any, bucket: Bucket):
+        """
+        Args:
+          params: the model's parameters, or their shapes with shardings.
+        """
+        self._programs = programs
+        self._params = params
+        self._bucket = bucket
+        self._rows = bucket.batch * programs.devices.replicas
+        self._counts = self._of_rows(jnp.int32)
+
+    def encode(self, *, with_logits: bool = False) -> Lowered:
+        keywords = KeywordBatch(self._of_rows(jnp.int16, MAX_KEYWORDS, WIDTH), self._counts)
+        samples = self._of_rows(jnp.float32, self._bucket.samples)
+        encode = self._programs.encode
+        return encode.lower(self._params, samples, self._counts, keywords, self._counts, with_logits=with_logits)
+
+    def prefill(self, audio: Any) -> Lowered:
+        tokens = self._of_rows(jnp.int32, self._bucket.prompt)
+        arguments = (self._params, tokens, self._counts, audio, self._draft(), self._automata())
+        return self._programs.prefill.lower(*arguments, capacity=self._bucket.capacity)
+
+    def decode(self, verified: Any, cache: Any) -> Lowered:
+        thresholds = self._of_rows(jnp.float32)
+        arguments = (self._params, verified, cache, self._draft(), self._counts, thresholds, self._automata())
+        return self._programs.decode.lower(*arguments, max_out_length=self._bucket.max_out_length)
+
+    def align(self, logits: Any) -> Lowered:
+        labels = self._of_rows(jnp.int32, self._bucket.max_labels)
+        return self._programs.align.lower(logits, self._counts, labels, self._counts)
+
+    def _of_rows(self, dtype: Any, *shape: int) -> Any:
+        """An array of the host: which rows go to which device is the program's business."""
+        return jax.ShapeDtypeStruct((self._rows, *shape), dtype)
+
+    def _draft(self) -> Draft:
+        return Draft(self._of_rows(jnp.int32, self._bucket.draft), self._counts)
+
+    def _automata(self) -> Any:
+        replicated = NamedSharding(self._programs.devices.mesh, REPLICATED)
+        tables = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), no_keywords(self._rows)
+        )
+        return dataclasses.replace(tables, starts=self._counts)
+
+
+def abstract_params(programs: Programs) -> Any:
+    """The model's parameters as shapes with shardings."""
+    shapes = granite_speech.abstract_params(programs.config, programs.dtype)
+    shardings = programs.devices.param_shardings(programs.config)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+def results(lowered: Lowered, shardings: Any) -> Any:
+    """The results of a lowered program, as shapes with shardings.
+
+    Args:
+      shardings: a tree of them that has the results' structure or begins like it.
+    """
+    return jax.tree.map(
+        lambda sharding, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), part),
+        shardings,
+        lowered.out_info,
+    )
+
+
+def encode_form(with_logits: bool) -> str:
+    """The name of the form of `encode` with or without logits."""
+    return "encode with logits" if with_logits else "encode"
+
+
+class Compilations:
+    """Compiles the programs of buckets, each once; whoever needs a program waits for it and finds it in JAX's cache.
+
+    What cannot be lowered by itself is left to its first call: pmap, and weights that several devices share, where the
+    compiler chooses how a program's results are spread over them.
+    """
+
+    def __init__(self, programs: Programs, params: Any):
+        """
+        Args:
+          params: the model's parameters, or their shapes with shardings.
+        """
+        self._programs = programs
+        self._params = params
+        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+        self._lock = threading.Lock()
+        self._compiled: dict[tuple[Bucket, str], Future] = {}
+
+    def start(self, bucket: Bucket, *, with_logits: bool = False) -> None:
+        """Begins to compile the programs of a bucket.
+
+        Args:
+          with_logits: `align`, too, and the form of `encode` that returns logits in place of the other.
+        """
+        encode = encode_form(with_logits)
+        devices = self._programs.devices
+        if not hasattr(self._programs.encode, "lower") or devices.mesh.shape["model"] > 1:
+            return
+        with self._lock:
+            if (bucket, encode) in self._compiled:
+                return
+            lowering = Lowering(self._programs, self._params, bucket)
+            shardings = self._programs.result_shardings
+            lowered = self._compile(bucket, encode, lowering.encode(with_logits=with_logits))
+            encoded = results(lowered, shardings["encode"])
+            if with_logits:
+                self._compile(bucket, "align", lowering.align(encoded.logits))
+            if (bucket, "decode") not in self._compiled:
+                lowered = self._compile(bucket, "prefill", lowering.prefill(encoded.audio))
+                self._compile(bucket, "decode", lowering.decode(*results(lowered, shardings["prefill"])))
+
+    def wait(self, bucket: Bucket, program: str) -> None:
+        """Waits until a program is compiled, if that has begun. If it failed, the program's call says so again.
+
+        Args:
+          program: "prefill", "decode", "align", or what `encode_form` returns.
+        """
+        if (compiled := self._compiled.get((bucket, program))) is not None:
+            wait([compiled])
+
+    def _compile(self, bucket: Bucket, program: str, lowered: Lowered) -> Lowered:
+        self._compiled[bucket, program] = self._pool.submit(lowered.compile)
+        return lowered

@@ -1,0 +1,89 @@
+"""Programs compiled before they are run: in JAX's cache when they are called, on one device and on several."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hf_fixture
+import jax
+import numpy as np
+import pytest
+
+import granite_jax as gj
+from granite_jax.errors import CheckpointError
+from granite_jax.inference.buckets import Bucket
+
+BUCKET = Bucket(2, 48_000, 110, 140)
+NOISE = (0.1 * np.random.default_rng(0).standard_normal(16_000)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("hf")
+    small = {"num_layers": 1, "hidden_dim": 8, "num_heads": 4, "dim_head": 4}
+    one_layer = {"num_hidden_layers": 1}
+    hf_fixture.write_random_checkpoint(
+        directory,
+        encoder_config=small,
+        projector_config={"encoder_hidden_size": 8, **one_layer},
+        text_config=one_layer,
+    )
+    return directory
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """The names of functions that XLA compiles, or finds in its cache of compiled programs."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(kwargs["fun_name"]))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.clear_event_listeners()
+
+
+def load(checkpoint: Path, **options: object) -> gj.Transcriber:
+    return gj.Transcriber.from_pretrained(checkpoint, buckets=[BUCKET], batch_size=2, dtype="float32", **options)
+
+
+@pytest.mark.parametrize(("devices", "words"), [(1, False), (4, True)])
+def test_a_program_that_was_compiled_ahead_is_not_compiled_again(
+    checkpoint: Path, compiled: list[str], devices: int, words: bool
+) -> None:
+    # Given a bucket's programs, compiled while the weights were read
+    asr = load(checkpoint, compile_ahead=True, devices=jax.devices()[:devices])
+    asr.warmup(words=words)
+    assert compiled.count("jit(run)") == asr.compilations == (5 if words else 3)
+    # When inputs are transcribed with options of every kind, then nothing is traced or compiled again
+    compiled.clear()
+    for options in (
+        {},
+        {"speculative": "relaxed"},
+        {"keywords": ["speech"], "keyword_gate": False},
+        {"word_timestamps": words},
+    ):
+        asr.transcribe([NOISE] * 3, max_new_tokens=3, **options)
+    assert asr.compilations == (5 if words else 3)
+    assert "jit(run)" not in compiled
+
+
+def test_what_fails_to_compile_ahead_is_compiled_by_its_call(
+    checkpoint: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a compiler that fails in the threads, when an input is transcribed, then its text is the same
+    expected = load(checkpoint).transcribe(NOISE, max_new_tokens=3).tokens
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
+    compiled.clear()
+    assert load(checkpoint).transcribe(NOISE, max_new_tokens=3).tokens == expected
+    assert compiled.count("jit(run)") == 3
+
+
+def test_a_damaged_checkpoint_is_told_while_programs_are_compiled(checkpoint: Path, tmp_path: Path) -> None:
+    # Given a checkpoint whose weights end too early, when it is loaded, then the error is the usual one
+    for file in checkpoint.iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load(tmp_path, compile_ahead=True)
