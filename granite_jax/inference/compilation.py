@@ -112,14 +112,15 @@ class Compilations:
     compiler chooses how a program's results are spread over them.
     """
 
-    def __init__(self, programs: Programs, params: Any):
+    def __init__(self, programs: Programs, params: Any, *, threads: int | None = None):
         """
         Args:
           params: the model's parameters, or their shapes with shardings.
+          threads: how many programs are compiled at a time; default one for each core.
         """
         self._programs = programs
         self._params = params
-        self._pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="compile")
         self._lock = threading.Lock()
         self._compiled: dict[tuple[Bucket, str], Future] = {}
 

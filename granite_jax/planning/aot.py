@@ -95,7 +95,7 @@ def plan(
       GraniteError: the TPU compiler is not installed or does not match this JAX, there is no such topology, or
         model_parallel does not divide it.
     """
-    chips = _chips(topology)
+    chips = topology_devices(topology)
     limit = _limit(chips[0])
     devices = DeviceMesh.make(chips, model_parallel=model_parallel)
     programs = Programs(config, dtype, devices=devices)
@@ -115,7 +115,8 @@ def plan(
         yield _read("decode", _compile(decode), cache_bytes, config, limit)
 
 
-def _chips(topology: str) -> DeviceList:
+def topology_devices(topology: str) -> DeviceList:
+    """The chips of a topology, for which programs can be compiled but not run; raises as `plan`."""
     if "TPU_LIBRARY_PATH" not in os.environ and importlib.util.find_spec("libtpu") is None:
         raise GraniteError(
             "planning needs the TPU compiler: pip install 'granite-jax[plan]' (Linux on x86-64); "
