@@ -9,7 +9,7 @@ other threads                 | compile encode ───────────
 import dataclasses
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ from granite_jax.inference.sharding import REPLICATED
 from granite_jax.keywords.automaton import no_keywords
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch
 from granite_jax.model import granite_speech
+
+_POLL_SECONDS = 0.2
 
 
 class Lowering:
@@ -106,7 +108,7 @@ def encode_form(with_logits: bool) -> str:
 
 
 class Compilations:
-    """Compiles the programs of buckets, each once; whoever needs a program waits for it and finds it in JAX's cache.
+    """Compiles the programs of buckets in threads, each once, so that JAX finds them in its cache when they are called.
 
     What cannot be lowered by itself is left to its first call: pmap, and weights that several devices share, where the
     compiler chooses how a program's results are spread over them.
@@ -120,9 +122,9 @@ class Compilations:
         """
         self._programs = programs
         self._params = params
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="compile")
+        self._free = threading.Semaphore(threads or os.cpu_count() or 1)
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[Bucket, str], Future] = {}
+        self._compiled: dict[tuple[Bucket, str], Future[None]] = {}
 
     def start(self, bucket: Bucket, *, with_logits: bool = False) -> None:
         """Begins to compile the programs of a bucket.
@@ -148,14 +150,31 @@ class Compilations:
                 self._compile(bucket, "decode", lowering.decode(*results(lowered, shardings["prefill"])))
 
     def wait(self, bucket: Bucket, program: str) -> None:
-        """Waits until a program is compiled, if that has begun. If it failed, the program's call says so again.
+        """Waits while a thread compiles a program. If none has begun, or if it failed, the program's call compiles it.
 
         Args:
           program: "prefill", "decode", "align", or what `encode_form` returns.
         """
-        if (compiled := self._compiled.get((bucket, program))) is not None:
-            wait([compiled])
+        compiled = self._compiled.get((bucket, program))
+        if compiled is not None and not compiled.cancel():
+            compiled.exception()
 
     def _compile(self, bucket: Bucket, program: str, lowered: Lowered) -> Lowered:
-        self._compiled[bucket, program] = self._pool.submit(lowered.compile)
+        self._compiled[bucket, program] = compiled = Future()
+        threading.Thread(target=self._run, args=(lowered, compiled), name=f"compile {program}").start()
         return lowered
+
+    def _run(self, lowered: Lowered, compiled: "Future[None]") -> None:
+        while not self._free.acquire(timeout=_POLL_SECONDS):
+            # A process that is to end waits for its threads, not for what they could still begin.
+            if compiled.cancelled() or not threading.main_thread().is_alive():
+                compiled.cancel()
+                return
+        try:
+            if compiled.set_running_or_notify_cancel():
+                lowered.compile()
+                compiled.set_result(None)
+        except BaseException as error:
+            compiled.set_exception(error)
+        finally:
+            self._free.release()
