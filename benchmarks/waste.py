@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import Draft
 from granite_jax.inference.buckets import default_buckets, new_token_budget
-from granite_jax.inference.engine import Engine, Request
+from granite_jax.inference.engine import Engine
 from granite_jax.inference.programs import Encoded
+from granite_jax.inference.requests import Request
 from granite_jax.inference.sharding import DeviceMesh
 from granite_jax.keywords.spotter import no_scores
 from granite_jax.model.config import Config

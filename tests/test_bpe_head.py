@@ -199,7 +199,7 @@ def test_keywords_repair_the_draft_that_they_were_heard_in(
     asr: Transcriber, sounds: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a keyword that takes a word's place in the CTC text, when the BPE head would draft, then that text does
-    monkeypatch.setattr("granite_jax.inference.engine.repair", lambda labels, matches, keywords: "kai kai")
+    monkeypatch.setattr("granite_jax.inference.rows.repair", lambda labels, matches, keywords: "kai kai")
     transcript = asr.transcribe(sounds[0], keywords=["kai"], max_new_tokens=20)
     assert (transcript.draft, transcript.stats["draft_from"]) == (tuple(asr.tokenizer.encode("kai kai")), "ctc")
 

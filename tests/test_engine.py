@@ -13,9 +13,10 @@ import granite_jax as gj
 from granite_jax.audio.load import Audio
 from granite_jax.inference import transcriber as module
 from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.engine import Decoded, Engine, Request
+from granite_jax.inference.engine import Engine
 from granite_jax.inference.guards import Verdict
 from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.requests import Decoded, Request
 from granite_jax.inference.results import Transcript
 from granite_jax.text.tasks import PromptTokens
 

@@ -106,7 +106,7 @@ def test_repaired_drafts_are_the_result_where_no_language_model_runs(
 ) -> None:
     # Given a gate that lets a keyword pass, and a draft of which it takes all words' place
     monkeypatch.setattr(
-        "granite_jax.inference.engine.repair", lambda labels, heard, keywords: keywords.texts[heard[0].keyword]
+        "granite_jax.inference.rows.repair", lambda labels, heard, keywords: keywords.texts[heard[0].keyword]
     )
 
     # When every CTC text is final

@@ -13,10 +13,10 @@ import pytest
 
 from granite_jax.audio.load import Audio
 from granite_jax.audio.segment import AudioSegment
-from granite_jax.inference.engine import Decoded, Request
 from granite_jax.inference.guards import Verdict
 from granite_jax.inference.options import TranscribeOptions
 from granite_jax.inference.recordings import RecordingDecoder, join_texts
+from granite_jax.inference.requests import Decoded, Request
 from granite_jax.inference.results import Segment, Transcript, Word
 from granite_jax.model import ctc
 from granite_jax.text.tasks import PromptTokens

@@ -16,8 +16,8 @@ from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.batch.manifest import parse_line
-from granite_jax.inference.engine import Decoded, Request
 from granite_jax.inference.options import TranscribeOptions
+from granite_jax.inference.requests import Decoded, Request
 from granite_jax.inference.results import Transcript
 from granite_jax.inference.safeguard import safeguarded
 from granite_jax.inference.transcriber import Transcriber

@@ -21,8 +21,9 @@ import numpy as np
 
 from granite_jax.audio.resample import SAMPLE_RATE
 from granite_jax.audio.segment import AudioSegment, halve
-from granite_jax.inference.engine import Decoded, Engine, Request
+from granite_jax.inference.engine import Engine
 from granite_jax.inference.options import MIN_SEGMENT_SECONDS, TranscribeOptions
+from granite_jax.inference.requests import Decoded, Request
 from granite_jax.inference.results import FLAGS, Segment, Transcript, Word
 from granite_jax.inference.words import SPACE, split_words
 from granite_jax.model import ctc

@@ -35,7 +35,7 @@ from granite_jax.errors import AudioError, CheckpointError, ContextError, Granit
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
 from granite_jax.inference.compilation import Compilations, abstract_params
-from granite_jax.inference.engine import Engine, Request
+from granite_jax.inference.engine import Engine
 from granite_jax.inference.options import (
     MIN_SEGMENT_SECONDS,
     Channels,
@@ -47,6 +47,7 @@ from granite_jax.inference.options import (
 )
 from granite_jax.inference.programs import Programs, Speculation
 from granite_jax.inference.recordings import OnSegment, RecordingDecoder
+from granite_jax.inference.requests import Request
 from granite_jax.inference.results import Emissions, Transcript
 from granite_jax.inference.safeguard import safeguarded
 from granite_jax.inference.sharding import DeviceList, DeviceMesh
