@@ -20,7 +20,7 @@ from granite_jax import AudioError, CheckpointError, ContextError, GraniteError,
 from granite_jax.audio.load import Audio
 from granite_jax.evaluation import heldout
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio
-from granite_jax.inference.transcriber import enable_compilation_cache
+from granite_jax.inference.compilation import enable_compilation_cache
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, instruction
 

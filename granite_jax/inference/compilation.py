@@ -8,8 +8,11 @@ other threads                 | compile encode ───────────
 
 import dataclasses
 import os
+import tempfile
 import threading
-from concurrent.futures import Future
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,7 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.stages import Lowered
 
+from granite_jax.checkpoint.files import cache_directory
 from granite_jax.decoding import Draft
+from granite_jax.errors import CheckpointError
 from granite_jax.inference.buckets import Bucket
 from granite_jax.inference.programs import Programs
 from granite_jax.inference.sharding import REPLICATED
@@ -78,6 +83,27 @@ class Lowering:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), no_keywords(self._rows)
         )
         return dataclasses.replace(tables, starts=self._counts)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already.
+
+    Warns if that directory cannot be written.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    try:
+        directory = cache_directory() / "xla"
+    except CheckpointError:  # the user has no home directory
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        advice = "XDG_CACHE_HOME sets another directory, --no-compilation-cache does without"
+        warnings.warn(f"{directory}: compiled programs cannot be kept ({error.strerror}): {advice}", stacklevel=2)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def abstract_params(programs: Programs) -> Any:
@@ -148,6 +174,16 @@ class Compilations:
             if (bucket, "decode") not in self._compiled:
                 lowered = self._compile(bucket, "prefill", lowering.prefill(encoded.audio))
                 self._compile(bucket, "decode", lowering.decode(*results(lowered, shardings["prefill"])))
+
+    def start_while(self, load: Callable[[], Any], buckets: Sequence[Bucket]) -> Any:
+        """Runs `load` in a thread, begins to compile the programs of buckets meanwhile, and returns what it returns."""
+        with ThreadPoolExecutor(1) as thread:
+            loading = thread.submit(load)
+            for bucket in buckets:
+                if loading.done() and loading.exception():
+                    break
+                self.start(bucket)
+            return loading.result()
 
     def wait(self, bucket: Bucket, program: str) -> None:
         """Waits while a thread compiles a program. If none has begun, or if it failed, the program's call compiles it.

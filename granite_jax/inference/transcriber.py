@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import itertools
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, Literal, overload
 
 import jax
@@ -30,11 +29,10 @@ from granite_jax.audio.load import (
 from granite_jax.audio.resample import TooLongError
 from granite_jax.audio.segment import AudioSegment, cut
 from granite_jax.checkpoint.directory import parse_dtype
-from granite_jax.checkpoint.files import cache_directory
 from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
-from granite_jax.inference.compilation import Compilations, abstract_params
+from granite_jax.inference.compilation import Compilations, abstract_params, enable_compilation_cache
 from granite_jax.inference.engine import Engine
 from granite_jax.inference.options import (
     MIN_SEGMENT_SECONDS,
@@ -116,7 +114,7 @@ class Transcriber:
         compilations = None
         if callable(params):
             compilations = Compilations(programs, abstract_params(programs))
-            params = _load(params, compilations, self.buckets if compile_ahead else ())
+            params = compilations.start_while(params, self.buckets if compile_ahead else ())
         self._preparing = threading.Lock()
         self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
         self._params = devices.put(params, devices.param_shardings(config))
@@ -517,38 +515,6 @@ def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: A
     features = log_mel(samples, lengths)
     hidden = granite_speech.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
     return features, granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already.
-
-    Warns if that directory cannot be written.
-    """
-    if jax.config.jax_compilation_cache_dir is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    try:
-        directory = cache_directory() / "xla"
-    except CheckpointError:  # the user has no home directory
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        advice = "XDG_CACHE_HOME sets another directory, --no-compilation-cache does without"
-        warnings.warn(f"{directory}: compiled programs cannot be kept ({error.strerror}): {advice}", stacklevel=2)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _load(load: Callable[[], Any], compilations: Compilations, buckets: Sequence[Bucket]) -> Any:
-    """What `load` returns; the programs of the buckets begin to be compiled meanwhile."""
-    with ThreadPoolExecutor(1) as thread:
-        loading = thread.submit(load)
-        for bucket in buckets:
-            if loading.done() and loading.exception():
-                break
-            compilations.start(bucket)
-        return loading.result()
 
 
 def _raising(transcripts: Generator[Transcript]) -> Iterator[Transcript]:
