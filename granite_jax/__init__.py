@@ -15,7 +15,6 @@ Names are imported when they are first used (PEP 562): `import granite_jax` itse
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,10 +34,7 @@ if TYPE_CHECKING:
     from granite_jax.pretrained import load
     from granite_jax.text.subtitles import to_srt, to_tsv, to_vtt
 
-try:
-    __version__ = importlib.metadata.version("granite-jax")
-except importlib.metadata.PackageNotFoundError:  # run from a source tree
-    __version__ = "0+unknown"
+    __version__: str
 
 __all__ = [
     "AudioError",
@@ -81,11 +77,23 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name == "__version__":
+        value = _version()
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("granite-jax")
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -451,6 +451,31 @@ def test_a_full_disk_is_named(checkpoint: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "own").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "unbuffered", "error"),
+    [
+        ("/dev/full", "", "granite-jax: standard output cannot be written: No space left on device\n"),
+        ("/dev/full", "1", "granite-jax: standard output cannot be written: No space left on device\n"),
+        ("a closed pipe", "", ""),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(output: str, unbuffered: str, error: str) -> None:
+    # Given a full disk, or a pipe that nobody reads
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe, open("/dev/full", "wb") as full:
+        # When something is printed there, then at most a line says so
+        done = subprocess.run(
+            [sys.executable, "-m", "granite_jax.cli", "--version"],
+            stdout=full if output == "/dev/full" else pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (1, error)
+
+
 def test_a_picture(loaded: list, recordings: list[str], tmp_path: Path) -> None:
     # Given a file, when its picture is asked for, then it is there, beside the text
     result = invoke(

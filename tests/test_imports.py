@@ -29,6 +29,14 @@ def test_help_loads_no_jax(command: str) -> None:
     assert "Usage:" in run("from granite_jax.cli import main; main()", HEAVY, *command.split(), "--help")
 
 
+def test_the_version_loads_no_jax() -> None:
+    # Given no JAX, when the version is asked for, then it is printed
+    import granite_jax
+
+    version = run("from granite_jax.cli import main; main()", HEAVY, "--version")
+    assert version == f"granite-jax {granite_jax.__version__}\n"
+
+
 def test_the_programs_need_jax_and_flax_alone() -> None:
     # Given a machine without what reads audio, text and checkpoints, then the programs are imported nevertheless
     code = "from granite_jax.inference import buckets, programs; print(programs.Programs.__name__)"

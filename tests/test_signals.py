@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,12 @@ WORK = {
     "a compiler": "hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30)",
     "threads at its end": "threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
     "a job": "with signals.defer_signals() as stop:\n            while True: time.sleep(0.01)",
+    "an import": "sys.path.insert(0, work.name); pathlib.Path(work.name, 'slow.py').write_text("
+    "'import time\\nwhile True: time.sleep(0.01)'); import slow",
+    "a destructor": "type('Slow', (), {'__del__': lambda _: time.sleep(60)})()",
 }
 COMMAND = """
-import hashlib, multiprocessing, os, pathlib, tempfile, threading, time
+import hashlib, multiprocessing, os, pathlib, sys, tempfile, threading, time
 from granite_jax.cli import signals
 
 if __name__ == "__main__":
@@ -36,6 +40,30 @@ if __name__ == "__main__":
     with signals.exit_on_signals(), work:
         {work}
 """
+
+IMPORTS = """
+import signal, sys
+from granite_jax import cli
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "granite_jax.cli.commands":
+            signal.raise_signal({number})
+
+sys.meta_path.insert(0, Finder())
+cli.main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def not_ignored() -> Iterator[None]:
+    """No signal is ignored, as if the tests were not run in the background: the processes of tests inherit this."""
+    ignored = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def is_gone(pid: int) -> bool:
@@ -50,9 +78,12 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("work", WORK)
-@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
-def test_a_command_ends_with_its_processes(number: signal.Signals, work: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("work", "number"),
+    [(work, number) for work in WORK for number in SIGNALS if number == signal.SIGINT or work in list(WORK)[:4]],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_command_ends_with_its_processes(work: str, number: signal.Signals, tmp_path: Path) -> None:
     # Given a command that does something long, with a process and temporary files of its own
     script = tmp_path / "command.py"
     script.write_text(COMMAND.format(work=WORK[work]))
@@ -66,9 +97,18 @@ def test_a_command_ends_with_its_processes(number: signal.Signals, work: str, tm
         command.send_signal(number)
         assert command.wait(5) == 128 + number
         # And says so in one line, and nothing is left
-        assert command.stderr.read().startswith(f"granite-jax: stopped by {number.name}")
+        resumes = "" if work != "a job" else ", amid its work; run again to resume"
+        assert command.stderr.read() == f"granite-jax: stopped by {number.name}{resumes}\n"
     assert is_gone(int(child))
     assert not Path(directory).exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=NAMES)
+def test_a_signal_while_modules_are_imported_ends_the_process(number: signal.Signals) -> None:
+    # Given a command whose modules are just imported, when a signal comes, then one line and the status say so
+    command = [sys.executable, "-c", IMPORTS.format(number=int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (128 + number, f"granite-jax: stopped by {number.name}\n")
 
 
 @pytest.fixture

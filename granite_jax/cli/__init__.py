@@ -1,45 +1,42 @@
-"""The `granite-jax` command: a module for each of its commands.
+"""The `granite-jax` command.
 
-Whatever loads JAX, Grain or matplotlib is imported in the bodies of commands, so that `granite-jax --help` answers at
-once.
+This module imports next to nothing: what it does first is to say what signals do while all others are imported.
 """
 
-import io
-import logging
 import os
-import sys
-import warnings
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-import typer
+if TYPE_CHECKING:
+    from granite_jax.cli.commands import app
 
-from granite_jax.cli import batch, convert, evaluate, inspect, plan, signals, transcribe
-from granite_jax.cli.terminal import fail
+__all__ = ["app", "main"]
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # it would break the lines of long help texts
-    help="Granite Speech in JAX: transcribe and translate speech, convert checkpoints.",
-)
-app.command()(transcribe.transcribe)
-app.command()(convert.convert)
-app.command()(inspect.inspect)
-app.command()(plan.plan)
-app.add_typer(batch.app, name="batch")
-app.command("eval")(evaluate.evaluate)
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 def main() -> None:
     """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        # File names need not be valid Unicode; escapes are, in JSON, too.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    for package in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):  # which log tracebacks of their own
-        logging.getLogger(package).setLevel(logging.CRITICAL)
-    warnings.showwarning = lambda message, *_: fail(f"warning: {message}")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # before huggingface_hub is imported, which reads it
-    with signals.exit_on_signals():
-        app()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells have it in the background
+            signal.signal(number, _leave)
+    from granite_jax.cli import commands
+
+    commands.run()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once: an exception amid the import of an extension can crash it."""
+    try:
+        os.write(2, f"granite-jax: stopped by {signal.Signals(number).name}\n".encode())
+    finally:
+        os._exit(128 + number)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from granite_jax.cli.commands import app
+
+        return app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
