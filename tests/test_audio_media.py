@@ -40,8 +40,12 @@ KINDS = {
 FLAGGED, UNFLAGGED = ("webm", "mkv", "wma", "tta", "wv", "wav"), ("avi", "ts", "ac3")
 
 
-def encode(samples: np.ndarray, kind: str, *, video: bool = False, **options: str) -> bytes:
-    """A file of float samples `[n]` or `[channels, n]` at 16 kHz, with a video track before them, if asked for."""
+def encode(samples: np.ndarray, kind: str, *, video: bool = False, start: int = 0, **options: str) -> bytes:
+    """A file of float samples `[n]` or `[channels, n]` at 16 kHz, with a video track before them, if asked for.
+
+    Args:
+      start: samples of the clock, at the beginning of the sound.
+    """
     muxer, codec, rate = KINDS[kind]
     samples = np.atleast_2d(samples).astype(np.float32)
     layout = {1: "mono", 2: "stereo"}[len(samples)]
@@ -51,17 +55,19 @@ def encode(samples: np.ndarray, kind: str, *, video: bool = False, **options: st
         stream: Any = container.add_stream(codec, rate=rate)
         stream.layout, stream.bit_rate = layout, 96000
         resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate)
-        for start in range(0, samples.shape[1], 1600):
+        for begin in range(0, samples.shape[1], 1600):
             if video:
                 container.mux(pictures.encode(av.VideoFrame(32, 32, "yuv420p")))
-            frame = av.AudioFrame.from_ndarray(samples[:, start : start + 1600].copy(), format="fltp", layout=layout)
-            frame.sample_rate, frame.pts = RATE, start
+            frame = av.AudioFrame.from_ndarray(samples[:, begin : begin + 1600].copy(), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts = RATE, begin + start
             for resampled in resampler.resample(frame):
                 container.mux(stream.encode(resampled))
         for resampled in resampler.resample(None):
             container.mux(stream.encode(resampled))
         container.mux(stream.encode(None))
         if video:
+            for _ in range(20):  # two seconds more
+                container.mux(pictures.encode(av.VideoFrame(32, 32, "yuv420p")))
             container.mux(pictures.encode(None))
     return written.getvalue()
 
@@ -92,6 +98,26 @@ def test_media_files_are_decoded(speech: np.ndarray, kind: str) -> None:
     segment = load_segment(io.BytesIO(data), "x", offset=3.0, duration=2.0)
     assert len(segment.samples) == 2 * RATE
     assert likeness(segment.samples, audio.samples[3 * RATE : 5 * RATE], 16) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "lead"),
+    [*((kind, seconds, seconds // 1) for kind in ("mp4", "mkv", "ts") for seconds in (0.05, 3.0)), ("ts", 3600.0, 0.0)],
+)
+def test_times_are_those_of_the_file(speech: np.ndarray, kind: str, seconds: float, lead: float) -> None:
+    # Given a video whose sound begins later than the picture, or, by a broken clock, when all has ended
+    data = encode(speech, kind, video=True, start=round(seconds * RATE))
+    # When it is read, then as much silence comes first, unless that is a codec's delay
+    audio = load_audio(data)
+    assert audio.flags == ()
+    shifted = np.concatenate([np.zeros(round(lead * RATE), np.float32), speech])
+    assert abs(audio.duration - len(shifted) / RATE) < 0.2
+    assert likeness(audio.samples[round(lead * RATE) :], speech, 1600) > 0.9
+    assert np.abs(audio.samples[: max(0, round((lead - 0.1) * RATE))]).max(initial=0.0) == 0.0
+    # And a segment is that of the whole, whether it begins before the sound or after it
+    for offset in (1.0, 2.5, 4.5):
+        segment = load_segment(io.BytesIO(data), "x", offset=offset, duration=2.0).samples
+        np.testing.assert_allclose(segment, audio.samples[round(offset * RATE) :][: 2 * RATE], atol=0.05)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Decodes what libsndfile does not know (MP4, WebM, AAC, WMA, AMR, video files, ...) by PyAV, of the extra `media`.
 
 FFmpeg is told the format, and never probes for one: playlists and scripts among its formats name further files.
+
+Times are those of the file: sound that begins later than the picture has silence in front.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from granite_jax.audio.resample import Blocks, Mixer, check_channels, check_rate, one_line, resample
+from granite_jax.audio.resample import BLOCK_FRAMES, Blocks, Mixer, check_channels, check_rate, one_line, resample
 from granite_jax.errors import AudioError
 
 HEAD = 512
 """Bytes of a file by which its format is recognized."""
 _SLACK = 0.5  # seconds that a header's duration and the decoded audio can differ by
+_MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more than a codec's delay
 _PREROLL = 1.0  # seconds before a segment that are decoded, because lossy decoders depend on what was before
 
 
@@ -115,11 +118,14 @@ class _Decoder(NamedTuple):
             from av.error import FFmpegError
 
             blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
-            rate, beginning = blocks.rate, blocks.start
+            rate, lead, zero = blocks.rate, blocks.lead, blocks.start - blocks.lead
             if seek:
+                if self.offset - _PREROLL < lead / rate:
+                    raise _NoSeekError
                 try:
                     container.seek(int((self.offset - _PREROLL) * 1e6))
                     blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
+                    blocks.lead = 0
                 except (FFmpegError, AudioError):
                     raise _NoSeekError from None
             if self.sampling_rate is not None and check_rate(self.sampling_rate) != rate:
@@ -128,7 +134,7 @@ class _Decoder(NamedTuple):
                 )
             skip = round(self.offset * rate)
             take = None if self.duration is None else max(1, round(self.duration * rate))
-            position = blocks.start - beginning
+            position = blocks.start - blocks.lead - zero
             if position > skip:
                 raise _NoSeekError
             skip -= position
@@ -140,9 +146,9 @@ class _Decoder(NamedTuple):
             if take is not None and blocks.num_frames >= skip + take:
                 return flags
             is_truncated = blocks.error is not None
-            if blocks.error is not None and not (self._is_at_end() and blocks.num_frames):
+            if blocks.error is not None and not (self._is_at_end() and blocks.num_frames > blocks.lead):
                 raise AudioError(f"is damaged ({blocks.error})")
-            seconds = _declared_seconds(container, container.streams.audio[0])
+            seconds = _declared_seconds(container, container.streams.audio[0], lead / rate)
             if seconds is not None:
                 is_truncated |= (position + blocks.num_frames) / rate < seconds - _SLACK
             if self.offset and num_samples == 0:
@@ -185,7 +191,8 @@ class _Blocks:
       rate: in Hz, as the decoder has it: headers of AAC can tell half of it.
       num_channels: of the first frame.
       start: the time of the first frame, in frames of the file's clock.
-      num_frames: frames that were decoded.
+      lead: frames of silence that come first, because the track begins after the file.
+      num_frames: frames that were yielded.
       error: why decoding ended, if an error ended it.
     """
 
@@ -199,14 +206,26 @@ class _Blocks:
         self.num_channels: int = self._first.layout.nb_channels
         check_channels(self.num_channels)
         self.num_frames, self.error = 0, None
-        self.start = 0
+        self.start, self.lead = 0, 0
         if self._first.pts is not None:
             self.start = round(float(self._first.pts * self._first.time_base) * self.rate)
+            self.lead = self._lead(container)
+
+    def _lead(self, container: Any) -> int:
+        if container.start_time is None or container.duration is None:
+            return 0
+        lead = self.start - round(container.start_time / 1e6 * self.rate)
+        # What begins when the file has ended has a broken clock.
+        return lead if _MIN_LEAD <= lead / self.rate < container.duration / 1e6 else 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
         from av.error import FFmpegError
 
         resampler = self._av.AudioResampler(format="fltp")
+        while self.num_frames < self.lead:
+            silence = np.zeros((min(BLOCK_FRAMES, self.lead - self.num_frames), self.num_channels), np.float32)
+            self.num_frames += len(silence)
+            yield silence
         try:
             for frame in itertools.chain([self._first], self._frames):
                 yield from self._converted(resampler, frame)
@@ -239,12 +258,17 @@ def _cut(blocks: _Blocks, skip: int, take: int | None) -> Iterator[np.ndarray]:
             return
 
 
-def _declared_seconds(container: Any, track: Any) -> float | None:
-    """The track's length according to its header; None where that is missing or an estimate."""
+def _declared_seconds(container: Any, track: Any, lead: float) -> float | None:
+    """When the track ends according to its header; None where that is missing or an estimate.
+
+    Args:
+      lead: seconds before its beginning, which lengths of tracks in MP4 do not contain.
+    """
     if container.format.name in ("aac", "amr", "ac3", "mpegts", "mpeg", "flv"):
         return None
-    if track.duration is not None and track.time_base is not None:
-        return float(track.duration * track.time_base)
+    is_filled_in = "matroska" in container.format.name  # from the whole file, whose picture can go on
+    if track.duration is not None and track.time_base is not None and not is_filled_in:
+        return float(track.duration * track.time_base) + (lead if "mp4" in container.format.name else 0.0)
     clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", track.metadata.get("DURATION", ""))
     if clock is not None:
         return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
