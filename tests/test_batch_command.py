@@ -58,6 +58,11 @@ def test_the_exit_status_tells_too_many_failures(
         assert result.exit_code == status
         assert (f"{missing} of 4 utterances failed" in result.stderr) == (status == 3)
         assert f"{4 - missing} of 4 utterances, {missing} failed" in result.stdout
+        # And lines name the first three that failed, and the file with all of them
+        shown = [f"utterance {i}: none.wav: no such file" for i in range(4 - missing, 4)][:3]
+        shown += [f"all utterances that failed are in {tmp_path}/out/errors.jsonl"] * (missing > 0)
+        assert result.stderr.splitlines()[: len(shown)] == [f"granite-jax: {text}" for text in shown]
+        assert result.stderr.count("none.wav") == min(missing, 3)
 
 
 def test_percentages_are_exact() -> None:

@@ -45,6 +45,7 @@ from granite_jax.pretrained import open_checkpoint
 PART_SIZE = 1024
 _CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device works on a chunk while the next one is read
 _LATER_CHUNK_FACTOR = 4  # later chunks have this many times the entries of the first
+_MAX_ERRORS = 3  # in a summary
 _FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a Transcript, in a line
 
 
@@ -93,6 +94,7 @@ class Summary:
       audio_seconds, wall_seconds, read_wait_seconds, rtfx: measured in this run.
       stopped: whether it was asked to stop before its share was done; the next run does the rest.
       notes: what is odd about the manifest: sentences.
+      errors: ids and errors of the first utterances of the share that failed.
     """
 
     fingerprint: str
@@ -112,6 +114,7 @@ class Summary:
     rtfx: float
     stopped: bool = False
     notes: tuple[str, ...] = ()
+    errors: tuple[tuple[str, str], ...] = ()
 
 
 class _Stopped(Exception):
@@ -332,7 +335,7 @@ class _Worker:
                     parts_of_others = self._transcribe_tasks(asr, tasks, loaded)
             except _Stopped:
                 stopped = True
-        failed = self._write_errors(share) if not stopped else self.progress.failed
+        failed, errors = self._write_errors(share) if not stopped else (self.progress.failed, [])
         summary = Summary(
             fingerprint=self.fingerprint,
             shard=self.shard.index,
@@ -351,6 +354,7 @@ class _Worker:
             rtfx=round(self.progress.rtfx, 1),
             stopped=stopped,
             notes=self.progress.notes,
+            errors=tuple(errors),
         )
         name = self.shard.name("summary", ".json")
         if not stopped and (tasks or not self.store.exists(name)):  # keep that of the run that did the work
@@ -472,9 +476,9 @@ class _Worker:
         if self.stop is not None and self.stop():
             raise _Stopped
 
-    def _write_errors(self, share: range) -> int:
-        """Writes the failed entries of a share's parts; returns their number."""
-        failed, path = 0, self.work / "errors.jsonl"
+    def _write_errors(self, share: range) -> tuple[int, list[tuple[str, str]]]:
+        """Writes the failed entries of a share's parts; returns their number, and ids and errors of the first."""
+        failed, first, path = 0, [], self.work / "errors.jsonl"
         retries = committed_parts(self.store, self.fingerprint)
         with open(path, "wb") as errors:
             for part in share:
@@ -483,5 +487,7 @@ class _Worker:
                     if line.failed:
                         errors.write(line.data)
                         failed += 1
+                        if failed <= _MAX_ERRORS:
+                            first.append((str(line.fields.get("id")), str(line.fields["error"])))
         self.store.replace(self.shard.name("errors", ".jsonl"), path)
-        return failed
+        return failed, first

@@ -120,6 +120,11 @@ def run(
         raise typer.Exit(stop.status)
     if not summary.parts:
         fail(f"shard {summary.shard} of {summary.num_shards} has no parts: there are fewer parts than shards")
+    for identity, error in summary.errors:
+        fail(f"utterance {identity:.80}: {error:.400}")
+    if summary.failed:
+        name = batch.Shard(summary.shard, summary.num_shards).name("errors", ".jsonl")
+        fail(f"all utterances that failed are in {out.rstrip('/')}/{name}")
     print(line(f"{out}: {summary.transcribed} of {summary.entries} utterances, {summary.failed} failed"))
     failures.check_failures(summary.failed, summary.entries, max_failures)
 
