@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from av.stream import Disposition
 
 from granite_jax import AudioError, Transcriber
 from granite_jax.audio.load import RecordingBlocks, load_audio, load_segment
@@ -195,6 +196,24 @@ def test_channels_that_cancel_out_are_noticed(speech: np.ndarray) -> None:
     audio = load_audio(encode(np.stack([speech, -speech]), "mov"))
     assert audio.flags == ("one-channel",)
     np.testing.assert_allclose(np.abs(audio.samples), np.abs(speech), atol=1e-4)
+
+
+@pytest.mark.parametrize("default", [0, 1])
+def test_of_several_tracks_the_default_is_read(default: int) -> None:
+    # Given a file with two audio tracks, one of which is silent
+    written = io.BytesIO()
+    with av.open(written, "w", format="matroska") as container:
+        for index in range(2):
+            track: Any = container.add_stream("pcm_f32le", rate=RATE)
+            track.layout, track.disposition = "mono", Disposition(index == default)
+        for index, track in enumerate(container.streams):
+            frame = av.AudioFrame.from_ndarray(np.full((1, RATE), 0.5 * index, np.float32), "flt", "mono")
+            frame.sample_rate = RATE
+            container.mux(track.encode(frame))
+    # When it is read, then the track is the default one, and a flag says that there are more
+    audio = load_audio(written.getvalue())
+    assert audio.flags == ("one-track",)
+    np.testing.assert_array_equal(audio.samples, np.full(RATE, 0.5 * default, np.float32))
 
 
 @pytest.mark.parametrize(

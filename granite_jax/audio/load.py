@@ -67,7 +67,7 @@ class Audio:
     Fields:
       name: for messages and output.
       samples: float32 `[n]` at 16 kHz, mono, roughly in [-1, 1].
-      flags: of a `Transcript`, "truncated-input" and "one-channel" where they apply.
+      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply.
     """
 
     name: str
@@ -84,7 +84,8 @@ class RecordingBlocks(Iterator[np.ndarray]):
     """The blocks of a recording, float32 `[n]` at 16 kHz, mono. Its AudioErrors name the recording.
 
     Fields:
-      flags: of a `Transcript`, "truncated-input" and "one-channel" where they apply; known when all blocks were read.
+      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply; known when all blocks
+        were read.
     """
 
     def __init__(self, name: str, blocks: Blocks):

@@ -2,7 +2,8 @@
 
 FFmpeg is told the format, and never probes for one: playlists and scripts among its formats name further files.
 
-Times are those of the file: sound that begins later than the picture has silence in front.
+Times are those of the file: sound that begins later than the picture has silence in front. Of several audio tracks,
+FFmpeg's choice is read, which is the one that is marked as the default, if any is.
 """
 
 from __future__ import annotations
@@ -87,13 +88,13 @@ def decode_media(
     duration: float | None = None,
     channel: int | None = None,
 ) -> Blocks:
-    """Decodes the first audio track in blocks. Arguments, result and errors are those of `decode.decode`."""
+    """Decodes an audio track in blocks. Arguments, result and errors are those of `decode.decode`."""
     return _Decoder(file, kind, sampling_rate, limit, offset, duration, channel).decode()
 
 
 def num_media_channels(file: BinaryIO, kind: MediaFormat) -> int:
-    """The channels of the first audio track's first frame: headers of AAC can tell half of them."""
-    with _Decoder(file, kind).open() as (av, container), contextlib.closing(_first_track(av, container)) as blocks:
+    """The channels of the audio track's first frame: headers of AAC can tell half of them."""
+    with _Decoder(file, kind).open() as (av, container), contextlib.closing(_blocks(av, container)) as blocks:
         return blocks.num_channels
 
 
@@ -117,14 +118,14 @@ class _Decoder(NamedTuple):
         with self.open() as (av, container), contextlib.ExitStack() as stack:
             from av.error import FFmpegError
 
-            blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
+            blocks = stack.enter_context(contextlib.closing(_blocks(av, container)))
             rate, lead, zero = blocks.rate, blocks.lead, blocks.start - blocks.lead
             if seek:
                 if self.offset - _PREROLL < lead / rate:
                     raise _NoSeekError
                 try:
                     container.seek(int((self.offset - _PREROLL) * 1e6))
-                    blocks = stack.enter_context(contextlib.closing(_first_track(av, container)))
+                    blocks = stack.enter_context(contextlib.closing(_blocks(av, container)))
                     blocks.lead = 0
                 except (FFmpegError, AudioError):
                     raise _NoSeekError from None
@@ -143,12 +144,13 @@ class _Decoder(NamedTuple):
                 num_samples += len(block)
                 yield block
             flags = ("one-channel",) if mixer.took_one_channel else ()
+            flags += ("one-track",) if len(container.streams.audio) > 1 else ()
             if take is not None and blocks.num_frames >= skip + take:
                 return flags
             is_truncated = blocks.error is not None
             if blocks.error is not None and not (self._is_at_end() and blocks.num_frames > blocks.lead):
                 raise AudioError(f"is damaged ({blocks.error})")
-            seconds = _declared_seconds(container, container.streams.audio[0], lead / rate)
+            seconds = _declared_seconds(container, _track(container), lead / rate)
             if seconds is not None:
                 is_truncated |= (position + blocks.num_frames) / rate < seconds - _SLACK
             if self.offset and num_samples == 0:
@@ -174,10 +176,14 @@ class _Decoder(NamedTuple):
         return self.file.read(1) == b"" or position == 0
 
 
-def _first_track(av: ModuleType, container: Any) -> _Blocks:
+def _track(container: Any) -> Any:
     if not container.streams.audio:
         raise AudioError("has no audio track")
-    return _Blocks(av, container, container.streams.audio[0])
+    return container.streams.best("audio") or container.streams.audio[0]
+
+
+def _blocks(av: ModuleType, container: Any) -> _Blocks:
+    return _Blocks(av, container, _track(container))
 
 
 class _NoSeekError(Exception):

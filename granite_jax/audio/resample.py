@@ -26,8 +26,8 @@ CHUNK_VALUES = 1 << 22
 Blocks = Generator[np.ndarray, None, tuple[str, ...]]
 """Float32 blocks `[n]` at 16 kHz, mono; returns flags when it is exhausted. Closing it closes what it reads from.
 
-The flags are "truncated-input" if the file lacks its end, and "one-channel" if the channels cancel each other out
-somewhere, and the samples there are those of the loudest.
+The flags are "truncated-input" if the file lacks its end, "one-channel" if the channels cancel each other out
+somewhere, and the samples there are those of the loudest, and "one-track" if there are other audio tracks.
 """
 
 
