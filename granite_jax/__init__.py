@@ -15,9 +15,11 @@ Names are imported when they are first used (PEP 562): `import granite_jax` itse
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # but for type checkers; importing it would take most of the time that the package takes
 if TYPE_CHECKING:
+    from typing import Any
+
     from granite_jax.errors import (
         AudioError,
         BackendError,
@@ -76,7 +78,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "__version__":
         value = _version()
     elif name in _MODULES:

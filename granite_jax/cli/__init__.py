@@ -5,10 +5,12 @@ This module imports next to nothing: what it does first is to say what signals d
 
 import os
 import signal
-from types import FrameType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import FrameType
+    from typing import Any
+
     from granite_jax.cli.commands import app
 
 __all__ = ["app", "main"]
@@ -26,7 +28,7 @@ def main() -> None:
     commands.run()
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _leave(number: int, frame: "FrameType | None") -> None:
     """Ends the process at once: an exception amid the import of an extension can crash it."""
     try:
         os.write(2, f"granite-jax: stopped by {signal.Signals(number).name}\n".encode())
@@ -34,7 +36,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name == "app":
         from granite_jax.cli.commands import app
 
