@@ -30,7 +30,7 @@ RATE = 16000
 DEADLINE = 120.0
 # Forked from a process that has imported everything: a worker starts within milliseconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["batch_worker", "granite_jax.cli"])
+CONTEXT.set_forkserver_preload(["batch_worker", "granite_jax.cli.commands"])
 
 Files = dict[str, bytes]
 Start = Callable[..., Any]
