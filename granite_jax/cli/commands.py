@@ -56,9 +56,8 @@ def run() -> None:
         if stream is None:  # closed
             setattr(sys, name, open(os.devnull, "w"))
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # file names need not be valid Unicode; escapes are, in JSON, too
+            # File names need not be valid Unicode; escapes are, in JSON, too.
+            stream.reconfigure(errors="backslashreplace")
     for package in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):  # which log tracebacks of their own
         logging.getLogger(package).setLevel(logging.CRITICAL)
     warnings.showwarning = lambda message, *_: fail(f"warning: {message}")
