@@ -20,7 +20,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.inference.buckets import Bucket, default_buckets
-from granite_jax.inference.compilation import Compilations, abstract_params
+from granite_jax.inference.compilation import Compiler, abstract_params
 from granite_jax.inference.programs import Programs
 from granite_jax.inference.sharding import DeviceMesh
 from granite_jax.model.config import Config
@@ -31,13 +31,11 @@ def measure(config: Config, mesh: DeviceMesh, buckets: list[Bucket], threads: in
     """Compiles the programs of all buckets from nothing."""
     started, used = time.monotonic(), time.process_time()
     programs = Programs(config, "bfloat16", devices=mesh)
-    compilations = Compilations(programs, abstract_params(programs), threads=threads)
+    compiler = Compiler(programs, abstract_params(programs), threads=threads)
     for bucket in buckets:
-        compilations.start(bucket)
+        compiler.start(bucket)
     lowered = time.monotonic()
-    for bucket in buckets:
-        for program in ("encode", "prefill", "decode"):
-            compilations.wait(bucket, program)
+    compiler.finish()
     return {
         "threads": threads,
         "programs": 3 * len(buckets),

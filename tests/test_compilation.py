@@ -11,6 +11,7 @@ import pytest
 
 import granite_jax as gj
 from granite_jax.errors import CheckpointError
+from granite_jax.inference import compilation
 from granite_jax.inference.buckets import Bucket
 
 BUCKET = Bucket(2, 48_000, 110, 140)
@@ -33,16 +34,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
-    """The names of functions that XLA compiles, or finds in its cache of compiled programs."""
-    names: list[str] = []
+    """For each program that XLA compiles, or finds in its cache on disk, the name of the thread."""
+    threads: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(str(kwargs["fun_name"]))
+        if event == "/jax/core/compile/backend_compile_duration" and kwargs["fun_name"] == "jit(run)":
+            threads.append(threading.current_thread().name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.clear_event_listeners()
+    yield threads
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def load(checkpoint: Path, **options: object) -> gj.Transcriber:
@@ -53,12 +54,15 @@ def load(checkpoint: Path, **options: object) -> gj.Transcriber:
 def test_a_program_that_was_compiled_ahead_is_not_compiled_again(
     checkpoint: Path, compiled: list[str], devices: int, words: bool
 ) -> None:
-    # Given a bucket's programs, compiled while the weights were read
+    # Given a bucket's programs, compiled in threads while the weights were read
     asr = load(checkpoint, compile_ahead=True, devices=jax.devices()[:devices])
-    asr.warmup(words=words)
-    assert compiled.count("jit(run)") == asr.compilations == (5 if words else 3)
+    if words:
+        asr._engine.compiler.start_encoder(BUCKET, with_logits=True)
+    asr._engine.compiler.finish()
+    assert len(compiled) == asr.compilations == (5 if words else 3)
+    assert {name.split()[0] for name in compiled} == {"compile"}
     # When inputs are transcribed with options of every kind, then nothing is traced or compiled again
-    compiled.clear()
+    asr.warmup(words=words)
     for options in (
         {},
         {"speculative": "relaxed"},
@@ -66,23 +70,22 @@ def test_a_program_that_was_compiled_ahead_is_not_compiled_again(
         {"word_timestamps": words},
     ):
         asr.transcribe([NOISE] * 3, max_new_tokens=3, **options)
-    assert asr.compilations == (5 if words else 3)
-    assert "jit(run)" not in compiled
+    assert len(compiled) == asr.compilations == (5 if words else 3)
 
 
 def test_what_is_not_compiled_ahead_is_compiled_by_its_call(
     checkpoint: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Given threads that are all busy, when an input is transcribed, then nothing waits for them
+    # Given no thread that is free, when an input is transcribed, then nothing waits for one
     busy = load(checkpoint)
-    busy._engine.compilations._free = threading.Semaphore(0)
+    busy._engine.compiler._threads = compilation._Threads(0)
     expected = busy.transcribe(NOISE, max_new_tokens=3).tokens
-    assert compiled.count("jit(run)") == 3
+    assert compiled == ["MainThread"] * 3
 
     # And given a compiler that fails in them, then the text is the same
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
     assert load(checkpoint).transcribe(NOISE, max_new_tokens=3).tokens == expected
-    assert compiled.count("jit(run)") == 6
+    assert compiled == ["MainThread"] * 6
 
 
 def test_a_damaged_checkpoint_is_told_while_programs_are_compiled(checkpoint: Path, tmp_path: Path) -> None:
@@ -92,3 +95,10 @@ def test_a_damaged_checkpoint_is_told_while_programs_are_compiled(checkpoint: Pa
         (tmp_path / file.name).write_bytes(data[:-100] if file.suffix == ".safetensors" else data)
     with pytest.raises(CheckpointError, match="safetensors"):
         load(tmp_path, compile_ahead=True)
+
+
+def test_texts_of_the_encoder_alone_need_no_decoder(checkpoint: Path) -> None:
+    # Given a confidence filter that every CTC text passes, when inputs are transcribed, then one program is traced
+    asr = load(checkpoint)
+    transcript = asr.transcribe(NOISE, speculative="relaxed-fast", ctc_threshold=100.0, max_new_tokens=3)
+    assert (transcript.stats["route"], asr.compilations) == ("ctc", 1)

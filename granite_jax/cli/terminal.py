@@ -35,7 +35,7 @@ class ProgressDisplay:
         self._bar = Progress(
             *columns,
             console=console,
-            disable=not (has_bar and console.is_terminal),
+            disable=not (has_bar and console.is_interactive),
             transient=True,
             redirect_stdout=False,
         )

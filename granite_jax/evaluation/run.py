@@ -245,7 +245,7 @@ class _Loader:
     def __init__(self, load: Callable[[], Transcriber]):
         self._load = load
         self._asr: Transcriber | None = None
-        self._warm: set[Bucket] = set()
+        self._warm: set[tuple[Bucket, bool]] = set()  # with words, or without
         self._spent = Times()
         self._compilations = 0
 
@@ -258,8 +258,8 @@ class _Loader:
         longest = self._asr.segment_seconds(options)
         needed = needed_buckets(self._asr.buckets, utterances, longest)
         words = options.word_timestamps or any((utterance.seconds or 0) > longest for utterance in utterances)
-        self._asr.warmup([bucket for bucket in needed if bucket not in self._warm], words=words)
-        self._warm |= set(needed)
+        self._asr.warmup([bucket for bucket in needed if (bucket, words) not in self._warm], words=words)
+        self._warm |= {(bucket, words) for bucket in needed}
         self._compilations = self._asr.compilations
         self._spent = Times(load=loaded - began, compile=time.monotonic() - loaded)
         return self._asr

@@ -6,11 +6,14 @@ other threads                 | compile encode ───────────
                                                              | compile decode ─────────────►
 """
 
+import collections
+import contextlib
 import dataclasses
 import os
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -29,8 +32,6 @@ from granite_jax.inference.sharding import REPLICATED
 from granite_jax.keywords.automaton import no_keywords
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch
 from granite_jax.model import granite_speech
-
-_POLL_SECONDS = 0.2
 
 
 class Lowering:
@@ -133,8 +134,46 @@ def encode_form(with_logits: bool) -> str:
     return "encode with logits" if with_logits else "encode"
 
 
-class Compilations:
-    """Compiles the programs of buckets in threads, each once, so that JAX finds them in its cache when they are called.
+class _Threads:
+    """Threads that compile what waits, and end when nothing does. They hold nothing but what is to be compiled."""
+
+    def __init__(self, limit: int):
+        self._free, self._lock = limit, threading.RLock()  # garbage collection can cancel amid anything
+        self._waiting: collections.deque[tuple[Lowered, Future[None]]] = collections.deque()
+
+    def submit(self, name: str, lowered: Lowered) -> "Future[None]":
+        """A future that is done when the program is compiled, or has failed to."""
+        compiled: Future[None] = Future()
+        with self._lock:
+            self._waiting.append((lowered, compiled))
+            if self._free:
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
+                    threading.Thread(target=self._run, name=name).start()
+                    self._free -= 1
+        return compiled
+
+    def cancel(self) -> None:
+        """Drops what no thread has begun."""
+        with self._lock:
+            while self._waiting:
+                self._waiting.popleft()[1].cancel()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                # A process that is to end waits for its threads, not for what they could still begin.
+                if not self._waiting or not threading.main_thread().is_alive():
+                    self._free += 1
+                    return
+                lowered, compiled = self._waiting.popleft()
+            if compiled.set_running_or_notify_cancel():
+                with contextlib.suppress(Exception):  # the program's call will raise it
+                    lowered.compile()
+                compiled.set_result(None)
+
+
+class Compiler:
+    """Compiles the programs of buckets in threads, so that JAX finds them in its cache when they are called.
 
     What cannot be lowered by itself is left to its first call: pmap, and weights that several devices share, where the
     compiler chooses how a program's results are spread over them.
@@ -147,43 +186,65 @@ class Compilations:
           threads: how many programs are compiled at a time; default one for each core.
         """
         self._programs = programs
-        self._params = params
-        self._free = threading.Semaphore(threads or os.cpu_count() or 1)
+        self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        self._threads = _Threads(threads or _num_cores())
+        self._can_lower = programs.devices.parallel != "pmap" and programs.devices.mesh.shape["model"] == 1
         self._lock = threading.Lock()
         self._compiled: dict[tuple[Bucket, str], Future[None]] = {}
+        self._audio: dict[Bucket, Any] = {}
+        weakref.finalize(self, self._threads.cancel)
 
     def start(self, bucket: Bucket, *, with_logits: bool = False) -> None:
-        """Begins to compile the programs of a bucket.
+        """`start_encoder` and `start_decoder`."""
+        self.start_encoder(bucket, with_logits=with_logits)
+        self.start_decoder(bucket)
+
+    def start_encoder(self, bucket: Bucket, *, with_logits: bool = False) -> None:
+        """Begins to compile `encode` for a bucket, unless that has begun before.
 
         Args:
-          with_logits: `align`, too, and the form of `encode` that returns logits in place of the other.
+          with_logits: the form that returns logits, and `align`, which takes them.
         """
         encode = encode_form(with_logits)
-        devices = self._programs.devices
-        if not hasattr(self._programs.encode, "lower") or devices.mesh.shape["model"] > 1:
-            return
         with self._lock:
-            if (bucket, encode) in self._compiled:
+            if not self._can_lower or (bucket, encode) in self._compiled:
                 return
             lowering = Lowering(self._programs, self._params, bucket)
-            shardings = self._programs.result_shardings
-            lowered = self._compile(bucket, encode, lowering.encode(with_logits=with_logits))
-            encoded = results(lowered, shardings["encode"])
+            lowered = lowering.encode(with_logits=with_logits)
+            encoded = results(lowered, self._programs.result_shardings["encode"])
+            self._audio[bucket] = encoded.audio
+            self._compile(bucket, encode, lowered)
             if with_logits:
                 self._compile(bucket, "align", lowering.align(encoded.logits))
-            if (bucket, "decode") not in self._compiled:
-                lowered = self._compile(bucket, "prefill", lowering.prefill(encoded.audio))
-                self._compile(bucket, "decode", lowering.decode(*results(lowered, shardings["prefill"])))
+
+    def start_decoder(self, bucket: Bucket) -> None:
+        """Begins to compile `prefill` and `decode` for a bucket whose `encode` has begun, unless they have, too."""
+        with self._lock:
+            if not self._can_lower or (bucket, "decode") in self._compiled:
+                return
+            lowering = Lowering(self._programs, self._params, bucket)
+            lowered = lowering.prefill(self._audio[bucket])
+            self._compile(bucket, "prefill", lowered)
+            verified, cache = results(lowered, self._programs.result_shardings["prefill"])
+            self._compile(bucket, "decode", lowering.decode(verified, cache))
 
     def start_while(self, load: Callable[[], Any], buckets: Sequence[Bucket]) -> Any:
-        """Runs `load` in a thread, begins to compile the programs of buckets meanwhile, and returns what it returns."""
-        with ThreadPoolExecutor(1) as thread:
-            loading = thread.submit(load)
+        """What `load` returns, which runs in a thread while the programs of buckets begin to be compiled."""
+        if not buckets:
+            return load()
+        thread = ThreadPoolExecutor(1)
+        loading = thread.submit(load)
+        try:
             for bucket in buckets:
                 if loading.done() and loading.exception():
                     break
                 self.start(bucket)
             return loading.result()
+        except BaseException:
+            self._threads.cancel()
+            raise
+        finally:
+            thread.shutdown(wait=False)
 
     def wait(self, bucket: Bucket, program: str) -> None:
         """Waits while a thread compiles a program. If none has begun, or if it failed, the program's call compiles it.
@@ -193,24 +254,18 @@ class Compilations:
         """
         compiled = self._compiled.get((bucket, program))
         if compiled is not None and not compiled.cancel():
-            compiled.exception()
+            compiled.result()
 
-    def _compile(self, bucket: Bucket, program: str, lowered: Lowered) -> Lowered:
-        self._compiled[bucket, program] = compiled = Future()
-        threading.Thread(target=self._run, args=(lowered, compiled), name=f"compile {program}").start()
-        return lowered
+    def finish(self) -> None:
+        """Waits until threads have compiled all that has begun."""
+        for compiled in list(self._compiled.values()):
+            if not compiled.cancelled():
+                compiled.result()
 
-    def _run(self, lowered: Lowered, compiled: "Future[None]") -> None:
-        while not self._free.acquire(timeout=_POLL_SECONDS):
-            # A process that is to end waits for its threads, not for what they could still begin.
-            if compiled.cancelled() or not threading.main_thread().is_alive():
-                compiled.cancel()
-                return
-        try:
-            if compiled.set_running_or_notify_cancel():
-                lowered.compile()
-                compiled.set_result(None)
-        except BaseException as error:
-            compiled.set_exception(error)
-        finally:
-            self._free.release()
+    def _compile(self, bucket: Bucket, program: str, lowered: Lowered) -> None:
+        self._compiled[bucket, program] = self._threads.submit(f"compile {program}", lowered)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use, as far as the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

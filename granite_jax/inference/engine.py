@@ -26,7 +26,7 @@ import numpy as np
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import DecodeState
 from granite_jax.inference.buckets import Bucket, label_budget
-from granite_jax.inference.compilation import Compilations, encode_form
+from granite_jax.inference.compilation import Compiler, encode_form
 from granite_jax.inference.programs import Encoded, Programs, pad_drafts
 from granite_jax.inference.request_queue import Batch, RequestQueue
 from granite_jax.inference.requests import Decoded, Request, Ticket
@@ -69,19 +69,19 @@ class Engine(RequestQueue):
         buckets: Sequence[Bucket],
         batch_size: int,
         *,
-        compilations: Compilations | None = None,
+        compiler: Compiler | None = None,
         word_offsets: tuple[float, float] = (0.0, 0.0),
         deadline: float = math.inf,
     ):
         """
         Args:
-          compilations: of these programs, if some have begun.
+          compiler: of these programs, if some have begun to be compiled.
           word_offsets: seconds to add to the starts and the ends of words.
           deadline: seconds after which a request is dispatched even in a part-filled batch.
         """
         super().__init__(buckets, batch_size, programs.devices.replicas, deadline=deadline)
         self.programs = programs
-        self.compilations = compilations or Compilations(programs, params)
+        self.compiler = compiler or Compiler(programs, params)
         self._config = config
         self._params = params
         self._tokenizer = tokenizer
@@ -116,6 +116,7 @@ class Engine(RequestQueue):
                 size = self.rows(bucket)
                 none = np.zeros(size, np.int32)
                 labels = np.zeros((size, bucket.max_labels), np.int32)
+                self.compiler.wait(bucket, "align")
                 jax.block_until_ready(self.programs.align(logits, none + SAMPLING_RATE, labels, none))
 
     # Admission.
@@ -227,8 +228,10 @@ class Engine(RequestQueue):
         bpe_wanted, has_bpe_head = np.zeros(size, np.int32), bool(self._config.encoder.bpe_output_dim)
         bpe_wanted[: len(batch)] = [draft_head(request, has_bpe_head) == "bpe" for request in requests]
         with_logits = any(request.needs_logits or request.needs_words for request in requests)
-        self.compilations.start(bucket, with_logits=with_logits)
-        self.compilations.wait(bucket, encode_form(with_logits))
+        self.compiler.start_encoder(bucket, with_logits=with_logits)
+        if not all(request.options.drafting.ctc_threshold for request in requests):  # else their CTC texts may do
+            self.compiler.start_decoder(bucket)
+        self.compiler.wait(bucket, encode_form(with_logits))
         return self.programs.encode(self._params, samples, lengths, keywords, bpe_wanted, with_logits=with_logits)
 
     def _automata(self, lists: Sequence[KeywordAutomaton | None]) -> BatchedAutomata:
@@ -295,7 +298,7 @@ class Engine(RequestQueue):
             if len(sequence) <= label_budget(len(rows[i].request.audio.samples)):
                 labels[i, : len(sequence)], counts[i] = sequence, len(sequence)
             lengths[i] = len(rows[i].request.audio.samples)
-        self.compilations.wait(bucket, "align")
+        self.compiler.wait(bucket, "align")
         alignment = self.programs.align(logits, lengths, labels, counts)
 
         def collect() -> _Results:
@@ -337,11 +340,12 @@ class Engine(RequestQueue):
                 tokens[i, : request.prompt_length] = [*request.prompt.prefix, *audio_ids, *request.prompt.suffix]
         draft = pad_drafts([*(() if row.is_silent else row.draft for row in rows), *[()] * padding], bucket.draft)
         automata = self._automata([*(row.automaton for row in rows), *[None] * padding])
-        self.compilations.wait(bucket, "prefill")
+        self.compiler.start_decoder(bucket)
+        self.compiler.wait(bucket, "prefill")
         verified, cache = self.programs.prefill(
             self._params, tokens, lengths, audio, draft, automata, capacity=bucket.capacity
         )
-        self.compilations.wait(bucket, "decode")
+        self.compiler.wait(bucket, "decode")
         return self.programs.decode(
             self._params,
             verified,

@@ -237,7 +237,7 @@ class RecordingDecoder:
         elif text and len(spoken):
             heard = np.array([spoken[0], spoken[-1] + 1]) * ctc.FRAME_SECONDS + self._engine.word_offsets
             first = min(max(start, part.offset + heard[0]), end - ctc.FRAME_SECONDS)
-            extent = first, min(max(part.offset + heard[1], first + ctc.FRAME_SECONDS), end)
+            extent = max(start, first), min(max(part.offset + heard[1], first + ctc.FRAME_SECONDS), end)
         segment = Segment(
             round(float(extent[0]), 3),
             round(float(extent[1]), 3),

@@ -32,7 +32,7 @@ from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
 from granite_jax.inference import readers
 from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio, new_token_budget
-from granite_jax.inference.compilation import Compilations, abstract_params, enable_compilation_cache
+from granite_jax.inference.compilation import Compiler, abstract_params, enable_compilation_cache
 from granite_jax.inference.engine import Engine
 from granite_jax.inference.options import (
     MIN_SEGMENT_SECONDS,
@@ -60,6 +60,7 @@ from granite_jax.text.tokenizer import Tokenizer
 
 _MAX_CACHED_LISTS = 16  # prepared lists of keywords
 _LONG_PASS = 60.0  # seconds
+_ANY_LENGTH = 'segment_seconds="auto", the default, takes any length'
 
 
 class Transcriber:
@@ -90,8 +91,8 @@ class Transcriber:
     ):
         """
         Args:
-          params: the model's parameters, or a function that returns them in `dtype`; computation runs in `dtype`, by
-            default that of `params`.
+          params: the model's parameters, or a function that returns them in `dtype`, which it then needs.
+          dtype: what computation runs in; default that of `params`.
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
           batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
@@ -110,11 +111,13 @@ class Transcriber:
         self.buckets = tuple(buckets or default_buckets(config, self.batch_size, self.capabilities.segment_seconds))
         if not isinstance(devices, DeviceMesh):
             devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
+        if callable(params) and dtype is None:
+            raise GraniteError("a function that returns the parameters needs their dtype")
         programs = Programs(config, dtype or jax.tree.leaves(params)[0].dtype, speculation, devices)
-        compilations = None
+        compiler = None
         if callable(params):
-            compilations = Compilations(programs, abstract_params(programs))
-            params = compilations.start_while(params, self.buckets if compile_ahead else ())
+            compiler = Compiler(programs, abstract_params(programs))
+            params = compiler.start_while(params, self.buckets if compile_ahead else ())
         self._preparing = threading.Lock()
         self._lists: dict[Any, tuple[PromptTokens, Keywords | None]] = {}
         self._params = devices.put(params, devices.param_shardings(config))
@@ -125,7 +128,7 @@ class Transcriber:
             tokenizer,
             self.buckets,
             self.batch_size,
-            compilations=compilations,
+            compiler=compiler,
             word_offsets=self.capabilities.word_offsets,
         )
 
@@ -176,7 +179,7 @@ class Transcriber:
 
     @property
     def compilations(self) -> int:
-        """How many programs have been compiled so far: at most three per bucket, or five with words of long audio."""
+        """How many programs were traced so far, to be compiled: at most three per bucket, or five where words are timed."""
         return sum(map(len, self._engine.programs.traces.values()))
 
     @property
@@ -191,10 +194,13 @@ class Transcriber:
           words: compile those that time words, too, which audio of several segments needs; for up to a minute.
         """
         prompt = self._prompt(self.capabilities.prompts.transcribe)
-        timed = {bucket: words and bucket.samples <= _LONG_PASS * SAMPLING_RATE for bucket in buckets or self.buckets}
+        timed = {
+            bucket: words and bucket.samples <= _LONG_PASS * SAMPLING_RATE
+            for bucket in (self.buckets if buckets is None else buckets)
+        }
         for bucket, is_timed in timed.items():
             for with_logits in {False, is_timed}:
-                self._engine.compilations.start(bucket, with_logits=with_logits)
+                self._engine.compiler.start(bucket, with_logits=with_logits)
         for bucket, is_timed in timed.items():
             self._engine.run_on_silence(bucket, prompt, words=is_timed)
 
@@ -411,15 +417,15 @@ class Transcriber:
                 )
             try:
                 audio = self._load(source, rate, name)
-                if audio.duration > _LONG_PASS:
-                    warnings.warn(
-                        f"{printable(name)}: {audio.duration:.0f} s in one pass; text gets worse beyond a minute or "
-                        "two, which segment_seconds avoids",
-                        stacklevel=2,
-                    )
-                decoder.submit(AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True))
             except ContextError as error:
-                raise ContextError(f'{error}; segment_seconds="auto", the default, takes any length') from None
+                raise ContextError(f"{error}; {_ANY_LENGTH}") from None
+            if audio.duration > _LONG_PASS:
+                warnings.warn(
+                    f"{printable(name)}: {audio.duration:.0f} s in one pass; text gets worse beyond a minute or two, "
+                    "which segment_seconds avoids",
+                    stacklevel=2,
+                )
+            decoder.submit(AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True))
             decoder.close(audio.flags)
             return
         rate = None if is_encoded(source) else rate  # files have their own
@@ -473,10 +479,12 @@ class Transcriber:
             else:
                 limit = f"every bucket of this Transcriber (the model has {positions} positions)"
             longest = longest_audio(self.config, self._prompt_length(prompt), options.max_new_tokens)
+            is_remedy = options.segment_seconds is None and MIN_SEGMENT_SECONDS <= longest < audio.duration
             raise ContextError(
                 f"{printable(name)}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
                 f"which with {budget} new tokens exceeds {limit}; at most {longest:.0f} s fit the model, "
                 f"{longest_audio(self.config, self._prompt_length(prompt), 1):.0f} s with max_new_tokens=1"
+                f"{f'; {_ANY_LENGTH}' if is_remedy else ''}"
             )
         return request
 
