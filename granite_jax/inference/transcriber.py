@@ -179,7 +179,7 @@ class Transcriber:
 
     @property
     def compilations(self) -> int:
-        """How many programs were traced so far, to be compiled: at most three per bucket, or five where words are timed."""
+        """How many programs were traced so far, to be compiled: at most three per bucket, or five with word times."""
         return sum(map(len, self._engine.programs.traces.values()))
 
     @property
