@@ -229,6 +229,7 @@ def test_the_importance_of_frames_is_an_option() -> None:
         Speculation(importance="between")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_devices_that_share_the_head_draft_alike(checkpoint: Any, asr: Transcriber, sounds: list[np.ndarray]) -> None:
     # Given two devices with half of the weights each, when they draft, then as one device does
     bucket = make_bucket(checkpoint.config, 3, 6.0)

@@ -50,7 +50,7 @@ def load(checkpoint: Path, **options: object) -> gj.Transcriber:
     return gj.Transcriber.from_pretrained(checkpoint, buckets=[BUCKET], batch_size=2, dtype="float32", **options)
 
 
-@pytest.mark.parametrize(("devices", "words"), [(1, False), (4, True)])
+@pytest.mark.parametrize(("devices", "words"), [(1, False), (4, False), pytest.param(4, True, marks=pytest.mark.slow)])
 def test_a_program_that_was_compiled_ahead_is_not_compiled_again(
     checkpoint: Path, compiled: list[str], devices: int, words: bool
 ) -> None:
