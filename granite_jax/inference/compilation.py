@@ -167,9 +167,11 @@ class _Threads:
                     return
                 lowered, compiled = self._waiting.popleft()
             if compiled.set_running_or_notify_cancel():
-                with contextlib.suppress(Exception):  # the program's call will raise it
-                    lowered.compile()
-                compiled.set_result(None)
+                try:
+                    with contextlib.suppress(Exception):  # the program's call will raise it
+                        lowered.compile()
+                finally:
+                    compiled.set_result(None)
 
 
 class Compiler:
