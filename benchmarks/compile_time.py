@@ -9,6 +9,7 @@ processor seconds; and the ratio of the seconds.
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -19,19 +20,21 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.inference.buckets import Bucket, default_buckets
-from granite_jax.inference.compilation import Compiler, abstract_params
-from granite_jax.inference.programs import Programs
-from granite_jax.inference.sharding import DeviceMesh
+from granite_jax.engine.compilation import Compiler
+from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.model.config import Config
 from granite_jax.planning.aot import topology_devices
+from granite_jax.recognition.buckets import Bucket, default_buckets
+from granite_jax.recognition.partition import abstract_params
+from granite_jax.recognition.speech_lm_programs import SpeechLMPrograms
 
 
 def measure(config: Config, mesh: DeviceMesh, buckets: list[Bucket], threads: int) -> dict[str, float]:
     """Compiles the programs of all buckets from nothing."""
     started, used = time.monotonic(), time.process_time()
-    programs = Programs(config, "bfloat16", devices=mesh)
-    compiler = Compiler(programs, abstract_params(programs), threads=threads)
+    programs = SpeechLMPrograms(config, "bfloat16", devices=mesh)
+    abstract = abstract_params(config, programs.dtype, mesh)
+    compiler = Compiler(functools.partial(programs.lowerables, abstract), mesh, threads=threads)
     for bucket in buckets:
         compiler.start(bucket)
     lowered = time.monotonic()

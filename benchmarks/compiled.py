@@ -16,9 +16,9 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.inference.buckets import Bucket
 from granite_jax.model.config import Config
 from granite_jax.planning.aot import plan
+from granite_jax.recognition.buckets import Bucket
 
 
 def main() -> None:

@@ -246,12 +246,12 @@ def run_jax(work: Workload, bench: Bench) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from granite_jax.inference.buckets import make_bucket
-    from granite_jax.inference.programs import Programs, pad_drafts
     from granite_jax.keywords.automaton import no_keywords
     from granite_jax.keywords.spotter import make_keyword_batch
     from granite_jax.model import granite_speech
     from granite_jax.model.config import Config
+    from granite_jax.recognition.buckets import make_bucket
+    from granite_jax.recognition.speech_lm_programs import SpeechLMPrograms, pad_drafts
 
     device, wait = jax.devices()[0], jax.block_until_ready
     bench.emit("once", name="import", seconds=time.perf_counter() - began)
@@ -277,7 +277,7 @@ def run_jax(work: Workload, bench: Bench) -> None:
     # The token that ends a text is the audio token, which is never produced: every row is decoded up to its limit.
     endless = dataclasses.replace(config.decoder, eos_token_id=config.audio_token_id)
     config = dataclasses.replace(config, decoder=endless)
-    bucket, programs = make_bucket(config, work.batch, work.seconds), Programs(config, jnp.bfloat16)
+    bucket, programs = make_bucket(config, work.batch, work.seconds), SpeechLMPrograms(config, jnp.bfloat16)
     split, place = programs.devices.shard_rows, programs.devices.put
     bench.emit("about", text=str(bucket))
 

@@ -51,10 +51,6 @@ from granite_jax.evaluation.metrics import (
     relative_difference,
 )
 from granite_jax.evaluation.normalize import normalizer
-from granite_jax.inference.buckets import make_bucket
-from granite_jax.inference.engine import Engine
-from granite_jax.inference.programs import Encoded, pad_drafts
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.keywords import spotter
 from granite_jax.keywords.automaton import FIRST, BatchedAutomata, KeywordAutomaton, batch_automata, no_keywords
 from granite_jax.keywords.lists import prepare
@@ -63,9 +59,14 @@ from granite_jax.keywords.phrases import IN_PLACE
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames
+from granite_jax.recognition.buckets import Bucket, make_bucket
+from granite_jax.recognition.encoding import Encoded
+from granite_jax.recognition.speech_lm_programs import pad_drafts
+from granite_jax.recognition.utterances import Utterance
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo.grammar import invent_name
+from granite_jax.transcriber import Transcriber
 
 COUNTS = (0, 100, 500, 2000)
 BOOSTS = (2.0, 4.0, 8.0, 12.0)
@@ -144,9 +145,10 @@ def conditions(parts: Sequence[str]) -> dict[str, Condition]:
     return found
 
 
-def encode_once(engine: Engine) -> None:
+def encode_once(asr: Transcriber) -> None:
     """Keeps what the encoder makes of each input; lists of keywords are scored against that by a program of its own."""
-    config, dtype, encode = engine._config, engine.programs.dtype, engine._encode
+    recognizer: Any = asr.recognizer()
+    config, dtype, encode = asr.config, recognizer.programs.dtype, recognizer._encode
     kept: dict[tuple[Any, str], tuple[np.ndarray, ...]] = {}
 
     @jax.jit
@@ -158,31 +160,31 @@ def encode_once(engine: Engine) -> None:
 
     score = jax.jit(spotter.score_keywords)
 
-    def remembered(bucket: Any, batch: list[Any]) -> Encoded:
-        requests = [ticket.request for ticket in batch]
-        rows = [*requests, *[requests[0]] * (engine.rows(bucket) - len(batch))]
-        lengths = np.array([len(request.audio.samples) for request in rows], np.int32)
-        names = [(bucket, request.audio.name) for request in rows]
+    def remembered(bucket: Bucket, utterances: Sequence[Utterance]) -> Encoded:
+        size = bucket.batch * recognizer.programs.devices.replicas
+        rows = [*utterances, *[utterances[0]] * (size - len(utterances))]
+        lengths = np.array([len(utterance.audio.samples) for utterance in rows], np.int32)
+        names = [(bucket, utterance.audio.name) for utterance in rows]
         if any(name not in kept for name in names):
-            samples = np.stack([np.pad(r.audio.samples, (0, bucket.samples - len(r.audio.samples))) for r in rows])
-            plain = [dataclasses.replace(t, request=dataclasses.replace(t.request, keywords=None)) for t in batch]
+            samples = np.stack([np.pad(u.audio.samples, (0, bucket.samples - len(u.audio.samples))) for u in rows])
+            plain = [dataclasses.replace(utterance, keywords=None) for utterance in utterances]
             encoded = encode(bucket, plain)
             found = encoded.audio, encoded.labels, encoded.entropy, encoded.speech_frames
-            found = (*found, ctc_logits(engine._params, samples, lengths))
+            found = (*found, ctc_logits(asr.params, samples, lengths))
             kept.update(zip(names, zip(*map(np.asarray, found), strict=True), strict=True))
         audio, labels, entropy, speech_frames, logits = (
             np.stack(parts) for parts in zip(*(kept[name] for name in names), strict=True)
         )
-        keywords = spotter.make_keyword_batch([request.keywords and request.keywords.labels for request in rows])
+        keywords = spotter.make_keyword_batch([u.keywords and u.keywords.labels for u in rows])
         spotting = score(logits, num_frames(lengths), keywords)
         return Encoded(audio, labels, entropy, spotting, None, speech_frames, None)
 
-    engine._encode = remembered
+    recognizer._encode = remembered
 
 
 def rates(asr: Transcriber, speech: Speech, parts: Sequence[str], results: Path, setting: dict[str, Any]) -> None:
     """Runs the conditions that are missing in `results`."""
-    encode_once(asr._engine)
+    encode_once(asr)
     done = read_results(results, setting)
     for name, condition in conditions(parts).items():
         if name in done:
@@ -330,7 +332,8 @@ def invented_lists(seed: int) -> Iterator[list[tuple[str, None]]]:
 
 def cost(asr: Transcriber, batch: int, turns: int) -> None:
     """Prints decode steps and encodings with and without keywords, by time and compiled bytes; and recompilations."""
-    config, programs, params = asr.config, asr._engine.programs, asr._engine._params
+    config, params = asr.config, asr.params
+    programs: Any = asr.recognizer().programs
     bucket = make_bucket(config, batch, 5.0)
     lists = invented_lists(seed=0)
     make = functools.partial(prepare, tokenizer=asr.tokenizer, num_labels=config.encoder.output_dim)

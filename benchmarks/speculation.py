@@ -41,9 +41,9 @@ from benchmarks.timing import elapsed, measure_in_turns, median_ratios
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
-from granite_jax.inference.programs import Speculation
-from granite_jax.inference.transcriber import Transcriber, Transcript
+from granite_jax.recognition.speech_lm_programs import Speculation
 from granite_jax.text.tasks import instruction
+from granite_jax.transcriber import Transcriber, Transcript
 
 CORRUPTED = (0.0, 0.1, 0.2)
 MARGIN = 1e-3

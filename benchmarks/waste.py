@@ -34,11 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.audio.load import Audio
 from granite_jax.decoding import Draft
-from granite_jax.inference.buckets import default_buckets, new_token_budget
-from granite_jax.inference.engine import Engine
-from granite_jax.inference.programs import Encoded
-from granite_jax.inference.requests import Request
-from granite_jax.inference.sharding import DeviceMesh
+from granite_jax.engine.scheduler import Scheduler
+from granite_jax.engine.sharding import DeviceMesh
+from granite_jax.engine.stages import Reply
 from granite_jax.keywords.spotter import no_scores
 from granite_jax.model.config import Config
 from granite_jax.model.decoder import KVCache
@@ -48,7 +46,12 @@ from granite_jax.model.packed_decoder import first_chunk_of_keys
 from granite_jax.model.packed_encoder import Blocks, pack_frames, window_groups
 from granite_jax.model.packing import Packing
 from granite_jax.planning import work
-from granite_jax.text.tasks import PromptTokens
+from granite_jax.recognition.buckets import default_buckets, new_token_budget
+from granite_jax.recognition.encoding import Encoded
+from granite_jax.recognition.recognizer import make_request
+from granite_jax.recognition.speech_lm import SpeechLM
+from granite_jax.recognition.utterances import Utterance
+from granite_jax.text.chat_template import PromptTokens
 from granite_jax.variants import release
 
 MODEL = "granite-4.0-1b-speech"
@@ -105,7 +108,9 @@ class Result:
 
 
 class CountingPrograms:
-    """Stands in for `Programs`: returns arrays of the right shapes, and counts what would have been computed."""
+    """Stands in for `SpeechLMPrograms`: returns arrays of the right shapes, counts what would have been computed."""
+
+    align = None  # no words are timed
 
     def __init__(self, config: Config):
         self.config = config
@@ -216,21 +221,32 @@ def run(config: Config, durations: Sequence[float], batch: int) -> Result:
     """Work of a list, in its order."""
     programs = CountingPrograms(config)
     tokenizer: Any = SimpleNamespace(encode=lambda text: [], decode=lambda tokens: "text")
-    nothing = SimpleNamespace(start_encoder=lambda *_, **__: None, start_decoder=lambda _: None, wait=lambda *_: None)
+    nothing = SimpleNamespace(start=lambda *_: None, wait=lambda *_: None)
     stand_ins: Any = {"programs": programs, "tokenizer": tokenizer, "compiler": nothing}
-    engine = Engine(config, None, buckets=default_buckets(config, batch), batch_size=batch, **stand_ins)
-    waiting = []
-    for number, seconds in enumerate(durations):
-        samples = np.zeros(int(seconds * SAMPLING_RATE), np.float32)
-        draft = (3,) * _tokens(seconds)
-        audio = Audio(str(number), samples)
-        length = len(PROMPT.prefix) + len(PROMPT.suffix) + engine.num_audio_tokens(audio)
-        waiting.append(engine.submit(Request(audio, new_token_budget(seconds), PROMPT, length, draft=draft)))
-        if engine.num_unfinished >= 2 * engine.read_ahead:  # as the Transcriber's readers do
-            engine.wait(waiting[-engine.num_unfinished])
-    engine.flush()
-    for future in waiting:
-        engine.wait(future)
+    recognizer = SpeechLM(config, None, buckets=default_buckets(config, batch), **stand_ins)
+    scheduler = Scheduler(programs.devices.replicas, batch, clock=lambda: 0.0)  # rows are not due by time
+    is_done = [False] * len(durations)
+
+    def reply(number: int, result: Reply) -> None:
+        if result.error is not None:
+            raise result.error
+        is_done[number] = True
+
+    with scheduler.expecting():  # part-filled batches wait while more comes
+        for number, seconds in enumerate(durations):
+            audio = Audio(str(number), np.zeros(int(seconds * SAMPLING_RATE), np.float32))
+            draft = (3,) * _tokens(seconds)
+            utterance = Utterance(audio, prompt=PROMPT, max_new_tokens=new_token_budget(seconds), draft=draft)
+            request = make_request(recognizer, utterance)
+            if request is None:
+                raise ValueError(f"{seconds:g} s fit no bucket")
+            scheduler.submit(request, functools.partial(reply, number))
+            if scheduler.num_unfinished >= 2 * scheduler.read_ahead:  # as a Transcriber, whose results come in order
+                first = number + 1 - scheduler.num_unfinished
+                while not is_done[first]:
+                    scheduler.advance()
+    while scheduler.has_work:
+        scheduler.advance()
     least = sum((needed(config, seconds) for seconds in durations), Count(decode_bytes=programs.live_bytes))
     return Result(programs.computed, least, programs.batches, len(programs.shapes))
 

@@ -28,11 +28,11 @@ import soxr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.inference.transcriber import Transcriber
-from granite_jax.inference.words import locate_words
+from granite_jax.recognition.words import locate_words
 from granite_jax.training.recipes.demo.noise import RATE, Samples
 from granite_jax.training.recipes.demo.sets import TEST_LINES, TUNE_LINES, free_sentence
 from granite_jax.training.recipes.demo.synthesis import ESPEAK_VOICES, draw_recipe
+from granite_jax.transcriber import Transcriber
 
 LIBRARY = "libespeak-ng.so.1"
 SYNCHRONOUS, PHONEME_EVENTS, UTF8, RATE_PARAMETER, PITCH_PARAMETER = 2, 1, 1, 1, 3  # of espeak-ng's speak_lib.h

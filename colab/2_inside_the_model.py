@@ -22,8 +22,8 @@ import soundfile
 
 import granite_jax as gj
 from granite_jax import plotting
-from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
+from granite_jax.recognition.words import locate_words
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(

@@ -24,8 +24,8 @@ jax.config.update("jax_num_cpu_devices", 2)  # before the first use of a device;
 
 import granite_jax as gj
 from granite_jax import batch, plotting
-from granite_jax.inference.buckets import make_bucket
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import make_bucket
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())
 print(

@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax import convert, plotting, pretrained
-from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
+from granite_jax.recognition.words import locate_words
 from granite_jax.training.steps import ctc_loss
 
 ROOT = next(path for path in map(Path, ("granite-jax", ".", "..")) if (path / "samples").is_dir())

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
         GraniteError,
         PromptError,
     )
-    from granite_jax.inference.results import Transcript
-    from granite_jax.inference.transcriber import Transcriber
     from granite_jax.model.config import Config
     from granite_jax.model.features import log_mel, num_frames
     from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
     from granite_jax.pretrained import load
+    from granite_jax.results import Transcript
     from granite_jax.text.subtitles import to_srt, to_tsv, to_vtt
+    from granite_jax.transcriber import Transcriber
 
     __version__: str
 
@@ -67,8 +67,8 @@ _MODULES = {
         ("AudioError", "BackendError", "CheckpointError", "ContextError", "GraniteError", "PromptError"), "errors"
     ),
     # Speech to text.
-    "Transcriber": "inference.transcriber",
-    "Transcript": "inference.results",
+    "Transcriber": "transcriber",
+    "Transcript": "results",
     **dict.fromkeys(("to_srt", "to_tsv", "to_vtt"), "text.subtitles"),
     # Research.
     "load": "pretrained",

@@ -11,7 +11,7 @@ from batch_worker import StandIn
 
 from granite_jax import batch
 from granite_jax.audio.load import load_audio
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.options import TranscribeOptions
 
 RATE = 16000
 
@@ -54,5 +54,4 @@ def text_of(
 ) -> str:
     """The text that the stand-in writes for a file."""
     options = TranscribeOptions(prompt=asked)
-    (transcript,) = StandIn().transcribe([load_audio(path)], options, keywords=[list(keywords)])
-    return transcript.text
+    return StandIn().submit(load_audio(path), options, keywords=list(keywords)).result().text

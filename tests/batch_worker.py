@@ -9,53 +9,52 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from granite_jax import batch
 from granite_jax.audio.load import load_audio
 from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reading import LoadedEntry, Reader
-from granite_jax.inference.options import TranscribeOptions
-from granite_jax.inference.transcriber import Transcript
+from granite_jax.options import TranscribeOptions
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities, instruction
+from granite_jax.transcriber import Transcript
 
 
 class StandIn:
-    """Takes `seconds` an utterance. Records the batches and the keywords it was given."""
+    """Takes `seconds` an utterance, of several at a time. Records the options and the keywords it was given."""
 
     def __init__(self, seconds: float = 0.0):
         self.read_ahead = 32
+        self.readers = SimpleNamespace(limit=4)
+        self.idle_seconds = 0.0
         self.config = open_checkpoint("demo").config
         self.capabilities = Capabilities()
         self.seconds = seconds
-        self.calls: list[tuple[int, TranscribeOptions]] = []
+        self.options: list[TranscribeOptions] = []
         self.keywords: list[list[Any]] = []
+        self._threads = ThreadPoolExecutor(2)
 
-    def transcribe(
-        self,
-        audio: list,
-        options: TranscribeOptions,
-        *,
-        keywords: Sequence[Any] | None = None,
-        on_error: str = "raise",
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Transcript]:
+    def submit(
+        self, audio: Any, options: TranscribeOptions, *, keywords: Sequence[Any] | None = None
+    ) -> "Future[Transcript]":
+        named = list(options.keywords if keywords is None else keywords)
+        return self._threads.submit(self._transcribe, audio, options, named)
+
+    def transcribe(self, audio: list[Any], options: TranscribeOptions) -> list[Transcript]:
+        return [self._transcribe(each, options, list(options.keywords)) for each in audio]
+
+    def _transcribe(self, audio: Any, options: TranscribeOptions, named: list[Any]) -> Transcript:
         asked = instruction(options.task, target_language=options.target_language, prompt=options.prompt)
-        self.calls.append((len(audio), options))
-        results = []
-        for source, listed in zip(audio, keywords or [None] * len(audio), strict=True):
-            each = load_audio(source)
-            time.sleep(self.seconds)
-            named = list(options.keywords if listed is None else listed)
-            self.keywords.append(named)
-            digest = hashlib.sha256(each.samples.tobytes() + f"{asked} {named}".encode())
-            stats = {"route": "greedy"}
-            results.append(Transcript(each.name, digest.hexdigest(), (1, 2), each.duration, 0.5, "heard", stats))
-            if progress is not None:
-                progress(1)
-        return results
+        loaded = load_audio(audio)
+        self.options.append(options)
+        self.keywords.append(named)
+        time.sleep(self.seconds)
+        digest = hashlib.sha256(loaded.samples.tobytes() + f"{asked} {named}".encode()).hexdigest()
+        return Transcript(loaded.name, digest, (1, 2), loaded.duration, 0.5, "heard", {"route": "greedy"})
 
 
 def run(manifest: Any, out: Any, seconds: float = 0.0, **options: Any) -> batch.Summary:
@@ -95,7 +94,7 @@ def run_command(arguments: list[str], seconds: float) -> None:
 class DeadlyReader(Reader):
     """Dies of files that are named so."""
 
-    def __call__(self, entry: Entry) -> LoadedEntry:
+    def load(self, entry: Entry) -> LoadedEntry:
         if "deadly" in entry.audio:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(entry)
+        return super().load(entry)

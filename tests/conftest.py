@@ -16,7 +16,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 DEVICES = 8
 # Signatures of arrays are the model's and the decode loop's; host code in between only hands arrays on.
-CHECKED = ["array_types", "model", "inference.programs", "decoding"]
+PROGRAMS = ["recognition.encoding", "recognition.speech_lm_programs", "recognition.ctc_programs"]
+CHECKED = ["array_types", "model", *PROGRAMS, "decoding"]
 
 install_import_hook([f"granite_jax.{module}" for module in CHECKED], "array_checks.check_signature")
 
@@ -89,7 +90,7 @@ def random_asr(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from hf_fixture import write_random_checkpoint
     from plain_transcriber import PlainTranscriber
 
-    from granite_jax.inference.buckets import Bucket
+    from granite_jax.recognition.buckets import Bucket
 
     directory = tmp_path_factory.mktemp("random")
     write_random_checkpoint(directory, seed=1)

@@ -1,6 +1,7 @@
 """Evaluations for tests: recordings, and runs with a listener that hears what it is told."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from batch_jobs import write_lines
 from batch_worker import StandIn
 
 from granite_jax import evaluation
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.transcriber import Transcript
+from granite_jax.audio.load import load_audio
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.transcriber import Transcript
 
 BUCKETS = [Bucket(1, 16000, 8, 16), Bucket(2, 16000, 8, 16), Bucket(2, 48000, 8, 16), Bucket(2, 96000, 8, 16)]
 SAID = {
@@ -44,21 +46,22 @@ class Listener(StandIn):
         self.heard: list[str] = []
         self.keywords: dict[str, Any] = {}
 
+    def recognizer(self, _: Any) -> Any:
+        return self
+
     def segment_seconds(self, _: Any) -> float:
         return 30.0
 
-    def warmup(self, buckets: Sequence[Bucket], *, words: bool) -> None:
+    def warmup(self, buckets: Sequence[Bucket], _: Any = None, *, words: bool) -> None:
         self.compilations += len(buckets) * (2 if words else 1)
 
-    def transcribe(self, audio: list, *_: Any, keywords: Any = None, progress: Any = None, **__: Any) -> list:
-        results = []
-        for each, listed in zip(audio, keywords or [None] * len(audio), strict=True):
-            self.keywords[each.name] = listed
-            self.heard.append(each.name)
-            results.append(Transcript(each.name, self.texts[each.name], (1,), each.duration, flags=self.flags))
-            if progress is not None:
-                progress(1)
-        return results
+    def submit(self, audio: Any, *_: Any, keywords: Any = None) -> "Future[Transcript]":
+        loaded = load_audio(audio)
+        self.keywords[loaded.name] = keywords
+        self.heard.append(loaded.name)
+        future: Future[Transcript] = Future()
+        future.set_result(Transcript(loaded.name, self.texts[loaded.name], (1,), loaded.duration, flags=self.flags))
+        return future
 
 
 def write_recordings(directory: Path) -> Path:

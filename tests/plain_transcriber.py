@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from granite_jax import Transcriber
-from granite_jax.inference.results import Transcript
+from granite_jax.results import Transcript
 
 PLAIN: dict[str, Any] = {"guards": False, "segment_seconds": None}
 

@@ -1,6 +1,6 @@
 """Why a program was traced again: the argument whose type changed, which a count alone does not tell."""
 
-from granite_jax.inference.programs import Programs
+from granite_jax.engine.programs import Programs
 
 
 def retraces(programs: Programs, expected: int) -> list[str]:

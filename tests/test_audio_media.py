@@ -14,7 +14,7 @@ from av.stream import Disposition
 from granite_jax import AudioError, Transcriber
 from granite_jax.audio.load import RecordingBlocks, load_audio, load_segment
 from granite_jax.audio.media import media_format
-from granite_jax.inference.results import disagreement
+from granite_jax.results import disagreement
 
 RATE = 16000
 SAMPLES = Path(__file__).parents[1] / "samples"

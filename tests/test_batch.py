@@ -1,7 +1,9 @@
 """A batch job without disturbances: what it refuses, what it writes, and its command."""
 
+import collections
 import json
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,8 @@ def test_each_line_is_asked_what_it_asks_for(corpus: Path, tmp_path: Path) -> No
     # Given lines of three kinds, mixed
     asks: list[dict[str, Any]] = [{}, {"target_language": "fr"}, {"prompt": "what is this?"}, {"keywords": ["Zelgad"]}]
     manifest = write_lines(corpus / "m.jsonl", *({"audio": "a/1.wav", **asks[i % 4]} for i in range(12)))
-    # When they are run, then those with the same prompt share a batch, and each text is of its own request
-    _, asr = run(manifest, tmp_path / "out", task="punctuate")
-    assert [count for count, _ in asr.calls if count] == [6, 3, 3]
+    # When they are run, then each text is of its own request
+    run(manifest, tmp_path / "out", task="punctuate")
     prompts = [
         "transcribe the speech with proper punctuation and capitalization.",
         "translate the speech to French.",
@@ -111,12 +112,27 @@ def test_each_line_is_asked_what_it_asks_for(corpus: Path, tmp_path: Path) -> No
     assert [f["text"] for f in results(tmp_path / "out")] == expected
 
 
-def test_batches_are_bounded_and_never_cross_parts(corpus: Path, tmp_path: Path) -> None:
-    # Given 400 lines in parts of 150, when they are run by a Transcriber with batches of 2
+def test_what_is_submitted_is_bounded_and_crosses_parts(corpus: Path, tmp_path: Path) -> None:
+    # Given 400 lines in parts of 150, and a Transcriber that finishes nothing before it has 64 utterances, or all
     manifest = write_lines(corpus / "m.jsonl", *[{"audio": "a/1.wav"}] * 400)
-    _, asr = run(manifest, tmp_path / "out", part_size=150)
-    # Then the first call has 16 batches, no later one more than 64, and none utterances of two parts
-    assert [count for count, _ in asr.calls if count] == [32, 118, 128, 22, 100]
+    asr, waiting, most = StandIn(), collections.deque(), []
+    submit = asr.submit
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        waiting.append((future := Future(), submit(*arguments, **options)))
+        most.append(len(waiting))
+        if len(waiting) == 64 or len(most) > 400 - 64:
+            done, result = waiting.popleft()
+            done.set_result(result.result())
+            if len(most) == 400:
+                for done, result in waiting:
+                    done.set_result(result.result())
+        return future
+
+    asr.submit = held
+    batch.run(manifest, tmp_path / "out", transcriber=(asr, "held"), part_size=150)
+    # Then twice what it sorts together is submitted at a time, from several parts, and nothing is lost
+    assert max(most) == 64 and len(results(tmp_path / "out")) == 400
 
 
 def test_shards_share_the_parts(corpus: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from granite_jax.cli import failures
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs `granite-jax batch` with the stand-in for every checkpoint."""
     asr = StandIn()
-    monkeypatch.setattr(job.Transcriber, "from_options", lambda *_: asr)
+    monkeypatch.setattr(job.Transcriber, "from_options", lambda *_, **__: asr)
 
     def invoke(*arguments: str | Path) -> Result:
         result = CliRunner().invoke(cli.app, ["batch", *map(str, arguments)])

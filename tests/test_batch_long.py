@@ -1,8 +1,7 @@
-"""Long audio of a batch job: it is not held in memory, but decoded again where it is used."""
+"""Audio of a batch job: it is decoded where it is used, and again after an error that passes."""
 
 import io
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ import pytest
 import soundfile
 from batch_jobs import RATE, tone, write_lines
 
-from granite_jax.audio.load import AccessError, Audio, Recording, load_audio
+from granite_jax.audio.load import AccessError, Recording, load_audio
 from granite_jax.batch.access import AudioStorage
 from granite_jax.batch.manifest import Manifest
-from granite_jax.batch.reading import Kind, Reader, Source, Task, reading
-from granite_jax.inference.options import TranscribeOptions
-
-
-def read_all(reader: Reader, manifest: Manifest, kind: Kind = "threads") -> list[Any]:
-    with reading(Source(manifest, [Task(0, manifest.indices(0))]), reader, kind, 1) as entries:
-        return list(entries)
+from granite_jax.batch.reading import Kind, Reader, opening
+from granite_jax.errors import AudioError
+from granite_jax.options import TranscribeOptions
 
 
 @pytest.fixture
@@ -42,57 +37,37 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_long_audio_is_a_recording(tmp_path: Path, manifest: Manifest, kind: Kind) -> None:
-    # Given a reader that holds 10 seconds, and no limit
+def test_entries_are_decoded_as_often_as_needed(tmp_path: Path, manifest: Manifest, kind: Kind) -> None:
+    # Given a reader, whose processes hold 10 seconds
     reader = Reader(AudioStorage(str(tmp_path)), None, hold_seconds=10.0)
-    # When entries are read, then what is longer can be decoded again, as often as needed, also after pickling
-    short, long, part, damaged = read_all(reader, manifest, kind)
-    assert isinstance(short.audio, Audio) and len(short.audio.samples) == RATE
+    # When entries are opened, then each can be decoded again
     whole = load_audio(tmp_path / "long.flac").samples
-    for loaded, expected in ((long, whole), (part, whole[11 * RATE // 2 :][: 20 * RATE])):
-        assert isinstance(loaded.audio, Recording) and loaded.audio.name == "long.flac"
-        assert loaded.file["bytes"] == (tmp_path / "long.flac").stat().st_size
-        for recording in (loaded.audio, loaded.audio, pickle.loads(pickle.dumps(loaded.audio))):
-            np.testing.assert_array_equal(np.concatenate([*recording.blocks()]), expected)
-    # And damage behind what is held is noticed by the process, or else when it is decoded again
-    if kind == "processes":
-        assert damaged.audio is None and damaged.error.startswith("damaged.flac: is damaged")
-    else:
-        with pytest.raises(ValueError, match=r"^damaged\.flac: is damaged"):
-            list(damaged.audio.blocks())
-    # And a file that is gone by then is out of reach
-    (tmp_path / "long.flac").unlink()
-    with pytest.raises(AccessError, match=r"^long\.flac: no such file"):
-        list(long.audio.blocks())
+    with opening(reader, kind, 1) as open_entry:
+        short, long, part, damaged = map(open_entry, manifest.read(0))
+        for opened, expected in ((long, whole), (part, whole[11 * RATE // 2 :][: 20 * RATE])):
+            for _ in range(2):
+                np.testing.assert_array_equal(np.concatenate([*opened.recording.blocks()]), expected)
+            assert opened.recording.name == "long.flac"
+            assert opened.file["bytes"] == (tmp_path / "long.flac").stat().st_size
+        assert len(load_audio(short.recording).samples) == RATE
+        # And damage is noticed where it is, or by the process before anything is given
+        with pytest.raises(AudioError, match=r"^damaged\.flac: is damaged"):
+            list(damaged.recording.blocks())
+        # And a file that is gone by then is out of reach
+        (tmp_path / "long.flac").unlink()
+        with pytest.raises(AccessError, match=r"^long\.flac: no such file"):
+            list(long.recording.blocks())
 
 
-def test_only_what_is_held_is_decoded_at_first(
-    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Given a count of the decoded samples
-    from granite_jax.batch import reading
-
-    counts: list[int] = []
-    decode = reading.decode
-
-    def counted(*arguments: Any) -> Iterator[np.ndarray]:
-        blocks = decode(*arguments)
-        while True:
-            try:
-                block = next(blocks)
-            except StopIteration as end:
-                return end.value
-            counts.append(len(block))
-            yield block
-
-    monkeypatch.setattr(reading, "decode", counted)
-    # When a long entry is read by a thread, then hardly more than what is held has been decoded
-    reader = Reader(AudioStorage(str(tmp_path)), None, hold_seconds=10.0)
-    reader(manifest.read(0)[1])
-    assert 10 * RATE < sum(counts) <= 10 * RATE + (1 << 16)
+def test_long_audio_is_not_held_by_a_process(tmp_path: Path, manifest: Manifest) -> None:
+    # Given a reader that holds 10 seconds, when a process loads a long entry, then it returns where to read it again
+    loaded = Reader(AudioStorage(str(tmp_path)), None, hold_seconds=10.0).load(manifest.read(0)[1])
+    assert isinstance(loaded.audio, Recording)
+    whole = load_audio(tmp_path / "long.flac").samples
+    np.testing.assert_array_equal(np.concatenate([*pickle.loads(pickle.dumps(loaded.audio)).blocks()]), whole)
     # And the limit holds for what is longer
-    loaded = Reader(AudioStorage(str(tmp_path)), 20.0, hold_seconds=10.0)(manifest.read(0)[1])
-    assert loaded.error == "long.flac: is longer than 20 seconds"
+    loaded = Reader(AudioStorage(str(tmp_path)), 20.0, hold_seconds=10.0).load(manifest.read(0)[1])
+    assert loaded.error == "is longer than 20 seconds"
 
 
 class FlakyStorage(AudioStorage):
@@ -118,15 +93,13 @@ def test_errors_that_pass_are_not_noticed(tmp_path: Path, manifest: Manifest, mo
     # Given a long file whose server fails again and again, later each time
     naps: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", naps.append)
-    loaded = Reader(FlakyStorage(str(tmp_path)), None, hold_seconds=5.0)(manifest.read(0)[1])
-    assert isinstance(loaded.audio, Recording)
-    naps.clear()
+    opened = Reader(FlakyStorage(str(tmp_path)), None).open(manifest.read(0)[1])
     # When it is decoded, then each sample is there once
     monkeypatch.setattr(FlakyStorage, "failures", 0)
-    samples = np.concatenate([*loaded.audio.blocks()])
+    samples = np.concatenate([*opened.recording.blocks()])
     np.testing.assert_array_equal(samples, load_audio(tmp_path / "long.flac").samples)
     assert len(naps) >= 3
     # And an error that stays is one of access
     monkeypatch.setattr(FlakyStorage, "failures", -1000)
     with pytest.raises(AccessError, match=r"^long\.flac: cannot be read \(no answer\)"):
-        list(loaded.audio.blocks())
+        list(opened.recording.blocks())

@@ -13,7 +13,7 @@ from batch_jobs import RATE, results, run, text_of, tone, write_lines
 from granite_jax import GraniteError
 from granite_jax.batch.manifest import FIELDS, Manifest, parse_entry
 from granite_jax.batch.manifest_files import to_json_lines
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.options import TranscribeOptions
 
 NAMES = ("a/1.wav", "a/3.wav", "b/2.wav")
 OBJECTS = [{"audio": name} for name in NAMES]

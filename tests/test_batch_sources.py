@@ -22,12 +22,13 @@ from batch_jobs import RATE, results, run, text_of, tone, write_lines
 from batch_worker import DeadlyReader
 
 from granite_jax import GraniteError, batch
+from granite_jax.audio.load import AccessError, load_audio
 from granite_jax.batch import access
 from granite_jax.batch.access import AudioStorage, check_host
 from granite_jax.batch.manifest import Manifest
-from granite_jax.batch.reading import Reader, Source, Task, reading
+from granite_jax.batch.reading import Reader, opening
 from granite_jax.errors import AudioError
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.options import TranscribeOptions
 
 ASK = TranscribeOptions()
 
@@ -42,7 +43,7 @@ def test_directories_and_globs_are_listed_once(corpus: Path, tmp_path: Path) -> 
     assert [f["audio"] for f in results(tmp_path / "out")] == expected
     soundfile.write(corpus / "new.wav", tone(0.1), RATE)
     summary, asr = run(str(corpus), tmp_path / "out", part_size=4)
-    assert (summary.resumed_parts, summary.entries, asr.calls) == (3, 10, [])
+    assert (summary.resumed_parts, summary.entries, asr.options) == (3, 10, [])
 
     # And a glob gives what it matches
     run(f"{corpus}/*/[1-4].wav", tmp_path / "glob")
@@ -116,19 +117,22 @@ def test_a_segment_is_what_the_file_holds_there(tmp_path: Path) -> None:
 
     def read(**fields: Any) -> Any:
         manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", fields), 1, ASK)
-        return reader(manifest.read(0)[0])
+        return load_audio(reader.open(manifest.read(0)[0]).recording)
 
     # When segments are read, then they have those samples
     for suffix in ("wav", "flac"):
         found = read(audio=f"c.{suffix}", offset=1.25, duration=0.5)
-        assert np.array_equal(found.audio.samples * 32768, samples[20000:28000])
+        assert np.array_equal(found.samples * 32768, samples[20000:28000])
         # And one that the file ends in is what is left of it
         found = read(audio=f"c.{suffix}", offset=2.5, duration=1.5)
-        assert np.array_equal(found.audio.samples * 32768, samples[40000:])
+        assert np.array_equal(found.samples * 32768, samples[40000:])
         # And one beyond it, or longer than what the model takes, is an error
-        assert read(audio=f"c.{suffix}", offset=3).error == f"c.{suffix}: has no audio at 3 seconds"
-        assert read(audio=f"c.{suffix}").error == f"c.{suffix}: is longer than 2 seconds"
-        assert read(audio=f"c.{suffix}", duration=2.5).error == f"c.{suffix}: is longer than 2 seconds"
+        with pytest.raises(AudioError, match=rf"^c\.{suffix}: has no audio at 3 seconds$"):
+            read(audio=f"c.{suffix}", offset=3)
+        with pytest.raises(AudioError, match=rf"^c\.{suffix}: is longer than 2 seconds$"):
+            read(audio=f"c.{suffix}")
+        with pytest.raises(AudioError, match=rf"^c\.{suffix}: is longer than 2 seconds$"):
+            read(audio=f"c.{suffix}", duration=2.5)
 
 
 def test_files_have_to_be_below_the_root(corpus: Path, tmp_path: Path) -> None:
@@ -188,9 +192,8 @@ def test_names_that_lead_into_the_own_network_are_refused(tmp_path: Path) -> Non
     check_host("https://example.com/a.wav")
     reader = Reader(AudioStorage(str(tmp_path), ("https",)), 10.0)
     manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "https://localhost:9/a.wav"}), 1, ASK)
-    error = reader(manifest.read(0)[0]).error
-    assert error is not None
-    assert "localhost is not on the public Internet" in error
+    with pytest.raises(AudioError, match="localhost is not on the public Internet"):
+        load_audio(reader.open(manifest.read(0)[0]).recording)
 
 
 def test_a_manifest_that_changes_under_a_job_ends_it(corpus: Path) -> None:
@@ -237,21 +240,16 @@ def test_processes_survive_files_that_kill_them(corpus: Path) -> None:
     names = ["a/1.wav", "b/2.wav", "deadly.wav", "a/3.wav", "b/4.wav", "b/6.wav", "deadly/too.wav", "a/7.wav"]
     manifest = Manifest.scan(write_lines(corpus / "m.jsonl", *({"audio": n} for n in names)), 4, ASK)
     reader = DeadlyReader(AudioStorage(str(corpus)), 10.0)
-    # When they are read by processes, then each other file is read, in order, and these two have an error
-    with (
-        time_limit(120),
-        reading(
-            Source(manifest, [Task(part, manifest.indices(part)) for part in range(manifest.parts)]),
-            reader,
-            "processes",
-            1,
-        ) as reads,
-    ):
-        found = list(reads)
-    assert [read.entry.audio for read in found] == names
-    assert {read.entry.audio: read.error for read in found if read.audio is None} == {
-        name: f"{name}: killed the process that read it, twice" for name in names if "deadly" in name
-    }
+    # When they are read by processes, then each other file is read, and these two have an error
+    entries = [entry for part in range(manifest.parts) for entry in manifest.read(part)]
+    errors = {}
+    with time_limit(120), opening(reader, "processes", 1) as open_entry:
+        for entry in entries:
+            try:
+                assert len(load_audio(open_entry(entry).recording).samples)
+            except AccessError as error:
+                errors[entry.audio] = str(error)
+    assert errors == {name: f"{name}: killed the process that read it, twice" for name in names if "deadly" in name}
 
 
 def test_a_prepared_tfds_data_set_is_read_without_tensorflow(tmp_path: Path) -> None:

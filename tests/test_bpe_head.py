@@ -17,12 +17,12 @@ import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
-from granite_jax.inference.buckets import draft_budget, make_bucket
-from granite_jax.inference.options import TranscribeOptions
-from granite_jax.inference.programs import Speculation
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import bpe_head, granite_speech
+from granite_jax.options import TranscribeOptions
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import draft_budget, make_bucket
+from granite_jax.recognition.speech_lm_programs import Speculation
+from granite_jax.transcriber import Transcriber
 
 LABELS = 300
 TRAINED = Path(__file__).parent / "data" / "demo_bpe_head" / "out_llm.safetensors"
@@ -156,7 +156,7 @@ def test_drafts_of_either_head_are_lossless(asr: Transcriber, sounds: list[np.nd
 
 def test_a_draft_is_the_text_of_the_labels_as_the_tokenizer_cuts_it(asr: Transcriber, sounds: list[np.ndarray]) -> None:
     # Given an utterance in a batch, when it is drafted, then the draft is that of its own labels
-    config, params, sound = asr.config, asr._params, sounds[0]
+    config, params, sound = asr.config, asr.params, sounds[0]
     transcript, *_ = asr.transcribe(sounds, max_new_tokens=200)
     features, frames = gj.log_mel(jnp.asarray(sound)[None], jnp.array([len(sound)])), gj.num_frames(len(sound))
     lengths, wanted = jnp.array([frames]), jnp.ones(1, jnp.int32)
@@ -199,7 +199,7 @@ def test_keywords_repair_the_draft_that_they_were_heard_in(
     asr: Transcriber, sounds: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given a keyword that takes a word's place in the CTC text, when the BPE head would draft, then that text does
-    monkeypatch.setattr("granite_jax.inference.rows.repair", lambda labels, matches, keywords: "kai kai")
+    monkeypatch.setattr("granite_jax.recognition.rows.repair", lambda labels, matches, keywords: "kai kai")
     transcript = asr.transcribe(sounds[0], keywords=["kai"], max_new_tokens=20)
     assert (transcript.draft, transcript.stats["draft_from"]) == (tuple(asr.tokenizer.encode("kai kai")), "ctc")
 

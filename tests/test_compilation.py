@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import granite_jax as gj
+from granite_jax.engine import compilation
 from granite_jax.errors import CheckpointError
-from granite_jax.inference import compilation
-from granite_jax.inference.buckets import Bucket
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.encoding import ALIGN, ENCODE_WITH_LOGITS
 
 BUCKET = Bucket(2, 48_000, 110, 140)
 NOISE = (0.1 * np.random.default_rng(0).standard_normal(16_000)).astype(np.float32)
@@ -57,8 +58,8 @@ def test_a_program_that_was_compiled_ahead_is_not_compiled_again(
     # Given a bucket's programs, compiled in threads while the weights were read
     asr = load(checkpoint, compile_ahead=True, devices=jax.devices()[:devices])
     if words:
-        asr._engine.compiler.start_encoder(BUCKET, with_logits=True)
-    asr._engine.compiler.finish()
+        asr.recognizer().compiler.start(BUCKET, ENCODE_WITH_LOGITS, ALIGN)
+    asr.recognizer().compiler.finish()
     assert len(compiled) == asr.compilations == (5 if words else 3)
     assert {name.split()[0] for name in compiled} == {"compile"}
     # When inputs are transcribed with options of every kind, then nothing is traced or compiled again
@@ -78,14 +79,14 @@ def test_what_is_not_compiled_ahead_is_compiled_by_its_call(
 ) -> None:
     # Given no thread that is free, when an input is transcribed, then nothing waits for one
     busy = load(checkpoint)
-    busy._engine.compiler._threads = compilation._Threads(0)
+    busy.recognizer().compiler._threads = compilation._Threads(0)
     expected = busy.transcribe(NOISE, max_new_tokens=3).tokens
-    assert compiled == ["MainThread"] * 3
+    assert compiled == ["granite-jax-engine"] * 3
 
     # And given a compiler that fails in them, then the text is the same
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: 1 / 0)
     assert load(checkpoint).transcribe(NOISE, max_new_tokens=3).tokens == expected
-    assert compiled == ["MainThread"] * 6
+    assert compiled == ["granite-jax-engine"] * 6
 
 
 def test_a_damaged_checkpoint_is_told_while_programs_are_compiled(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import soundfile
 import granite_jax as gj
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.evaluation.metrics import score
-from granite_jax.inference.buckets import make_bucket
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import make_bucket
 from granite_jax.training.recipes.demo import noise
 
 ROOT = Path(__file__).parents[1]

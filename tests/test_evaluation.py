@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from granite_jax import GraniteError, cli, evaluation
 from granite_jax.evaluation.datasets import Utterance
 from granite_jax.evaluation.run import needed_buckets
-from granite_jax.inference.transcriber import Transcript
+from granite_jax.transcriber import Transcript
 
 
 @pytest.fixture
@@ -308,14 +309,14 @@ def test_the_command_ends_on_sigterm_and_resumes(
     # Given a listener who is told to end while it hears the third utterance
     asr = Listener(HEARD)
     monkeypatch.setattr("granite_jax.evaluation.run.Transcriber.from_pretrained", lambda *_, **__: asr)
-    transcribe = asr.transcribe
+    submit = asr.submit
 
-    def interrupted(audio: list, *options: Any, **others: Any) -> list[Transcript]:
-        if "c.wav" in [each.name for each in audio] and "c.wav" not in asr.heard:
+    def interrupted(audio: Any, *options: Any, **others: Any) -> "Future[Transcript]":
+        if audio.name == "c.wav" and "c.wav" not in asr.heard:
             signal.raise_signal(signal.SIGTERM)
-        return transcribe(audio, *options, **others)
+        return submit(audio, *options, **others)
 
-    monkeypatch.setattr(asr, "transcribe", interrupted)
+    monkeypatch.setattr(asr, "submit", interrupted)
     # When the command runs, then it says so, and the same command again does the rest
     arguments = (manifest, "--out", tmp_path / "out", "--part-size", 2, "--format", "json")
     code, stdout, stderr = invoke(*arguments)

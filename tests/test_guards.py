@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from granite_jax.inference.guards import ctc_words, is_silent, judge
-from granite_jax.keywords.repetition import find_loop
 from granite_jax.model import ctc
+from granite_jax.recognition.guards import check_text, ctc_words, is_silent
+from granite_jax.recognition.repetition import find_loop
 
 
 def labels_of(text: str, frames_per_label: int = 4) -> np.ndarray:
@@ -19,8 +19,8 @@ def labels_of(text: str, frames_per_label: int = 4) -> np.ndarray:
 def problem(
     text: str, ctc_text: str, *, stopped: bool = False, transcript: bool = True, raw: bool = True
 ) -> str | None:
-    verdict = judge(text, labels_of(ctc_text), ctc_text, stopped=stopped, is_transcript=transcript, is_raw=raw)
-    return None if verdict is None else verdict.problem
+    finding = check_text(text, labels_of(ctc_text), ctc_text, stopped=stopped, is_transcript=transcript, is_raw=raw)
+    return None if finding is None else finding.problem
 
 
 SPOKEN = "the quick brown fox jumps over the lazy dog and runs into the dark wood"
@@ -58,7 +58,7 @@ def test_a_text_that_stopped_at_its_budget_is_noticed() -> None:
     assert problem(SPOKEN, SPOKEN, stopped=True, transcript=False) == "length"
 
 
-def test_translations_are_judged_by_repetition_alone() -> None:
+def test_translations_are_check_textd_by_repetition_alone() -> None:
     assert problem("der Hund", SPOKEN, transcript=False) is None
     assert problem("der Hund " * 9, SPOKEN, transcript=False) == "loop"
     assert problem("nein " * 9, "no no no no no no no no no", transcript=False) is None
@@ -67,18 +67,18 @@ def test_translations_are_judged_by_repetition_alone() -> None:
 def test_a_hole_begins_where_words_are_left_out() -> None:
     # Given a text without the middle of what was said
     text = "the quick brown fox runs into the dark wood"
-    verdict = judge(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=True, is_raw=False)
+    finding = check_text(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=True, is_raw=False)
     # Then the hole begins at the first word that is missing, and a text with letter case is not replaced
-    assert verdict is not None and verdict.problem == "hole" and verdict.text == text
-    assert verdict.seconds == pytest.approx(SPOKEN.index("jumps") * 4 * ctc.FRAME_SECONDS)
+    assert finding is not None and finding.problem == "hole" and finding.text == text
+    assert finding.seconds == pytest.approx(SPOKEN.index("jumps") * 4 * ctc.FRAME_SECONDS)
 
 
 def test_a_loop_of_a_transcript_becomes_the_ctc_text_and_that_of_a_translation_is_cut() -> None:
     text = "Guten Tag. Der Hund, der Hund, der Hund, der Hund, der Hund"
-    verdict = judge(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=False, is_raw=False)
-    assert verdict is not None and verdict.text == "Guten Tag. Der Hund"
-    verdict = judge(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=True, is_raw=True)
-    assert verdict is not None and verdict.text == SPOKEN
+    finding = check_text(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=False, is_raw=False)
+    assert finding is not None and finding.text == "Guten Tag. Der Hund"
+    finding = check_text(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=True, is_raw=True)
+    assert finding is not None and finding.text == SPOKEN
 
 
 @pytest.mark.parametrize("text", ["", "a", "ab ab ab", "日本語 日本語", "x" * 3, "..." * 20])

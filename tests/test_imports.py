@@ -39,8 +39,8 @@ def test_the_version_loads_no_jax() -> None:
 
 def test_the_programs_need_jax_and_flax_alone() -> None:
     # Given a machine without what reads audio, text and checkpoints, then the programs are imported nevertheless
-    code = "from granite_jax.inference import buckets, programs; print(programs.Programs.__name__)"
-    assert run(code, ABSENT) == "Programs\n"
+    code = "from granite_jax.recognition import buckets, speech_lm_programs as p; print(p.SpeechLMPrograms.__name__)"
+    assert run(code, ABSENT) == "SpeechLMPrograms\n"
 
 
 def test_what_is_not_there_is_an_attribute_error() -> None:

@@ -13,7 +13,7 @@ import pytest
 from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
-from granite_jax.inference.buckets import Bucket
+from granite_jax.recognition.buckets import Bucket
 
 TINY: dict[str, Any] = {
     "encoder_config": {"num_layers": 2, "hidden_dim": 8, "dim_head": 4},

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import granite_jax as gj
 from granite_jax.cli import app
-from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.automaton import FullError, batch_automata
-from granite_jax.keywords.repetition import has_repetition_loop
+from granite_jax.options import TranscribeOptions
+from granite_jax.recognition.repetition import has_repetition_loop
 
 LIMIT = 12
 
@@ -51,7 +51,7 @@ def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeli
     gated = pipeline.run(**options | {"keyword_gate": -8.0})
     assert any(t.stats.get("keywords") for t in gated)
     assert tokens_of(gated) == tokens_of(pipeline.run(speculative=False, **options | {"keyword_gate": -8.0}))
-    assert retraces(pipeline.asr._engine.programs, 1) == []
+    assert retraces(pipeline.asr.recognizer().programs, 1) == []
     assert pipeline.asr.compilations == 3
 
 
@@ -78,10 +78,10 @@ def test_long_lists_of_their_own_are_run_in_turn(pipeline: SimpleNamespace, monk
     lists = [[f"{chr(97 + i)}{n}" for n in range(100, 130)] for i in range(6)]
     options = {"keywords": lists, "keyword_gate": False, "keyword_boost": 9.0}
     expected = tokens_of(pipeline.run(**options))
-    monkeypatch.setattr("granite_jax.inference.engine.batch_automata", functools.partial(limited_pool, edges=80))
+    monkeypatch.setattr("granite_jax.recognition.speech_lm.batch_automata", functools.partial(limited_pool, edges=80))
 
     # When transcribed, then batches are split, and the tokens stay
-    pipeline.asr._engine._pools.clear()
+    pipeline.asr.recognizer()._pools.clear()
     assert tokens_of(pipeline.run(**options)) == expected
 
 
@@ -106,7 +106,7 @@ def test_repaired_drafts_are_the_result_where_no_language_model_runs(
 ) -> None:
     # Given a gate that lets a keyword pass, and a draft of which it takes all words' place
     monkeypatch.setattr(
-        "granite_jax.inference.rows.repair", lambda labels, heard, keywords: keywords.texts[heard[0].keyword]
+        "granite_jax.recognition.rows.repair", lambda labels, heard, keywords: keywords.texts[heard[0].keyword]
     )
 
     # When every CTC text is final

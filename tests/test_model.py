@@ -9,12 +9,12 @@ import pytest
 from goldens.cases import CASES, GOLDEN_CASES, GOLDEN_SOUNDS, STRIDE, fingerprint, golden_path, sounds
 from plain_transcriber import PlainTranscriber
 
-from granite_jax.inference.buckets import make_bucket
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import decoder, granite_speech
 from granite_jax.model.decoder import KVCache
 from granite_jax.model.features import log_mel, num_frames
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import make_bucket
+from granite_jax.transcriber import Transcriber
 
 TIE = 1e-3  # where the two best logits are nearer than this, either is right
 GARBAGE = 1e4

@@ -12,7 +12,7 @@ import granite_jax as gj
 from granite_jax import batch, evaluation
 from granite_jax.batch.ray_data import Transcribe
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, resolve
+from granite_jax.options import ModelOptions, TranscribeOptions, resolve
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from granite_jax import Transcriber, cli
 from granite_jax.cli import outputs, terminal
 from granite_jax.cli.outputs import output_stems
-from granite_jax.inference.results import Segment, Transcript, Word
+from granite_jax.results import Segment, Transcript, Word
 
 HELLO = Segment(0.5, 2.0, "Hello there.", words=(Word("Hello", 0.5, 1.0), Word("there.", 1.0, 2.0)))
 SRT = "1\n00:00:00,500 --> 00:00:02,000\nHello there.\n"
@@ -59,7 +59,7 @@ def transcribe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result
 
-    monkeypatch.setattr(Transcriber, "from_options", lambda model: SimpleNamespace(stream=stream))
+    monkeypatch.setattr(Transcriber, "from_options", lambda *_: SimpleNamespace(stream=stream))
     monkeypatch.chdir(tmp_path)
     return run
 

@@ -13,12 +13,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from granite_jax import GraniteError, cli
-from granite_jax.inference.buckets import Bucket
 from granite_jax.model.config import Config
 from granite_jax.planning import aot, work
 from granite_jax.planning.largest_batch import largest_batch
 from granite_jax.planning.roofline import CHIPS, Roofline, find_chip, roofline
 from granite_jax.planning.workload import Workload
+from granite_jax.recognition.buckets import Bucket
 
 MEMORY = SimpleNamespace(
     peak_memory_in_bytes=3 << 30, argument_size_in_bytes=5, temp_size_in_bytes=6, alias_size_in_bytes=7

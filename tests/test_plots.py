@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax.batch import Progress
-from granite_jax.inference.results import Word
-from granite_jax.inference.transcriber import Emissions
 from granite_jax.plotting import figures
 from granite_jax.plotting.figures import Passage
+from granite_jax.results import Word
+from granite_jax.transcriber import Emissions
 
 # A token a letter.
 LETTERS = cast(Any, SimpleNamespace(pieces=lambda ids: [chr(i) for i in ids]))

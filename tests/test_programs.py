@@ -10,17 +10,17 @@ import pytest
 from plain_transcriber import PlainTranscriber
 from retraces import retraces
 
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.programs import Programs
 from granite_jax.keywords.spotter import make_keyword_batch
 from granite_jax.model.config import Config
 from granite_jax.model.granite_speech import abstract_params
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.speech_lm_programs import SpeechLMPrograms
 
 
 def test_a_retrace_names_the_argument_that_changed() -> None:
     # Given a program that was traced once
     config = Config.from_dict(hf_fixture.make_config(hf_fixture.make_tokenizer(), tied=False, dtype="float32"))
-    programs = Programs(config, jnp.float32)
+    programs = SpeechLMPrograms(config, jnp.float32)
 
     def trace(samples: int) -> None:
         count = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -42,6 +42,6 @@ def test_bfloat16_runs_on_bfloat16_weights(tmp_path: Path) -> None:
     hf_fixture.write_random_checkpoint(tmp_path / "hf")
     buckets = [Bucket(1, 48_000, 100, 140)]
     asr = PlainTranscriber.from_pretrained(tmp_path / "hf", dtype="bfloat16", batch_size=1, buckets=buckets)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr._engine._params)} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(asr.params)} == {"bfloat16"}
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, 32_000).astype(np.float32)
     assert len(asr.transcribe(noise, max_new_tokens=5).tokens) == 5

@@ -1,11 +1,10 @@
-"""A recording's transcript from those of its segments: seams, order, second tries, errors, memory."""
+"""A recording's transcript from those of its segments: seams, order, second tries, errors."""
 
 import dataclasses
 import gc
-import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,13 @@ import pytest
 
 from granite_jax.audio.load import Audio
 from granite_jax.audio.segment import AudioSegment
-from granite_jax.inference.guards import Verdict
-from granite_jax.inference.options import TranscribeOptions
-from granite_jax.inference.recordings import RecordingDecoder, join_texts
-from granite_jax.inference.requests import Decoded, Request
-from granite_jax.inference.results import Segment, Transcript, Word
+from granite_jax.engine.stages import Reply
 from granite_jax.model import ctc
-from granite_jax.text.tasks import PromptTokens
+from granite_jax.options import TranscribeOptions
+from granite_jax.recognition.policy import ACCEPT, Again, Decision, Split
+from granite_jax.recognition.recordings import RecordingDecoder, join_texts
+from granite_jax.recognition.utterances import Decoded, Utterance
+from granite_jax.results import Segment, Transcript, Word
 
 SECOND = 16_000
 Timed = tuple[str, float, float]  # a word, and seconds of the recording
@@ -31,46 +30,39 @@ class Tokenizer:
 
 
 class Engine:
-    """Decodes a script: the words that it hears in each request. Requests are done when the test says so."""
-
-    full_rows = 2
-    read_ahead = 32
-    is_idle = True
-    word_offsets = (0.0, 0.0)
+    """Decodes a script: the words that it hears in each utterance. They are done when the test says so."""
 
     def __init__(self, script: list[Timed], *, slip: float = 0.0):
-        """`slip`: seconds by which times of every other request are off."""
+        """`slip`: seconds by which times of every other utterance are off."""
         self.script, self.slip = script, slip
-        self.requests: list[tuple[Request, Future[Decoded]]] = []
-        self.flushes = 0
-        self.verdicts: dict[int, Verdict] = {}
+        self.utterances: list[Utterance] = []
+        self.replies: list[Callable[[Reply], None]] = []
+        self.done: set[int] = set()
+        self.canceled: list[Any] = []
+        self.decisions: dict[int, Decision] = {}
 
-    @property
-    def num_unfinished(self) -> int:
-        return sum(not future.done() for _, future in self.requests)
+    def submit(self, utterance: Utterance, reply: Callable[[Reply], None]) -> Any:
+        self.utterances.append(utterance)
+        self.replies.append(reply)
+        return SimpleNamespace(utterance=utterance)  # its ticket
 
-    def submit(self, request: Request) -> "Future[Decoded]":
-        self.requests.append((request, Future()))
-        return self.requests[-1][1]
-
-    def flush(self) -> None:
-        self.flushes += 1
-        self.finish_all()
+    def reply(self, number: int, decoded: Decoded) -> None:
+        self.done.add(number)
+        self.replies[number](Reply(decoded))
 
     def finish(self, number: int) -> None:
-        request, future = self.requests[number]
-        if not future.done():
-            future.set_result(self.decode(number, request))
+        if number not in self.done:
+            self.reply(number, self.decode(number, self.utterances[number]))
 
     def finish_all(self) -> None:
         number = 0
-        while number < len(self.requests):
+        while number < len(self.utterances):
             self.finish(number)
             number += 1
 
-    def decode(self, number: int, request: Request) -> Decoded:
-        offset = float(request.audio.samples[0])  # of the recording: its samples tell their own time
-        duration = request.audio.duration
+    def decode(self, number: int, utterance: Utterance) -> Decoded:
+        offset = float(utterance.audio.samples[0])  # of the recording: its samples tell their own time
+        duration = utterance.audio.duration
         slip = self.slip * (number % 2)
         heard = [(w, a - offset + slip, b - offset + slip) for w, a, b in self.script]
         heard = [(w, a, b) for w, a, b in heard if a >= 0 and b <= duration]
@@ -81,12 +73,15 @@ class Engine:
             labels[np.round(frames).astype(int)] = ctc.to_labels(word)
             labels[min(round(end / ctc.FRAME_SECONDS), len(labels) - 1)] = ord(" ")
         stats = {"route": "verified", "llm_passes": 1, "draft_tokens": 2, "accepted_tokens": 2, "draft_from": "ctc"}
+        flags = ("retried",) if utterance.attempt.number else ()
         transcript = Transcript(
-            "a", text, tuple(map(ord, text)), duration, 0.5, text, {**stats, "finish": "end"}, flags=request.flags
+            "a", text, tuple(map(ord, text)), duration, 0.5, text, {**stats, "finish": "end"}, flags=flags
         )
-        words = tuple(Word(*word) for word in heard) if request.needs_words else ()
-        verdict = None if request.is_final else self.verdicts.get(number)
-        return Decoded(transcript, labels, words, verdict)
+        words = tuple(Word(*word) for word in heard) if "words" in utterance.wants else ()
+        decision = self.decisions.get(number, ACCEPT)
+        if isinstance(decision, Split) and not utterance.attempt.can_split:
+            decision = ACCEPT
+        return Decoded(transcript, labels, words, decision)
 
 
 def segment(start: float, begin: float, end: float, until: float, *, last: bool = False) -> AudioSegment:
@@ -99,16 +94,22 @@ def decoder(
     on_segment: Callable[[str, Segment], None] | None = None,
     *,
     channel: int | None = None,
+    word_offsets: tuple[float, float] = (0.0, 0.0),
     **fields: Any,
 ) -> RecordingDecoder:
     options = TranscribeOptions(**fields)
-
-    def make_request(samples: np.ndarray) -> Request:
-        return Request(Audio("a", samples), 200, PromptTokens((), ()), 10, options)
-
     tokenizer: Any = Tokenizer()
-    fake: Any = engine
-    return RecordingDecoder(fake, tokenizer, make_request, options, "a", channel=channel, on_segment=on_segment)
+    return RecordingDecoder(
+        engine.submit,
+        engine.canceled.append,
+        lambda samples: Utterance(Audio("a", samples), options),
+        tokenizer,
+        options,
+        "a",
+        channel=channel,
+        word_offsets=word_offsets,
+        on_segment=on_segment,
+    )
 
 
 def words(count: int, each: float = 0.4) -> list[Timed]:
@@ -165,11 +166,11 @@ def joined_at_ten(left: list[Timed], right: list[Timed], space: str = " ") -> st
     recording.submit(segment(0, 0, 10, 11))
     recording.submit(segment(9, 10, 20, 20, last=True))
     recording.close(())
-    for heard, offset, (request, future) in zip((left, right), (0, 9), engine.requests, strict=True):
+    for number, (heard, offset) in enumerate(zip((left, right), (0, 9), strict=True)):
         text = space.join(word for word, _, _ in heard)
-        transcript = dataclasses.replace(engine.decode(0, request).transcript, text=text)
+        transcript = dataclasses.replace(engine.decode(0, engine.utterances[number]).transcript, text=text)
         words = tuple(Word(word, start - offset, end - offset) for word, start, end in heard)
-        future.set_result(Decoded(transcript, np.zeros(10, np.int32), words))
+        engine.reply(number, Decoded(transcript, np.zeros(10, np.int32), words))
     return recording.result.result().text
 
 
@@ -205,8 +206,7 @@ def test_segments_without_word_times_have_the_same_offsets(
 ) -> None:
     # Given a head that writes late, and no word times, when a segment is decoded
     engine = Engine([word])
-    engine.word_offsets = offsets
-    recording = decoder(engine)
+    recording = decoder(engine, word_offsets=offsets)
     recording.submit(segment(0, 0, 20, 20, last=True))
     recording.close(())
     engine.finish_all()
@@ -250,11 +250,11 @@ def test_a_recording_is_silent_if_nothing_is_heard_in_any_segment(heard: str, fl
     recording = decoder(engine := Engine([]))
     for start, ctc_text in ((0, ""), (20, heard)):
         recording.submit(segment(start, start, start + 20, start + 20, last=start == 20))
-        request, future = engine.requests[-1]
-        decoded = engine.decode(0, request)
+        number = len(engine.utterances) - 1
+        decoded = engine.decode(0, engine.utterances[number])
         own = ("low-agreement",) if ctc_text else ("silence",)
         transcript = dataclasses.replace(decoded.transcript, ctc_text=ctc_text, flags=own)
-        future.set_result(dataclasses.replace(decoded, transcript=transcript))
+        engine.reply(number, dataclasses.replace(decoded, transcript=transcript))
     recording.close(())
     # When they are joined, then the recording is silent if both are, and doubts are told
     assert recording.result.result().flags == flags
@@ -263,14 +263,14 @@ def test_a_recording_is_silent_if_nothing_is_heard_in_any_segment(heard: str, fl
 def test_a_problem_is_decoded_again_in_halves() -> None:
     # Given a segment whose text leaves something out at 8 s
     engine = Engine(words(50))
-    engine.verdicts[0] = Verdict("hole", "", 8.0)
+    engine.decisions[0] = Split(8.0)
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
     recording.close(())
     # When decoded, then two smaller ones are, of which one begins there, and nothing is lost or doubled
     engine.finish_all()
     transcript = recording.result.result()
-    assert len(engine.requests) == 3 and engine.requests[2][0].audio.samples[0] == pytest.approx(6.75)
+    assert len(engine.utterances) == 3 and engine.utterances[2].audio.samples[0] == pytest.approx(6.75)
     assert transcript.text.split() == [word for word, _, _ in engine.script]
     assert transcript.flags == ("retried",) and len(transcript.segments) == 2
 
@@ -278,13 +278,26 @@ def test_a_problem_is_decoded_again_in_halves() -> None:
 def test_second_tries_end() -> None:
     # Given problems in whatever is decoded, when tried again, then the smallest parts are final
     engine = Engine(words(50))
-    engine.verdicts = {number: Verdict("loop", "") for number in range(100)}
+    engine.decisions = {number: Split() for number in range(100)}
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
     recording.close(())
     engine.finish_all()
-    assert recording.result.result().text and len(engine.requests) == 7
-    assert [request.is_final for request, _ in engine.requests] == [False] * 3 + [True] * 4
+    assert recording.result.result().text and len(engine.utterances) == 7
+    assert [utterance.attempt.can_split for utterance in engine.utterances] == [True] * 3 + [False] * 4
+
+
+def test_boosts_that_make_a_text_repeat_are_left_out() -> None:
+    # Given a text that repeats a keyword, when decoded, then the same audio is decoded again without boosts
+    engine = Engine(words(20))
+    engine.decisions[0] = Again(boosts=False)
+    recording = decoder(engine)
+    recording.submit(segment(0, 0, 20, 20, last=True))
+    recording.close(())
+    engine.finish_all()
+    first, second = engine.utterances
+    assert (first.attempt.boosts, second.attempt.boosts) == (True, False) and second.attempt.can_split
+    assert first.audio.samples is second.audio.samples and recording.result.result().flags == ("retried",)
 
 
 def test_short_audio_is_not_cut_further() -> None:
@@ -292,19 +305,7 @@ def test_short_audio_is_not_cut_further() -> None:
     recording = decoder(engine)
     recording.submit(segment(0, 0, 3, 3, last=True))
     recording.close(())
-    assert engine.requests[0][0].is_final
-
-
-def test_no_more_than_two_batches_are_unfinished() -> None:
-    # Given a recording of fifty segments, when submitted, then only four are unfinished at a time
-    engine = Engine(words(1000))
-    recording = decoder(engine)
-    for start in range(0, 1000, 20):
-        recording.submit(segment(start, start, start + 20, start + 20, last=start == 980))
-        assert sum(not future.done() for _, future in engine.requests) <= 4
-    recording.close(())
-    engine.finish_all()
-    assert engine.flushes > 0 and len(recording.result.result().text.split()) == 1000
+    assert not engine.utterances[0].attempt.can_split
 
 
 def test_audio_that_is_decoded_is_let_go() -> None:
@@ -316,46 +317,11 @@ def test_audio_that_is_decoded_is_let_go() -> None:
     recording.submit(first)
     recording.submit(segment(20, 20, 40, 40, last=True))
     engine.finish(0)
-    engine.requests[0] = engine.requests[1]
+    engine.utterances[0] = engine.utterances[1]
+    engine.replies[0] = engine.replies[1]
     del first
     gc.collect()
     assert held() is None
-
-
-def test_a_reader_whose_recording_nobody_wants_does_not_wait() -> None:
-    # Given a full window that nobody drives, when the result is cancelled
-    engine = Engine(words(1000))
-    engine.flush = lambda: None  # type: ignore[method-assign]
-    recording = decoder(engine)
-    for start in range(4):
-        recording.submit(segment(start, start, start + 1, start + 1))
-    threading.Timer(0.05, recording.result.cancel).start()
-    # Then submitting returns, and what was submitted is cancelled
-    recording.submit(segment(4, 4, 5, 5))
-    assert len(engine.requests) == 4 and all(future.cancelled() for _, future in engine.requests[:4])
-
-
-def test_a_reader_does_not_read_on_when_its_stream_is_abandoned() -> None:
-    # Given a full window, and a stream that was closed, when more is submitted, then it is not, and all is cancelled
-    engine = Engine(words(1000))
-    engine.is_idle = False
-    recording = decoder(engine)
-    for start in range(4):
-        recording.submit(segment(start, start, start + 1, start + 1))
-    recording._is_stopped = lambda: True
-    recording.submit(segment(4, 4, 5, 5))
-    assert recording.result.cancelled() and len(engine.requests) == 4
-
-
-def test_many_recordings_share_a_limit() -> None:
-    # Given an engine that has enough to do for others, when a recording begins, then it waits for it
-    engine = Engine(words(1000))
-    engine.read_ahead = 1
-    first, second = decoder(engine), decoder(engine)
-    for start in range(2):
-        first.submit(segment(start, start, start + 1, start + 1))
-    second.submit(segment(0, 0, 1, 1))
-    assert engine.flushes == 1 and all(future.done() for _, future in engine.requests[:2])
 
 
 def test_seams_do_not_go_back() -> None:
@@ -384,8 +350,12 @@ def test_the_error_of_a_segment_is_that_of_the_recording() -> None:
     for start in (0, 20):
         recording.submit(segment(start, start, start + 20, start + 20, last=start == 20))
     recording.close(())
-    engine.requests[0][1].set_exception(RuntimeError("device lost"))
-    assert isinstance(recording.result.exception(), RuntimeError) and engine.requests[1][1].cancelled()
+    engine.replies[0](Reply(error=RuntimeError("device lost")))
+    assert isinstance(recording.result.exception(), RuntimeError)
+    # And what is left can be withdrawn, and comes too late
+    recording.cancel()
+    assert [ticket.utterance for ticket in engine.canceled] == [engine.utterances[1]]
+    engine.finish(1)
 
 
 def test_a_segment_that_is_not_finite_fails_the_recording() -> None:
@@ -393,10 +363,10 @@ def test_a_segment_that_is_not_finite_fails_the_recording() -> None:
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
     recording.close(())
-    decoded = engine.decode(0, engine.requests[0][0])
+    decoded = engine.decode(0, engine.utterances[0])
     broken = dataclasses.replace(decoded.transcript, error="a: NaN")
-    engine.requests[0][1].set_result(dataclasses.replace(decoded, transcript=broken))
-    assert recording.result.result().error == "a: NaN"
+    engine.reply(0, dataclasses.replace(decoded, transcript=broken))
+    assert str(recording.result.exception()) == "a: NaN"
 
 
 @pytest.mark.parametrize(

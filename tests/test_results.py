@@ -5,7 +5,7 @@ import random
 import kaldialign
 import pytest
 
-from granite_jax.inference.results import disagreement
+from granite_jax.results import disagreement
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,7 @@
 import json
 import random
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.batch.manifest import parse_line
-from granite_jax.inference.options import TranscribeOptions
-from granite_jax.inference.requests import Decoded, Request
-from granite_jax.inference.results import Transcript
-from granite_jax.inference.safeguard import safeguarded
-from granite_jax.inference.transcriber import Transcriber
+from granite_jax.engine.stages import Reply, Request
+from granite_jax.options import TranscribeOptions
+from granite_jax.recognition.safeguard import safeguarded
+from granite_jax.recognition.utterances import Decoded, Utterance
+from granite_jax.results import Transcript
 from granite_jax.text.tasks import LANGUAGES, Capabilities
+from granite_jax.transcriber import Transcriber
 
 RAW = "can you transcribe the speech into a written format?"
 OWN = "describe the noise behind the speech."
@@ -69,21 +69,21 @@ def test_a_prompt_of_the_models_own_is_the_task_it_stands_for(asr: Transcriber) 
 
 def test_prompts_that_the_checkpoint_records_and_custom_ones_are_sent(asr: Transcriber) -> None:
     # Given a prompt that the checkpoint records, and one that is allowed, when they are passed, then they are sent
-    sent = [request_of(asr, SOUND, prompt=OWN), request_of(asr, SOUND, prompt="Sing!", allow_custom_prompt=True)]
-    assert [instruction_of(asr, request) for request in sent] == [OWN, "Sing!"]
+    sent = [utterance_of(asr, SOUND, prompt=OWN), utterance_of(asr, SOUND, prompt="Sing!", allow_custom_prompt=True)]
+    assert [instruction_of(asr, utterance) for utterance in sent] == [OWN, "Sing!"]
     assert not sent[0].flags and not sent[1].flags
 
 
 def test_the_models_own_prompt_is_its_task_whether_custom_ones_are_allowed_or_not(asr: Transcriber) -> None:
     # Given the raw prompt, and leave for others, when it is passed, then it has drafts like the task
-    assert request_of(asr, SOUND, prompt=RAW, allow_custom_prompt=True).options.drafting.drafts
+    assert utterance_of(asr, SOUND, prompt=RAW, allow_custom_prompt=True).options.drafting.drafts
 
 
 @pytest.mark.parametrize("keywords", [["Zoe"], [["Zoe"]]])
 def test_keywords_stand_in_one_place(asr: Transcriber, keywords: list) -> None:
     # Given a prompt with keywords of its own, when there are others, then the error says so
     prompt = "transcribe the speech to text. Keywords: Kai"
-    assert instruction_of(asr, request_of(asr, SOUND, prompt=prompt)) == prompt
+    assert instruction_of(asr, utterance_of(asr, SOUND, prompt=prompt)) == prompt
     with pytest.raises(gj.PromptError, match="excludes keywords: name them in one place"):
         asr.transcribe([SOUND], prompt=prompt, keywords=keywords, keywords_in="prompt")
 
@@ -92,8 +92,8 @@ def test_keywords_stand_in_one_place(asr: Transcriber, keywords: list) -> None:
 def test_keywords_in_a_prompt_are_checked_like_others(asr: Transcriber, clause: str) -> None:
     # Given a clause that would be refused as keywords, when it comes in a prompt, then the prompt is unfamiliar
     with pytest.warns(UserWarning, match=FALLBACK):
-        request = request_of(asr, SOUND, prompt=f"transcribe the speech to text. Keywords: {clause}")
-    assert instruction_of(asr, request) == RAW and request.flags == ("prompt-fallback",)
+        utterance = utterance_of(asr, SOUND, prompt=f"transcribe the speech to text. Keywords: {clause}")
+    assert instruction_of(asr, utterance) == RAW and utterance.flags == ("prompt-fallback",)
 
 
 def test_a_model_that_only_translates_falls_back_to_transcription(checkpoint: Path, asr: Transcriber) -> None:
@@ -116,15 +116,14 @@ def test_lines_of_a_manifest_keep_the_safeguard_and_each_other(asr: Transcriber)
     assert [entry.options and entry.options.language for entry in entries] == ["ja", None, None, None, None, "ja"]
 
 
-def request_of(asr: Transcriber, audio: Any, **fields: Any) -> Request:
-    """The request that reaches the engine."""
-    captured: list[Request] = []
+def utterance_of(asr: Transcriber, audio: Any, **fields: Any) -> Utterance:
+    """What reaches the engine."""
+    captured: list[Utterance] = []
 
-    def submit(request: Request) -> Future[Transcript]:
-        captured.append(request)
-        future: Future[Transcript] = Future()
-        future.set_result(Decoded(Transcript(request.audio.name, stats={"route": "greedy"}), np.zeros(1, np.int32)))
-        return future
+    def submit(request: Request, reply: Callable[[Reply], None]) -> None:
+        captured.append(request.payload)
+        transcript = Transcript(request.payload.audio.name, stats={"route": "greedy"})
+        reply(Reply(Decoded(transcript, np.zeros(1, np.int32))))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asr._engine, "submit", submit)
@@ -132,12 +131,12 @@ def request_of(asr: Transcriber, audio: Any, **fields: Any) -> Request:
     return captured[0]
 
 
-def instruction_of(asr: Transcriber, request: Request) -> str:
+def instruction_of(asr: Transcriber, utterance: Utterance) -> str:
     """The text between the audio and the end of the turn; special tokens anywhere but in the template are a failure."""
-    ids = [*request.prompt.prefix, *request.prompt.suffix]
+    ids = [*utterance.prompt.prefix, *utterance.prompt.suffix]
     assert asr.tokenizer.special_ids.isdisjoint(ids)  # this template has none but the audio
-    assert asr.tokenizer.decode(request.prompt.prefix) == "USER: "
-    text = asr.tokenizer.decode(request.prompt.suffix)
+    assert asr.tokenizer.decode(utterance.prompt.prefix) == "USER: "
+    text = asr.tokenizer.decode(utterance.prompt.suffix)
     assert text.endswith("\n ASSISTANT:")
     return text.removesuffix("\n ASSISTANT:")
 
@@ -195,8 +194,8 @@ def attacks(generator: random.Random, directory: Path) -> dict[str, Any]:
     return fields
 
 
-def requests(asr: Transcriber, fields: dict[str, Any], from_manifest: bool) -> Iterator[Request]:
-    """The requests that come of `fields`; none if they are refused by name."""
+def utterances(asr: Transcriber, fields: dict[str, Any], from_manifest: bool) -> Iterator[Utterance]:
+    """The utterances that come of `fields`; none if they are refused by name."""
     audio = fields.pop("audio", SOUND)
     try:
         if from_manifest:
@@ -206,9 +205,9 @@ def requests(asr: Transcriber, fields: dict[str, Any], from_manifest: bool) -> I
             if entry.error is not None or entry.options is None:
                 return
             keywords = None if entry.keywords is None else [list(entry.keywords)]
-            yield request_of(asr, [audio], options=entry.options, keywords=keywords)
+            yield utterance_of(asr, [audio], options=entry.options, keywords=keywords)
         else:
-            yield request_of(asr, audio, **fields)
+            yield utterance_of(asr, audio, **fields)
     except gj.GraniteError as error:
         assert "\n" not in str(error)
 
@@ -231,15 +230,15 @@ def test_nothing_that_is_asked_makes_another_prompt(
         asked = fields.get("prompt")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", FALLBACK)
-            for request in requests(asr, fields, from_manifest=case % 2 == 0):
+            for utterance in utterances(asr, fields, from_manifest=case % 2 == 0):
                 # When they reach the model, then the prompt is one of its own, with keywords of the caller's at most
                 sent += 1
-                fallbacks += "prompt-fallback" in request.flags
-                base, separator, clause = instruction_of(asr, request).partition(" Keywords: ")
+                fallbacks += "prompt-fallback" in utterance.flags
+                base, separator, clause = instruction_of(asr, utterance).partition(" Keywords: ")
                 assert base in plain and "keywords:" not in clause.lower()
                 if separator:
                     listed = clause.split(", ")
-                    source = given if asked is None or "prompt-fallback" in request.flags else [asked, *given]
+                    source = given if asked is None or "prompt-fallback" in utterance.flags else [asked, *given]
                     assert all(any(name in " ".join(text.split()) for text in source) for name in listed), clause
                     assert not any(own in name.lower() for name in listed for own in ("translate the", "assistant:"))
 

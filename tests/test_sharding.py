@@ -14,9 +14,10 @@ from plain_transcriber import PlainTranscriber
 
 import granite_jax as gj
 from granite_jax.checkpoint.tree import expected_shapes, flatten
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.sharding import DeviceMesh
+from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.model.config import Config
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.partition import param_shardings
 
 # Heads that four devices can share, and key/value heads that they cannot.
 MODEL: dict[str, Any] = {
@@ -116,7 +117,7 @@ def test_weights_are_split_by_the_table(job: SimpleNamespace) -> None:
     # Given two copies of the weights on four devices each, when the weights are placed
     devices = DeviceMesh.make(jax.devices(), model_parallel=4)
     config, params = gj.load(job.directory, dtype="float32")
-    placed = flatten(devices.put(params, devices.param_shardings(config)))
+    placed = flatten(devices.put(params, param_shardings(config, devices)))
 
     # Then heads, channels and their inverse are split over `model`; two key/value heads, norms and biases are not
     def parts(path: str) -> tuple[int, ...]:
@@ -146,7 +147,7 @@ def test_most_of_a_big_model_is_split() -> None:
     raw["encoder_config"] |= {"num_heads": 8, "hidden_dim": 1024, "dim_head": 128, "num_layers": 16}
     raw["projector_config"] |= {"encoder_hidden_size": 1024}
     config = Config.from_dict(raw)
-    shardings = flatten(DeviceMesh.make(jax.devices(), model_parallel=8).param_shardings(config))
+    shardings = flatten(param_shardings(config, DeviceMesh.make(jax.devices(), model_parallel=8)))
 
     # Then a device holds little more than an eighth
     shapes = expected_shapes(config)

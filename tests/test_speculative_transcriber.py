@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import granite_jax as gj
 from granite_jax.cli import app
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.options import SpeculativeOptions, TranscribeOptions, drafts_for
+from granite_jax.options import SpeculativeOptions, TranscribeOptions, drafts_for
+from granite_jax.recognition.buckets import Bucket
 
 # The whole pipeline, on a random checkpoint.
 
@@ -65,7 +65,7 @@ def test_a_draft_of_the_callers_own_is_used_for_any_task(pipeline: SimpleNamespa
 def test_relaxed_mode_is_the_papers_three_steps(pipeline: SimpleNamespace) -> None:
     # Given thresholds between the utterances' entropies, and between the drafts' likelihoods
     asr = pipeline.asr
-    config, params, threshold = asr.config, asr._engine._params, 2e-3
+    config, params, threshold = asr.config, asr.params, 2e-3
     prompt = asr._prompt("can you transcribe the speech into a written format?")
     never = [config.audio_token_id, config.decoder.pad_token_id]
     encoded = []
@@ -147,7 +147,7 @@ def test_all_modes_share_three_programs_a_bucket(pipeline: SimpleNamespace) -> N
     pipeline.run(speculative="relaxed-fast")
     pipeline.run(draft=["a" * 500] * len(pipeline.audio), task="punctuate")
     pipeline.run(draft=[""] * len(pipeline.audio))
-    assert retraces(pipeline.asr._engine.programs, 1) == []
+    assert retraces(pipeline.asr.recognizer().programs, 1) == []
     assert pipeline.asr.compilations == 3
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from subtitle_rules import violations
 
 import granite_jax as gj
-from granite_jax.inference.results import Segment, Transcript, Word
+from granite_jax.results import Segment, Transcript, Word
 from granite_jax.text.subtitles import Cue, cues, text_width
 
 

@@ -17,12 +17,12 @@ from retraces import retraces
 from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, CheckpointError, ContextError, GraniteError, PromptError, Transcriber
-from granite_jax.audio.load import Audio
 from granite_jax.evaluation import heldout
-from granite_jax.inference.buckets import Bucket, default_buckets, longest_audio
-from granite_jax.inference.compilation import enable_compilation_cache
+from granite_jax.model.features import num_frames
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import Bucket, default_buckets, longest_audio
 from granite_jax.text.tasks import Capabilities, instruction
+from granite_jax.transcriber import enable_compilation_cache
 
 RATE = 16_000
 POSITIONS = 384  # of the model: 38.4 seconds of audio
@@ -52,7 +52,7 @@ def asr(checkpoint: Path) -> Transcriber:
 @pytest.fixture(autouse=True)
 def nothing_more_is_compiled(asr: Transcriber):
     yield
-    assert retraces(asr._engine.programs, len(asr.buckets)) == []
+    assert retraces(asr.recognizer().programs, len(asr.buckets)) == []
     assert asr.compilations == 3 * len(asr.buckets)
 
 
@@ -72,7 +72,7 @@ def wav(samples: np.ndarray, rate: int = RATE, format: str = "WAV") -> bytes:
 
 def like(asr: Transcriber, **options: Any) -> Transcriber:
     """Another Transcriber of the same model."""
-    return PlainTranscriber(asr.config, asr._engine._params, asr.tokenizer, template=asr.template, **options)
+    return PlainTranscriber(asr.config, asr.params, asr.tokenizer, template=asr.template, **options)
 
 
 def test_every_form_of_input_gives_the_same(asr: Transcriber, tmp_path: Path) -> None:
@@ -333,7 +333,8 @@ def test_a_long_prompt_takes_a_larger_bucket(asr: Transcriber) -> None:
     (transcript,) = asr.transcribe([speech(1)], **fields)
 
     # Then it is transcribed as with a bucket made for it
-    length = asr._prompt_length(asr._prompt(prompt)) + asr._engine.num_audio_tokens(Audio("", speech(1)))
+    tokens = asr.template.tokens(asr.tokenizer, prompt)
+    length = len(tokens.prefix) + len(tokens.suffix) + asr.config.num_audio_tokens(num_frames(RATE))
     assert length > asr.buckets[0].prompt
     fitting = like(asr, batch_size=1, buckets=[Bucket(1, 4 * 4800, length, length + 6)])
     assert fitting.transcribe([speech(1)], **fields)[0].tokens == transcript.tokens
@@ -444,12 +445,12 @@ def test_damaged_weights_are_no_silence(
     asr: Transcriber, monkeypatch: pytest.MonkeyPatch, part: str, speculative: Any, value: float
 ) -> None:
     # Given weights some of which, in one part of the model, are no numbers
-    params = asr._engine._params
+    params = asr.params
     damaged = jax.tree.map(np.array, params[part])
     for leaf in jax.tree.leaves(damaged):
         leaf.flat[0] = value
     damaged = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), damaged, params[part])
-    monkeypatch.setattr(asr._engine, "_params", {**params, part: damaged})
+    monkeypatch.setattr(asr.recognizer(), "params", {**params, part: damaged})
     # When two inputs are transcribed, then both have an error, and no empty text
     options = {"speculative": speculative, "max_new_tokens": 4}
     found = asr.transcribe([speech(1.0), speech(2.0)], on_error="return", **options)

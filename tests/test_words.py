@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_jax.inference.results import Word
-from granite_jax.inference.words import TextWord, label_sequence, locate_words, split_words, word_times
+from granite_jax.recognition.words import TextWord, label_sequence, locate_words, split_words, word_times
+from granite_jax.results import Word
 
 
 def spelled(word: TextWord) -> str:

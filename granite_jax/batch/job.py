@@ -1,50 +1,52 @@
-"""One worker of a batch job: manifest -> parts -> readers -> Transcriber -> committed parts.
+"""One worker of a batch job: manifest -> parts -> Transcriber -> committed parts.
 
-    readers   part 1, part 2 ...      a chunk ahead of the device, in order
-    device             part 1         in chunks that the engine sorts by length; none spans two parts
-    commit                     part 1 while the device continues
+    submitted   part 1, part 2 ...       twice the Transcriber's `read_ahead`, whatever part they are of
+    device              part 1, 2 ...    batches of utterances of similar length, of several parts where these meet
+    commit                      part 1   each when its last utterance is done, while the device continues
 
-A part is committed as a whole or not at all; a worker that dies loses its current part. The lines of a part depend only
-on its entries.
+A part is committed as a whole or not at all; a worker that dies loses the parts that it has begun. The lines of a part
+depend only on its entries.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
+import queue
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import granite_jax
-from granite_jax.audio.load import Audio, printable
 from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, scheme, without_file_scheme
 from granite_jax.batch.committed import committed_parts, part_name, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
 from granite_jax.batch.listing import identity_of, is_listing, root_of, split_tfds
 from granite_jax.batch.local_manifest import local_manifest
-from granite_jax.batch.manifest import Manifest
+from granite_jax.batch.manifest import Entry, Manifest
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
 from granite_jax.batch.reader_processes import check_processes
-from granite_jax.batch.reading import Kind, LoadedEntry, Reader, Source, Task, reading
+from granite_jax.batch.reading import EntryAudio, Kind, Reader, Task, opening
 from granite_jax.batch.store import Store, open_store
+from granite_jax.batch.transcription import submit_entry, transcript_of
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
-from granite_jax.inference.results import segment_fields
-from granite_jax.inference.transcriber import Transcriber, Transcript
 from granite_jax.keywords.options import Entry as Keyword
+from granite_jax.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.results import segment_fields
+from granite_jax.transcriber import Transcriber, Transcript
+
+OpenEntry = Callable[[Entry], EntryAudio]
 
 PART_SIZE = 1024
-_CHUNK_SECONDS = 4 * 3600.0  # of audio, 0.9 GB: the device works on a chunk while the next one is read
-_LATER_CHUNK_FACTOR = 4  # later chunks have this many times the entries of the first
+_STOP_POLL_SECONDS = 0.1
 _MAX_ERRORS = 3  # in a summary
 _FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a Transcript, in a line
 
@@ -60,7 +62,7 @@ class Progress:
       done: entries finished in this run, including failed ones.
       failed: entries that failed in this run.
       audio_seconds: seconds of audio transcribed in this run.
-      read_seconds: seconds that the device waited for audio.
+      read_seconds: seconds that the device had nothing to do, because audio was read.
       seconds: wall time since the first part was started.
     """
 
@@ -122,12 +124,11 @@ class _Stopped(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """Loaded entries of one task that have the same options."""
+class _Started:
+    """A task in progress, with the lines that are there, by index."""
 
     task: Task
-    options: TranscribeOptions | None = None
-    loaded: Sequence[LoadedEntry] = ()
+    lines: dict[int, bytes] = dataclasses.field(default_factory=dict)
 
 
 @accepts(ModelOptions, TranscribeOptions)
@@ -247,7 +248,7 @@ def run(
         def load() -> Transcriber:
             if transcriber is not None:
                 return transcriber[0]() if callable(transcriber[0]) else transcriber[0]
-            return Transcriber.from_options(model_options)
+            return Transcriber.from_options(model_options, job_options.recognizer)
 
         def read_with(asr: Transcriber) -> Reader:
             dataset = split_tfds(source) if source.startswith("tfds:") else None
@@ -257,47 +258,14 @@ def run(
         return worker.run(load, read_with, readers, num_readers)
 
 
-def transcribe_group(
-    asr: Transcriber,
-    options: TranscribeOptions,
-    entries: Sequence[LoadedEntry],
-    progress: Callable[[int], None] | None = None,
-    keyword_lists: Sequence[Sequence[Keyword] | None] = (),
-) -> dict[int, Transcript]:
-    """Transcribes entries with the same options; returns transcripts by index, which have an error where one failed.
-
-    Args:
-      keyword_lists: by index, a list that overrides those of entry and options, or None; or no lists at all.
-    """
-    report = progress or (lambda count: None)
-    unreadable = {
-        loaded.entry.index: Transcript(loaded.entry.audio, error=loaded.error)
-        for loaded in entries
-        if loaded.audio is None
-    }
-    report(len(unreadable))
-    usable = {loaded.entry.index: loaded for loaded in entries if loaded.audio is not None}
-    keyword_sources = [
-        (keyword_lists[index] if keyword_lists else None, loaded.entry.keywords) for index, loaded in usable.items()
-    ]
+@contextlib.contextmanager
+def _reading_with(asr: Transcriber, num_readers: int) -> Iterator[None]:
+    """Has a Transcriber read so many inputs at a time."""
+    former, asr.readers.limit = asr.readers.limit, num_readers
     try:
-        transcripts = asr.transcribe(
-            [loaded.audio for loaded in usable.values()],
-            options,
-            keywords=[
-                next((list(keywords) for keywords in sources if keywords is not None), None)
-                for sources in keyword_sources
-            ],
-            on_error="return",
-            progress=progress,
-        )
-    except GraniteError as error:  # the options are at fault: errors of audio and keywords are returned
-        report(len(usable))
-        transcripts = [
-            Transcript(loaded.entry.audio, error=f"{printable(loaded.entry.audio)}: {error}")
-            for loaded in usable.values()
-        ]
-    return unreadable | dict(zip(usable, transcripts, strict=True))
+        yield
+    finally:
+        asr.readers.limit = former
 
 
 @dataclasses.dataclass
@@ -316,6 +284,7 @@ class _Worker:
     progress: Progress
     _changed: int = dataclasses.field(default=0, init=False)  # entries whose files have changed since they were read
     _started: float = dataclasses.field(default=0.0, init=False)
+    _parts_of_others: int = dataclasses.field(default=0, init=False)
     _previous: dict[int, bytes] = dataclasses.field(default_factory=dict, init=False)  # lines of retried entries
 
     def run(
@@ -331,8 +300,8 @@ class _Worker:
         if tasks:
             asr = load()
             try:
-                with reading(Source(self.manifest, tasks), reader(asr), kind, num_readers) as loaded:
-                    parts_of_others = self._transcribe_tasks(asr, tasks, loaded)
+                with opening(reader(asr), kind, num_readers) as open_entry, _reading_with(asr, num_readers):
+                    parts_of_others = self._transcribe_tasks(asr, tasks, open_entry)
             except _Stopped:
                 stopped = True
         failed, errors = self._write_errors(share) if not stopped else (self.progress.failed, [])
@@ -382,83 +351,68 @@ class _Worker:
         data = b"".join(lines[index] for index in task.indices)
         return self.store.create(part_name(task.part, self.fingerprint, task.retry), data)
 
-    def _transcribe_tasks(self, asr: Transcriber, tasks: list[Task], loaded: Iterator[LoadedEntry]) -> int:
+    def _transcribe_tasks(self, asr: Transcriber, tasks: list[Task], open_entry: OpenEntry) -> int:
         """Transcribes and commits tasks; returns how many another worker committed first."""
         # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
-        self._started = time.monotonic()
-        parts_of_others, lines = 0, {}
-        chunks = self._chunks(tasks, loaded, asr.read_ahead)
-        with ThreadPoolExecutor(1) as committer, ThreadPoolExecutor(1) as prefetcher:
-            commit, next_chunk = committer.submit(bool, True), prefetcher.submit(next, chunks, None)
-            while True:
-                wait_start = time.monotonic()
-                chunk = next_chunk.result()
-                self.progress.read_seconds += time.monotonic() - wait_start
-                if chunk is None:
-                    break
-                next_chunk = prefetcher.submit(next, chunks, None)
-                parts_of_others += not chunk.loaded
-                lines |= self._transcribe(asr, chunk)
-                if len(lines) == len(chunk.task.indices):
-                    parts_of_others += not commit.result()
-                    commit = committer.submit(self._commit, chunk.task, lines)
-                    lines = {}
-            if lines:
-                raise RuntimeError(f"part {tasks[-1].part}: only {len(lines)} entries were read")
-            return parts_of_others + (not commit.result())
-
-    def _chunks(self, tasks: list[Task], loaded_entries: Iterator[LoadedEntry], size: int) -> Iterator[_Chunk]:
-        """Yields the chunks of tasks, and an empty one for a task that another worker has committed in the meantime.
-
-        The first chunk has `size` entries, so that the device starts soon; later ones have more because the device is
-        idle for a moment between two chunks.
-        """
-        chunk_size = size
-        for task in tasks:
-            entries = itertools.islice(loaded_entries, len(task.indices))
-            if self.store.exists(part_name(task.part, self.fingerprint, task.retry)):
-                for _ in entries:
+        self._started, idle_before = time.monotonic(), asr.idle_seconds
+        finished: queue.SimpleQueue[tuple[_Started, EntryAudio, Future[Transcript]]] = queue.SimpleQueue()
+        futures: set[Future[Transcript]] = set()
+        entries, commits = self._entries(tasks), collections.deque[Future[bool]]()
+        following = next(entries, None)
+        with ThreadPoolExecutor(1) as committer:
+            try:
+                while following or futures:
                     self._check_stop()
-                yield _Chunk(task)
-            for options, group in itertools.groupby(entries, key=lambda loaded: loaded.entry.options):
-                while chunk := self._take(group, chunk_size):
-                    yield _Chunk(task, options, chunk)
-                    chunk_size = _LATER_CHUNK_FACTOR * size
+                    if following and finished.empty() and len(futures) < 2 * asr.read_ahead:
+                        started, entry = following
+                        audio = open_entry(entry)
+                        listed = self.keyword_lists[entry.index] if self.keyword_lists else None
+                        future = submit_entry(asr, audio, self.options, listed)
+                        futures.add(future)
+                        future.add_done_callback(lambda f, s=started, a=audio: finished.put((s, a, f)))
+                        following = next(entries, None)
+                        continue
+                    try:
+                        started, audio, future = finished.get(timeout=_STOP_POLL_SECONDS)
+                    except queue.Empty:
+                        continue
+                    futures.remove(future)
+                    started.lines[audio.entry.index] = self._line(audio, transcript_of(audio.entry, future))
+                    if len(started.lines) == len(started.task.indices):
+                        commits.append(committer.submit(self._commit, started.task, started.lines))
+                    while commits and commits[0].done():
+                        self._parts_of_others += not commits.popleft().result()
+                    self.progress.done += 1
+                    self.progress.read_seconds = asr.idle_seconds - idle_before
+                    self._report()
+            finally:
+                for future in futures:
+                    future.cancel()
+        return self._parts_of_others + sum(not commit.result() for commit in commits)
 
-    def _take(self, entries: Iterator[LoadedEntry], size: int) -> list[LoadedEntry]:
-        """The next `size` entries, or fewer if they are long."""
-        chunk, seconds = [], 0.0
-        for entry in entries:
-            self._check_stop()
-            chunk.append(entry)
-            seconds += entry.audio.duration if isinstance(entry.audio, Audio) else 0.0
-            if len(chunk) == size or seconds > _CHUNK_SECONDS:
-                break
-        return chunk
+    def _entries(self, tasks: list[Task]) -> Iterator[tuple[_Started, Entry]]:
+        """The entries of tasks, but for those that another worker has committed in the meantime."""
+        for task in tasks:
+            if self.store.exists(part_name(task.part, self.fingerprint, task.retry)):
+                self._parts_of_others += 1
+                continue
+            indices, started = set(task.indices), _Started(task)
+            entries = [entry for entry in self.manifest.read(task.part) if entry.index in indices]
+            if len(entries) < len(indices):
+                raise RuntimeError(f"part {task.part}: only {len(entries)} entries were read")
+            yield from ((started, entry) for entry in entries)
 
-    def _transcribe(self, asr: Transcriber, chunk: _Chunk) -> dict[int, bytes]:
-        """A chunk's lines, by index."""
-
-        def advance(count: int) -> None:
-            self.progress.done += count
-            self._report()
-
-        transcripts = transcribe_group(asr, chunk.options or self.options, chunk.loaded, advance, self.keyword_lists)
-        lines = {loaded.entry.index: self._line(loaded, transcripts[loaded.entry.index]) for loaded in chunk.loaded}
-        self._report()  # `_line` has added failures and seconds of audio
-        return lines
-
-    def _line(self, loaded: LoadedEntry, transcript: Transcript) -> bytes:
+    def _line(self, audio: EntryAudio, transcript: Transcript) -> bytes:
         """An utterance's line; nothing in it depends on the run."""
-        entry = loaded.entry
+        entry = audio.entry
         fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
         fields |= {"offset": entry.offset} if entry.offset else {}
-        fields |= {"file": loaded.file} if loaded.file else {}
+        fields |= {"file": audio.file} if audio.file else {}
         if transcript.error is not None:
             self.progress.failed += 1
             fields["error"] = transcript.error
-            fields |= {"transient": True} if loaded.is_transient or transcript.stats.get("transient") else {}
+            fields |= transcript.stats
         else:
             self.progress.audio_seconds += transcript.duration
             fields |= {key: getattr(transcript, key) for key in _FIELDS}

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.keywords.options import check_boost, keyword_entries
+from granite_jax.options import TranscribeOptions
 
 MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""

@@ -13,18 +13,18 @@ is not imported here.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
 
 from granite_jax.batch.access import PROTOCOLS, AudioStorage
-from granite_jax.batch.job import transcribe_group
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
-from granite_jax.inference.results import segment_fields
-from granite_jax.inference.transcriber import Transcriber
+from granite_jax.batch.transcription import submit_entry, transcript_of
+from granite_jax.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
+from granite_jax.results import segment_fields
+from granite_jax.transcriber import Transcriber
 
 
 class Transcribe:
@@ -54,10 +54,10 @@ class Transcribe:
         """
         model_options, self._options = resolve(model, options, fields)
         check_mixed(self._options)
-        self._asr = Transcriber.from_options(model_options)
+        self._asr = Transcriber.from_options(model_options, self._options.recognizer)
         max_seconds = self._asr.config.max_seconds if self._options.segment_seconds is None else None
         self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), max_seconds)
-        self._threads = ThreadPoolExecutor(num_readers)
+        self._asr.readers.limit = num_readers
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Transcribes a batch; a row that failed has an `error`, no text and no `stats`."""
@@ -72,11 +72,10 @@ class Transcribe:
                 row["id"] = row.get("audio") or row.get("audio_filepath")
         entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
         data = [None] * count if contents is None else list(contents)
-        loaded_entries = list(self._threads.map(self._reader, entries, data))
-        transcripts = {}
-        for options in dict.fromkeys(entry.options for entry in entries):
-            group = [loaded for loaded in loaded_entries if loaded.entry.options == options]
-            transcripts |= transcribe_group(self._asr, options or self._options, group)
+        opened = [self._reader.open(entry, contents) for entry, contents in zip(entries, data, strict=True)]
+        futures = [submit_entry(self._asr, audio, self._options) for audio in opened]
+        wait(futures)
+        transcripts = [transcript_of(entry, future) for entry, future in zip(entries, futures, strict=True)]
         return {
             "id": [entry.id for entry in entries],
             "audio": [entry.audio for entry in entries],

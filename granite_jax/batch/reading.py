@@ -1,26 +1,21 @@
-"""Audio of a job's entries, read ahead of the device by Grain's threads, in order."""
+"""Audio of a job's entries, which the Transcriber's threads read, or processes for them."""
 
-import bisect
 import contextlib
-import dataclasses
 import functools
 import io
-import itertools
 import math
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import grain
 import numpy as np
 
 from granite_jax.audio.decode import decode
-from granite_jax.audio.load import AccessError, Audio, Recording, check_samples, decode_array, printable
+from granite_jax.audio.load import AccessError, Audio, Recording, check_samples, decode_array, open_recording
 from granite_jax.audio.resample import SAMPLE_RATE, Blocks, check_rate, one_line
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.file_versions import Detection, version_of
-from granite_jax.batch.manifest import Entry, Manifest
+from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reader_processes import Killed, ReaderProcesses
 from granite_jax.errors import AudioError, GraniteError
 
@@ -28,19 +23,32 @@ Kind = Literal["threads", "processes"]
 
 
 @dataclass(frozen=True)
-class LoadedEntry:
-    """An entry and its audio, or why there is none.
+class EntryAudio:
+    """An entry's audio, for a Transcriber to read, and what is found out when that is done.
 
     Fields:
-      audio: a Recording, which reads the file again, if it is longer than `Reader.hold_seconds`.
-      file: the `file_versions.version_of` its file; empty if that was not reached.
-      is_transient: whether the error is one of access, which a later run may not meet: the file is missing, forbidden
-        or out of reach, or its reader was killed.
+      recording: reads the file each time it is decoded; all of its errors are AudioErrors, and AccessErrors if a later
+        run may not meet them: the file is missing, forbidden or out of reach, or killed the process that read it.
+      file: the `file_versions.version_of` its file; empty as long as that was not reached.
     """
 
     entry: Entry
+    recording: Recording
+    file: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LoadedEntry:
+    """What a reader process returns: an entry's audio, or why there is none.
+
+    Fields:
+      audio: a Recording, which reads the file again, if it is longer than `Reader.hold_seconds`.
+      file: as in `EntryAudio`.
+      is_transient: whether the error is one of access.
+    """
+
     audio: Audio | Recording | None = None
-    error: str | None = None
+    error: str = ""
     file: Mapping[str, Any] = field(default_factory=dict)
     is_transient: bool = False
 
@@ -54,8 +62,7 @@ class Reader:
       max_seconds: longest audio to accept; None for no limit.
       dataset: directory and split of the prepared TFDS data set that `tfds:` entries are examples of.
       detection: how changes of files will be noticed.
-      hold_seconds: of longer audio, the samples are not held.
-      decode_long: decode longer audio to its end nevertheless, so that it is known to be readable.
+      hold_seconds: of longer audio, `load` does not hold the samples.
     """
 
     access: AudioStorage
@@ -63,37 +70,48 @@ class Reader:
     dataset: tuple[str, str] | None = None
     detection: Detection = "time"
     hold_seconds: float = 120.0
-    decode_long: bool = False
 
-    def __call__(self, entry: Entry, data: bytes | None = None) -> LoadedEntry:
-        """Loads an entry, from `data` if its file's bytes are there. Retries transient errors; returns all others."""
-        if entry.error is not None:
-            return LoadedEntry(entry, error=entry.error)
+    def open(self, entry: Entry, data: bytes | None = None) -> EntryAudio:
+        """The audio of an entry, which is read later, and again after transient errors; from `data` if these are its
+        file's bytes.
+        """
         version: dict[str, Any] = {}
-        try:
-            return LoadedEntry(entry, self._load(entry, data, version), file=version)
-        except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
-            known = _known(error)
-            error_text = f"{printable(entry.audio)}: {known}"
-            return LoadedEntry(entry, error=error_text, file=version, is_transient=isinstance(known, AccessError))
+        recording = Recording(entry.audio, functools.partial(self._blocks, entry, data, version))
+        return EntryAudio(entry, recording, version)
 
-    def _load(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Audio | Recording:
-        """The audio; `version` is filled when its file is open."""
+    def load(self, entry: Entry) -> LoadedEntry:
+        """Reads an entry to its end, in a process that a file may kill, and returns errors."""
+        opened = self.open(entry)
+        try:
+            audio = self._load(opened.recording)
+            return LoadedEntry(audio, file=opened.file)
+        except AudioError as error:
+            return LoadedEntry(None, str(error), opened.file, isinstance(error, AccessError))
+
+    def _load(self, recording: Recording) -> Audio | Recording:
         parts: list[np.ndarray] = []
         num_samples = 0
-        with contextlib.closing(_retried_blocks(functools.partial(self._decode, entry, data, version))) as blocks:
+        with contextlib.closing(recording.decode()) as blocks:
             while num_samples <= self.hold_seconds * SAMPLE_RATE:
                 try:
                     parts.append(next(blocks))
                 except StopIteration as end:
                     check_samples(num_samples)
-                    return Audio(entry.audio, np.concatenate(parts), end.value)
+                    return Audio(recording.name, np.concatenate(parts), end.value)
                 num_samples += len(parts[-1])
             parts.clear()
-            if self.decode_long:
-                for _ in blocks:
-                    pass
-        return Recording(entry.audio, functools.partial(self._decode_again, entry, data))
+            for _ in blocks:
+                pass
+        return recording
+
+    def _blocks(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Blocks:
+        """The entry's audio in blocks; all errors are AudioErrors. `version` is filled when its file is open."""
+        try:
+            return (yield from _retried_blocks(functools.partial(self._decode, entry, data, version)))
+        except AudioError:
+            raise
+        except Exception as error:  # remote file systems can raise anything, and one entry must not end the job
+            raise _known(error) from error
 
     def _decode(self, entry: Entry, data: bytes | None, version: dict[str, Any]) -> Blocks:
         """The entry's audio in blocks."""
@@ -105,16 +123,6 @@ class Reader:
             version.update(version_of(file, self.detection))
             return (yield from decode(file, None, limit, entry.offset, entry.duration))
 
-    def _decode_again(self, entry: Entry, data: bytes | None) -> Blocks:
-        """The entry's audio in blocks; all errors are AudioErrors."""
-        try:
-            return (yield from _retried_blocks(functools.partial(self._decode, entry, data, {})))
-        except Exception as error:  # as in __call__
-            known = _known(error)
-            if known is error:
-                raise
-            raise known from error
-
     def _example(self, entry: Entry) -> tuple[np.ndarray, int]:
         """Samples and rate in Hz of an example of the data set."""
         from granite_jax.batch.tfds import open_dataset
@@ -125,10 +133,10 @@ class Reader:
         return open_dataset(*self.dataset)[int(position)]
 
 
-def _known(error: Exception) -> GraniteError:
-    """What a reader raised as an error of this program, without the name: an AccessError if it is transient."""
+def _known(error: Exception) -> AudioError:
+    """What a reader raised, as an error without the name: an AccessError if it is transient."""
     if isinstance(error, GraniteError):
-        return error
+        return AudioError(str(error))
     if isinstance(error, FileNotFoundError):
         return AccessError("no such file")
     return AccessError(f"cannot be read ({_reason(error)})")
@@ -198,74 +206,36 @@ class Task:
     retry: int = 0
 
 
-@dataclass(frozen=True)
-class Source:
-    """The entries of some tasks, one task after another; those of a task are grouped by options."""
-
-    manifest: Manifest
-    tasks: Sequence[Task]
-    _cache: "_TaskCache" = field(default_factory=lambda: _TaskCache(), repr=False, compare=False)
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Entry:
-        number = bisect.bisect_right(self._ends, int(index))
-        start = self._ends[number - 1] if number else 0
-        return self._cache.get(self.manifest, self.tasks[number])[int(index) - start]
-
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        return list(itertools.accumulate(len(task.indices) for task in self.tasks))
-
-
-class _TaskCache:
-    """The entries of the three tasks read last."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._tasks: dict[tuple[int, int], list[Entry]] = {}
-
-    def get(self, manifest: Manifest, task: Task) -> list[Entry]:
-        key = task.part, task.retry
-        with self._lock:
-            if key not in self._tasks:
-                self._tasks = dict([*self._tasks.items()][-2:])
-                indices = set(task.indices) if task.retry else task.indices
-                self._tasks[key] = [entry for entry in manifest.read(task.part) if entry.index in indices]
-            return self._tasks[key]
-
-
 @contextlib.contextmanager
-def reading(source: Source, reader: Reader, kind: Kind, workers: int) -> Iterator[Iterator[LoadedEntry]]:
-    """Reads the entries of a source in order; each worker reads some entries ahead.
+def opening(reader: Reader, kind: Kind, workers: int) -> Iterator[Callable[[Entry], EntryAudio]]:
+    """A function that opens entries, for the Transcriber's threads to read.
 
     Args:
-      kind: threads of this process; or processes, which start more slowly, but which a file may kill: it is then read
-        again in a new process, and given up if it kills that, too. Processes also decode long audio to its end, so
-        that a file that kills a decoder does not get to kill this process.
-      workers: number of threads or processes.
-
-    Raises:
-      GraniteError: while iterating: the manifest has changed.
+      kind: "threads": these threads read. "processes": each has a process read, which starts more slowly, but which a
+        file may kill: it is then read again in a new process, and given up if it kills that, too.
+      workers: number of processes.
     """
-    with contextlib.ExitStack() as stack:
-        read: Callable[[Entry], LoadedEntry] = reader
-        processes = None
-        if kind == "processes":
-            processes = ReaderProcesses(dataclasses.replace(reader, decode_long=True), workers)
-            read = functools.partial(_read_in, processes)
-        options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
-        iterator = iter(grain.MapDataset.source(source).map(read).to_iter_dataset(options))
-        stack.callback(iterator.close)
-        if processes is not None:
-            stack.callback(processes.close)  # first, so that no thread waits for them
-        yield iterator
-
-
-def _read_in(processes: "ReaderProcesses[Entry, LoadedEntry]", entry: Entry) -> LoadedEntry:
+    if kind == "threads":
+        yield reader.open
+        return
+    processes = ReaderProcesses(reader.load, workers)
     try:
-        return processes(entry)
-    except Killed:
-        error = f"{printable(entry.audio)}: killed the process that read it, twice"
-        return LoadedEntry(entry, error=error, is_transient=True)
+        yield functools.partial(_open_in, processes)
+    finally:
+        processes.close()
+
+
+def _open_in(processes: "ReaderProcesses[Entry, LoadedEntry]", entry: Entry) -> EntryAudio:
+    version: dict[str, Any] = {}
+
+    def blocks() -> Blocks:
+        try:
+            loaded = processes(entry)
+        except Killed:
+            raise AccessError("killed the process that read it, twice") from None
+        version.update(loaded.file)
+        if loaded.audio is None:
+            raise (AccessError if loaded.is_transient else AudioError)(loaded.error)
+        return (yield from open_recording(loaded.audio).decode())
+
+    return EntryAudio(entry, Recording(entry.audio, blocks), version)

@@ -11,7 +11,7 @@ from granite_jax.cli.failures import MaxFailures
 from granite_jax.cli.options import takes_job_options
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, TranscribeOptions
+from granite_jax.options import ModelOptions, TranscribeOptions
 
 
 class _DefaultGroup(typer.core.TyperGroup):

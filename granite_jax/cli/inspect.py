@@ -20,8 +20,8 @@ def inspect(
 ) -> None:
     """Describe a checkpoint: parts, parameters, tasks, languages, limits, configuration."""
     from granite_jax.checkpoint.describe import describe, to_lines
-    from granite_jax.inference.buckets import longest_audio
     from granite_jax.pretrained import open_checkpoint
+    from granite_jax.recognition.buckets import longest_audio
 
     try:
         opened = open_checkpoint(checkpoint, revision)

@@ -19,7 +19,7 @@ import typer
 
 from granite_jax.cli.terminal import fail
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, Parallel, TranscribeOptions
+from granite_jax.options import ModelOptions, Parallel, TranscribeOptions
 
 Format = Literal["txt", "json"]
 DtypeName = Literal["float32", "bfloat16"]
@@ -144,6 +144,10 @@ _OPTIONS: dict[str, Any] = {
     ],
     "channels": Annotated[
         Literal["mix", "split"], typer.Option(help="transcribe the mean of the channels, or each on its own")
+    ],
+    "recognizer": Annotated[
+        Literal["speech-lm", "ctc"] | None,
+        typer.Option(help="the language model, or the encoder's own text, which is much faster", show_default=False),
     ],
     "keywords_in": Annotated[
         Literal["decoder", "prompt", "both"], typer.Option(help="bias decoding, mention them in the prompt, or both")

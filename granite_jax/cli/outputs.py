@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from granite_jax.errors import AudioError, GraniteError
 
 if TYPE_CHECKING:
-    from granite_jax.inference.results import Segment, Transcript
+    from granite_jax.results import Segment, Transcript
 
 
 class TranscriptFormat(enum.StrEnum):
@@ -132,7 +132,7 @@ def render(transcript: "Transcript", format: TranscriptFormat) -> str:
 
 
 def _segments(transcript: "Transcript") -> "Sequence[Segment]":
-    from granite_jax.inference.results import Segment
+    from granite_jax.results import Segment
 
     if transcript.segments or not transcript.text:
         return transcript.segments

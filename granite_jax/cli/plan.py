@@ -11,6 +11,7 @@ import typer
 from granite_jax.cli import options
 from granite_jax.cli.terminal import fail, line
 from granite_jax.errors import GraniteError
+from granite_jax.options import RecognizerName
 from granite_jax.planning.largest_batch import largest_batch as search_largest_batch
 from granite_jax.planning.workload import PROMPT_TOKENS, TOKENS_PER_SECOND, Workload
 
@@ -36,6 +37,9 @@ def plan(
     seconds: Annotated[float, typer.Option(min=1, help="length of the longest audio in a full batch")] = 20.0,
     dtype: Annotated[options.DtypeName, typer.Option(help="dtype of the weights")] = "bfloat16",
     model_parallel: options.ModelParallel = 1,
+    recognizer: Annotated[
+        RecognizerName, typer.Option(help="the language model's programs, or the encoder's alone")
+    ] = "speech-lm",
     compile: Annotated[
         bool, typer.Option("--compile/--no-compile", help="compile the programs, or print the roofline alone")
     ] = True,
@@ -72,9 +76,9 @@ def plan(
     import jax
     import jax.numpy as jnp
 
-    from granite_jax.inference.buckets import make_bucket
     from granite_jax.planning import aot, roofline
     from granite_jax.pretrained import open_checkpoint
+    from granite_jax.recognition.buckets import make_bucket
     from granite_jax.variants import release
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if any, is left alone
@@ -88,7 +92,8 @@ def plan(
 
         def compiled(rows: int) -> "Iterable[Plan]":
             bucket = make_bucket(config, rows, seconds)
-            return aot.plan(config, topology, bucket, dtype=dtype, model_parallel=model_parallel)
+            options = {"dtype": dtype, "model_parallel": model_parallel, "recognizer": recognizer}
+            return aot.plan(config, topology, bucket, **options)
 
         programs: Iterable[Plan] = ()
         if largest_batch:
@@ -98,7 +103,7 @@ def plan(
         load = Workload(batch, seconds, prompt_tokens, tokens_per_second, tokens_per_step)
         chip = roofline.CHIPS.get(topology.split(":")[0]) if compile else roofline.find_chip(topology)
         sizes = {"dtype_bytes": jnp.dtype(dtype).itemsize, "model_parallel": model_parallel}
-        bounds = roofline.roofline(config, chip, load, **sizes) if chip else None
+        bounds = roofline.roofline(config, chip, load, recognizer=recognizer, **sizes) if chip else None
         fits = _print_json(programs, bounds, load, price) if as_json else _print_lines(programs, bounds, price)
     except GraniteError as error:
         fail(str(error))

@@ -23,10 +23,10 @@ from granite_jax.cli.outputs import (
 )
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import ModelOptions, TranscribeOptions
+from granite_jax.options import ModelOptions, TranscribeOptions
 
 if TYPE_CHECKING:
-    from granite_jax.inference.results import Segment, Transcript
+    from granite_jax.results import Segment, Transcript
 
 
 @takes_options
@@ -78,7 +78,7 @@ def transcribe(
     all succeeded, 1 if some did not, 2 if nothing could be tried.
     """
     from granite_jax.cli.sources import to_sources  # here, because fsspec is slow to import
-    from granite_jax.inference.transcriber import Transcriber
+    from granite_jax.transcriber import Transcriber
 
     formats = list(dict.fromkeys(format or [TranscriptFormat.txt]))
     stems = output_stems(files)
@@ -95,7 +95,7 @@ def transcribe(
             make_directory(output_dir)
         if options.word_timestamps and not {"json", "srt", "vtt"} & set(formats):
             fail(f"--words: times of words are in json, srt and vtt, not in {' and '.join(formats)}")
-        asr = Transcriber.from_options(model)
+        asr = Transcriber.from_options(model, options.recognizer)
         transcripts: list[Transcript] = []
         is_live = formats == ["txt"] and output_dir is None and len(files) == 1 and sys.stdout.isatty()
         is_live = is_live and options.channels == "mix"
@@ -213,7 +213,7 @@ def _write(transcript: "Transcript", formats: Sequence[TranscriptFormat], direct
 
 
 def _tell_flags(transcript: "Transcript") -> None:
-    from granite_jax.inference.results import FLAGS
+    from granite_jax.results import FLAGS
 
     for flag in transcript.flags:
         starts = [segment.start for segment in transcript.segments if flag in segment.flags]

@@ -23,7 +23,7 @@ from granite_jax.batch.manifest import FIELDS, MAX_LINE, Entry, ignored_fields, 
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.tfds import open_dataset
 from granite_jax.errors import GraniteError
-from granite_jax.inference.options import TranscribeOptions
+from granite_jax.options import TranscribeOptions
 
 KNOWN = {
     "librispeech-clean": ("LS Clean", "tfds:librispeech#test_clean"),

@@ -33,12 +33,12 @@ from granite_jax.evaluation.keyword_lists import KeywordList, lists_of, read_key
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.options import ModelOptions, TranscribeOptions, accepts, resolve
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model.features import SAMPLING_RATE
+from granite_jax.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import Bucket
 from granite_jax.text.tasks import Capabilities, language_code
+from granite_jax.transcriber import Transcriber
 
 RESULTS = "results.json"
 PART_SIZE = 128
@@ -135,7 +135,7 @@ def evaluate(
     if transcriber is None:
         weights = weights_identity(open_checkpoint(model_options.checkpoint, model_options.revision))
         identity = f"{weights} {parse_dtype(model_options.dtype).name}"
-        loader = _Loader(lambda: Transcriber.from_options(model_options))
+        loader = _Loader(lambda: Transcriber.from_options(model_options, transcribe_options.recognizer))
     else:
         loaded, identity = transcriber
         loader = _Loader(lambda: loaded)
@@ -256,9 +256,9 @@ class _Loader:
             self._asr = self._load()
         loaded = time.monotonic()
         longest = self._asr.segment_seconds(options)
-        needed = needed_buckets(self._asr.buckets, utterances, longest)
+        needed = needed_buckets(self._asr.recognizer(options).buckets, utterances, longest)
         words = options.word_timestamps or any((utterance.seconds or 0) > longest for utterance in utterances)
-        self._asr.warmup([bucket for bucket in needed if (bucket, words) not in self._warm], words=words)
+        self._asr.warmup([bucket for bucket in needed if (bucket, words) not in self._warm], options, words=words)
         self._warm |= {(bucket, words) for bucket in needed}
         self._compilations = self._asr.compilations
         self._spent = Times(load=loaded - began, compile=time.monotonic() - loaded)

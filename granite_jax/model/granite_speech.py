@@ -132,7 +132,7 @@ class PackedEncoding(NamedTuple):
 
     output: PackedEncoderOutput
     labels: PackedLabels
-    audio: AudioEmbeddings
+    audio: AudioEmbeddings | None
 
 
 @_float32_means_float32
@@ -143,17 +143,23 @@ def encode_packed(
     packing: Packing,
     *,
     importance: Importance = "before",
+    with_audio: bool = True,
     dtype: DTypeLike | None = None,
 ) -> PackedEncoding:
     """`encode`, `ctc_logits` and `project` of packed rows, for inference: computes no more than what is filled.
 
     Args:
+      params: those of the encoder suffice without audio embeddings.
       features: those of `packed_log_mel`.
       packing: that of `packed_encoder.pack_frames`.
+      with_audio: whether the projector runs.
     """
-    encoder, projector = _part(config, params, "encoder"), _part(config, params, "projector")
+    encoder = _part(config, params, "encoder")
     output = packed_encoder.encode(encoder, features.astype(dtype), packing, importance)
     labels = packed_encoder.label(encoder, output.hidden, packing)
+    if not with_audio:
+        return PackedEncoding(output, labels, None)
+    projector = _part(config, params, "projector")
     return PackedEncoding(output, labels, packed_encoder.project(projector, output.hidden, packing))
 
 

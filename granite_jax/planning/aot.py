@@ -20,12 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
 from granite_jax.audio.resample import one_line
+from granite_jax.engine.compilation import abstract_results
+from granite_jax.engine.sharding import REPLICATED, DeviceList, DeviceMesh
 from granite_jax.errors import GraniteError
-from granite_jax.inference.buckets import Bucket
-from granite_jax.inference.compilation import Lowering, abstract_params, results
-from granite_jax.inference.programs import Programs
-from granite_jax.inference.sharding import REPLICATED, DeviceList, DeviceMesh
 from granite_jax.model.config import Config
+from granite_jax.options import RecognizerName
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.ctc_programs import CTCPrograms
+from granite_jax.recognition.partition import abstract_params
+from granite_jax.recognition.speech_lm_programs import PREFILL, SpeechLMPrograms
 
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to query
@@ -82,14 +85,21 @@ class Plan:
 
 
 def plan(
-    config: Config, topology: str, bucket: Bucket, *, dtype: Any = jnp.bfloat16, model_parallel: int = 1
+    config: Config,
+    topology: str,
+    bucket: Bucket,
+    *,
+    dtype: Any = jnp.bfloat16,
+    model_parallel: int = 1,
+    recognizer: RecognizerName = "speech-lm",
 ) -> Iterator[Plan]:
-    """Compiles encode, prefill and decode, data-parallel over a topology; decode only if prefill fits.
+    """Compiles a recognizer's programs, data-parallel over a topology; decode only if prefill fits.
 
     Args:
       topology: as libtpu names it: "v5e:2x4", "v5p:2x2x1", "v6e:2x2", ...
       bucket: shapes; its rows are those of each copy of the weights.
       model_parallel: chips that share a copy of the weights.
+      recognizer: "speech-lm" for encode, prefill and decode; "ctc" for the encoder's own text alone.
 
     Raises:
       GraniteError: the TPU compiler is not installed or does not match this JAX, there is no such topology, or
@@ -98,21 +108,26 @@ def plan(
     chips = topology_devices(topology)
     limit = _limit(chips[0])
     devices = DeviceMesh.make(chips, model_parallel=model_parallel)
-    programs = Programs(config, dtype, devices=devices)
-    lowering = Lowering(programs, abstract_params(programs), bucket)
-    encode = lowering.encode()
-    yield _read("encode", _compile(encode), 0, config, limit)
-
-    prefill = lowering.prefill(results(encode, programs.result_shardings["encode"]).audio)
-    compiled = _compile(prefill)
-    cache = prefill.out_info[1]
-    cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
-    yield _read("prefill", compiled, cache_bytes, config, limit)
-
-    if compiled is not None:
-        # Sharded like the prefill's results, for which the compiler chose a layout over `model`.
-        decode = lowering.decode(*results(prefill, compiled.output_shardings))
-        yield _read("decode", _compile(decode), cache_bytes, config, limit)
+    abstract = abstract_params(config, dtype, devices)
+    kind = CTCPrograms if recognizer == "ctc" else SpeechLMPrograms
+    programs = kind(config, dtype, devices=devices)
+    results: dict[str, Any] = {}
+    cache_bytes = 0
+    for program in programs.lowerables(abstract, bucket):
+        if not program.is_default:
+            continue
+        lowered = program.lower(results)
+        compiled = _compile(lowered)
+        if program.name == PREFILL:
+            cache = lowered.out_info[1]
+            cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
+        yield _read(program.name, compiled, cache_bytes, config, limit)
+        if compiled is None and program.name == PREFILL:
+            return
+        if program.result_shardings is not None:
+            # As the compiler chose them: over `model`, that is its own business.
+            shardings = program.result_shardings if compiled is None else compiled.output_shardings
+            results[program.name] = abstract_results(lowered, shardings)
 
 
 def topology_devices(topology: str) -> DeviceList:

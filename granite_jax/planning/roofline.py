@@ -13,6 +13,7 @@ from granite_jax.errors import GraniteError
 from granite_jax.model.config import Config
 from granite_jax.model.ctc import FRAME_SECONDS
 from granite_jax.model.features import SAMPLING_RATE, num_frames
+from granite_jax.options import RecognizerName
 from granite_jax.planning import work
 from granite_jax.planning.work import Work
 from granite_jax.planning.workload import Workload
@@ -68,7 +69,8 @@ class Bound:
     """The least that a program takes.
 
     Fields:
-      program: "encode" (with the projector), "prefill" or "decode" (all of its steps), as in `aot.Plan`.
+      program: "encode" (with the projector, but for recognizer "ctc"), "prefill" or "decode" (all of its steps), as in
+        `aot.Plan`.
       flops, bytes: arithmetic and memory traffic of a batch, of all chips that share a copy of the weights.
       intensity: FLOPs a byte.
       roofline_seconds: the least time of a batch.
@@ -91,7 +93,7 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Bounds of the three programs for one batch, and what they mean for the rate and the price.
+    """Bounds of a recognizer's programs for one batch, and what they mean for the rate and the price.
 
     Fields:
       chip: the data sheet.
@@ -99,7 +101,8 @@ class Roofline:
       dtype_bytes: bytes of a weight.
       model_parallel: chips that share a copy of the weights.
       audio_tokens_per_second: positions of the language model for each second of audio.
-      bounds: of encode, prefill and decode.
+      bounds: of encode, and prefill and decode where there is a language model.
+      flops_by_recognizer: of a batch, beside each other.
     """
 
     chip: Chip
@@ -108,6 +111,7 @@ class Roofline:
     model_parallel: int
     audio_tokens_per_second: float
     bounds: tuple[Bound, ...]
+    flops_by_recognizer: Mapping[str, float]
 
     @property
     def rtfx(self) -> float:
@@ -130,14 +134,15 @@ class Roofline:
             else f", at least ${self.dollars(price):.2f} for 1,000 hours at ${price:.2f} a chip-hour"
         )
         yield f"RTFx of a chip: at most {self.rtfx:,.0f}{cost}"
-        yield (
-            f"assumed: {load.batch} rows of {load.seconds:g} s without padding, {self.audio_tokens_per_second:g} audio "
-            f"tokens and {load.tokens_per_second:g} new tokens a second"
-        )
-        yield (
-            f"assumed: {load.prompt_tokens} prompt tokens besides the audio's, new tokens of a row in each decode "
-            f"step: {load.tokens_per_step:g}"
-        )
+        flops = (f"{name} {each / 1e12:.2f} TFLOP" for name, each in self.flops_by_recognizer.items())
+        yield f"arithmetic of a batch, by recognizer: {', '.join(flops)}"
+        yield f"assumed: {load.batch} rows of {load.seconds:g} s without padding"
+        if len(self.bounds) > 1:
+            yield (
+                f"assumed: {self.audio_tokens_per_second:g} audio tokens and {load.tokens_per_second:g} new tokens a "
+                f"second, {load.prompt_tokens} prompt tokens besides, new tokens of a row in each decode step: "
+                f"{load.tokens_per_step:g}"
+            )
         yield "a bound from data sheets: nothing was measured, and real programs are slower"
         if self.dtype_bytes > 2:
             yield "the peak is that of bfloat16: float32 products take several passes, which are not counted"
@@ -152,13 +157,22 @@ class Roofline:
             "dtype_bytes": self.dtype_bytes,
             "model_parallel": self.model_parallel,
             "audio_tokens_per_second": self.audio_tokens_per_second,
+            "flops_by_recognizer": dict(self.flops_by_recognizer),
             "rtfx_per_chip": self.rtfx,
             "chip_hour_dollars": price,
             "dollars_per_1000_hours": None if price is None else self.dollars(price),
         }
 
 
-def roofline(config: Config, chip: Chip, load: Workload, *, dtype_bytes: int = 2, model_parallel: int = 1) -> Roofline:
+def roofline(
+    config: Config,
+    chip: Chip,
+    load: Workload,
+    *,
+    dtype_bytes: int = 2,
+    model_parallel: int = 1,
+    recognizer: RecognizerName = "speech-lm",
+) -> Roofline:
     """Bounds of a full batch whose rows are computed without any padding.
 
     Chips that share a copy of the weights share its work evenly; what they send each other is not counted.
@@ -166,16 +180,21 @@ def roofline(config: Config, chip: Chip, load: Workload, *, dtype_bytes: int = 2
     Args:
       dtype_bytes: bytes of a weight and of a cached number.
       model_parallel: chips that share a copy of the weights.
+      recognizer: "ctc" for the encoder alone.
     """
-    works = {
-        "encode": _encode(config, load, dtype_bytes),
-        "prefill": _prefill(config, load, dtype_bytes),
-        "decode": _decode(config, load, dtype_bytes),
+    works: dict[RecognizerName, dict[str, Work]] = {
+        "speech-lm": {
+            "encode": _encode(config, load, dtype_bytes),
+            "prefill": _prefill(config, load, dtype_bytes),
+            "decode": _decode(config, load, dtype_bytes),
+        },
+        "ctc": {"encode": _encode(config, load, dtype_bytes, projected=False)},
     }
-    bounds = tuple(_bound(program, each, chip, model_parallel) for program, each in works.items())
+    flops = {name: sum(each.flops for each in programs.values()) for name, programs in works.items()}
+    bounds = tuple(_bound(program, each, chip, model_parallel) for program, each in works[recognizer].items())
     projector = config.projector
     audio_tokens = projector.num_queries / (projector.window_size * FRAME_SECONDS)
-    return Roofline(chip, load, dtype_bytes, model_parallel, audio_tokens, bounds)
+    return Roofline(chip, load, dtype_bytes, model_parallel, audio_tokens, bounds, flops)
 
 
 def _bound(program: str, needed: Work, chip: Chip, chips: int) -> Bound:
@@ -199,13 +218,16 @@ def _prompt(config: Config, load: Workload) -> int:
     return _windows(config, load) * config.projector.num_queries + load.prompt_tokens
 
 
-def _encode(config: Config, load: Workload, dtype_bytes: int) -> Work:
+def _encode(config: Config, load: Workload, dtype_bytes: int, *, projected: bool = True) -> Work:
     frames, windows = _frames(load), load.batch * _windows(config, load)
     full, rest = divmod(frames, config.encoder.context_size)
     # The last frames of a row attend to each other alone, which is a part of a block.
     blocks = full + (rest / config.encoder.context_size) ** 2
-    flops = work.encode(config, load.batch * frames, load.batch * blocks) + work.project(config, windows)
-    return Work(flops, work.encode_bytes(config, dtype_bytes, load.batch * load.seconds * SAMPLING_RATE, windows))
+    flops, samples = work.encode(config, load.batch * frames, load.batch * blocks), load.batch * load.seconds
+    if projected:
+        flops += work.project(config, windows)
+    read = work.encode_bytes(config, dtype_bytes, samples * SAMPLING_RATE, windows if projected else None)
+    return Work(flops, read)
 
 
 def _prefill(config: Config, load: Workload, dtype_bytes: int) -> Work:

@@ -124,18 +124,19 @@ def cache_bytes(config: Config, dtype_bytes: int) -> int:
     return dtype_bytes * 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim
 
 
-def encode_bytes(config: Config, dtype_bytes: int, samples: float, windows: float) -> float:
+def encode_bytes(config: Config, dtype_bytes: int, samples: float, windows: float | None) -> float:
     """Bytes that encoder and projector must read and write: their weights, samples and audio embeddings.
 
     The BPE head is left out, as in `encode`.
 
     Args:
       samples: samples at 16 kHz, float32, of all rows together.
-      windows: windows of the projector, of all rows together.
+      windows: windows of the projector, of all rows together; None for the encoder alone.
     """
-    weights = _encoder_parameters(config.encoder) + _projector_parameters(config)
-    audio = windows * config.projector.num_queries * config.decoder.hidden_size
-    return dtype_bytes * (weights - _bpe_head(config.encoder) + audio) + _SAMPLE_BYTES * samples
+    numbers: float = _encoder_parameters(config.encoder) - _bpe_head(config.encoder)
+    if windows is not None:
+        numbers += _projector_parameters(config) + windows * config.projector.num_queries * config.decoder.hidden_size
+    return dtype_bytes * numbers + _SAMPLE_BYTES * samples
 
 
 def prefill_bytes(config: Config, dtype_bytes: int, positions: float) -> float:

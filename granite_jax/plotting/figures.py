@@ -15,10 +15,10 @@ from jaxtyping import Float
 
 from granite_jax.audio.load import printable
 from granite_jax.errors import GraniteError
-from granite_jax.inference.results import Emissions, Transcript, Word
-from granite_jax.inference.words import locate_words
 from granite_jax.model import ctc
 from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
+from granite_jax.recognition.words import locate_words
+from granite_jax.results import Emissions, Transcript, Word
 from granite_jax.text.tokenizer import Tokenizer
 
 try:

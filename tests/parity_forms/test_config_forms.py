@@ -21,11 +21,11 @@ from transformers import GraniteSpeechForConditionalGeneration
 
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
-from granite_jax.inference.buckets import make_bucket
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import granite_speech
 from granite_jax.model.features import log_mel, num_frames
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import make_bucket
+from granite_jax.transcriber import Transcriber
 
 if transformers.__version__ != "5.24.0":
     raise ImportError(f"the oracle is transformers 5.24.0, not {transformers.__version__}")

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from granite_jax import cli
 from granite_jax.batch.ray_data import Transcribe
 from granite_jax.evaluation.heldout import CLIPS
-from granite_jax.inference.results import segment_fields
-from granite_jax.inference.transcriber import Transcriber
+from granite_jax.results import segment_fields
+from granite_jax.transcriber import Transcriber
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -35,16 +35,16 @@ from orbax.checkpoint import v1 as ocp
 from granite_jax import pretrained
 from granite_jax.convert.safetensors_file import make_header
 from granite_jax.evaluation.metrics import score
-from granite_jax.inference.results import disagreement
-from granite_jax.inference.transcriber import Transcriber
 from granite_jax.model import ctc, granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import log_mel, num_frames
+from granite_jax.results import disagreement
 from granite_jax.text.tasks import ChatTemplate, instruction
 from granite_jax.training import batches
 from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo import sets, synthesis
 from granite_jax.training.steps import TrainState, bpe_step, ctc_step, lm_step, make_optimizer
+from granite_jax.transcriber import Transcriber
 
 SEED = 20261
 SPECIALS = ("<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|audio|>")

@@ -1,4 +1,4 @@
-"""The compiled programs of inference, each a jitted function of (params, inputs).
+"""The compiled programs of the speech language model, each a jitted function of (params, inputs).
 
     encode    waveforms, CTC labels of keywords -> audio embeddings, best labels of the CTC heads, keyword scores
                                                               on shapes (batch, samples)
@@ -16,59 +16,43 @@ logits are big and only `align` needs them: where no words are timed, three prog
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, DTypeLike, Float, Int
+from jax.stages import Lowered
+from jaxtyping import Array, DTypeLike, Float
 
 from granite_jax import decoding
-from granite_jax.array_types import AudioEmbeddings, CTCLogits, Lengths, Params, Samples, Tokens
+from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
 from granite_jax.decoding import DecodeState, Draft, DraftProposal, VerifierOutput
+from granite_jax.engine.compilation import Lowerable
+from granite_jax.engine.programs import Programs
+from granite_jax.engine.sharding import BATCH, REPLICATED, DeviceMesh
 from granite_jax.errors import GraniteError
-from granite_jax.inference.sharding import BATCH, REPLICATED, DeviceMesh
-from granite_jax.keywords import spotter
-from granite_jax.keywords.automaton import BatchedAutomata
+from granite_jax.keywords.automaton import BatchedAutomata, no_keywords
 from granite_jax.keywords.selector import KeywordSelector
-from granite_jax.keywords.spotter import KeywordBatch, SpottingScores
-from granite_jax.model import ctc, granite_speech
+from granite_jax.keywords.spotter import KeywordBatch
+from granite_jax.model import granite_speech
 from granite_jax.model.bpe_head import Importance
 from granite_jax.model.config import Config
-from granite_jax.model.ctc_alignment import Alignment, align
 from granite_jax.model.decoder import KVCache
-from granite_jax.model.features import num_frames, packed_log_mel
-from granite_jax.model.packed_encoder import pack_frames
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.encoding import (
+    ALIGN,
+    ENCODE,
+    ENCODE_WITH_LOGITS,
+    Encoded,
+    abstract_keywords,
+    abstract_rows,
+    align_texts,
+    encode,
+)
 
 _TILE = 16  # slots of a bfloat16 tile: unless the capacity is a multiple, the TPU compiler copies the cache
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """The encode program's results for a batch.
-
-    Fields:
-      audio: audio embeddings `[b, a, e]`.
-      labels: best CTC label of every frame, int32, blank past the row's end.
-      entropy: float32, the largest entropy of a valid frame's labels, in nats.
-      spotting: the keywords with the best scores.
-      bpe_labels: best label of the BPE head for every window of four frames, int32, blank past the row's end and in
-        rows that did not ask for them; None without such a head.
-      speech_frames: int32, the valid frames in which characters have more than a fifth of the probability.
-      logits: CTC logits, float32, if they were asked for.
-    """
-
-    audio: AudioEmbeddings
-    labels: Int[Array, "b t"]
-    entropy: Float[Array, "b"]
-    spotting: SpottingScores
-    bpe_labels: Int[Array, "b w"] | None
-    speech_frames: Int[Array, "b"]
-    logits: CTCLogits | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +77,11 @@ class Speculation:
             raise GraniteError(f'importance is "before" or "after", not {self.importance!r:.60}')
 
 
-class Programs:
-    """The programs of one configuration, and for each of their traces the type of every array, by argument."""
+PREFILL, DECODE = "prefill", "decode"
+
+
+class SpeechLMPrograms(Programs):
+    """The programs of one configuration."""
 
     def __init__(
         self,
@@ -103,41 +90,62 @@ class Programs:
         speculation: Speculation | None = None,
         devices: DeviceMesh | None = None,
     ):
+        super().__init__(devices)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.speculation = speculation or Speculation()
-        self.traces: dict[str, list[dict[str, str]]] = {name: [] for name in ("encode", "prefill", "decode", "align")}
-        self.devices = devices or DeviceMesh.make(jax.devices()[:1])
         cache = KVCache(*[PartitionSpec(None, *BATCH)] * 2, lengths=BATCH)  # pyright: ignore[reportArgumentType]
         fields = {field.name: BATCH for field in dataclasses.fields(DecodeState)}
         state = DecodeState(**fields | {"cache": cache})  # pyright: ignore[reportArgumentType]
         tables = {field.name: REPLICATED for field in dataclasses.fields(BatchedAutomata)}
         keywords = BatchedAutomata(**tables | {"starts": BATCH})  # pyright: ignore[reportArgumentType]
-        compiled = self.devices.compile
-        self.encode = compiled(self._counted(self._encode), (REPLICATED, *[BATCH] * 4), BATCH, static="with_logits")
-        self.result_shardings = {
-            "encode": self.devices.result_shardings(BATCH),
-            "prefill": self.devices.result_shardings((BATCH, cache)),
-        }
+        self.encode = self.compile("encode", self._encode, (REPLICATED, *[BATCH] * 4), BATCH, static="with_logits")
         prompts = (REPLICATED, BATCH, BATCH, BATCH, BATCH, keywords)
-        self.prefill = compiled(self._counted(self._prefill), prompts, (BATCH, cache), static="capacity")
+        self._prefilled = (BATCH, cache)
+        self.prefill = self.compile("prefill", self._prefill, prompts, self._prefilled, static="capacity")
         drafts = (REPLICATED, BATCH, cache, BATCH, BATCH, BATCH, keywords)
-        self.decode = compiled(self._counted(self._decode), drafts, state, static="max_out_length", donate=2)
-        self.align = compiled(self._counted(self._align), [BATCH] * 4, BATCH)
+        self.decode = self.compile("decode", self._decode, drafts, state, static="max_out_length", donate=2)
+        self.align = self.compile("align", align_texts, [BATCH] * 4, BATCH)
 
-    def _counted(self, function: Callable) -> Callable:
-        signature, traces = inspect.signature(function), self.traces[function.__name__.strip("_")]
+    def lowerables(self, params: Any, bucket: Bucket) -> list[Lowerable]:
+        """The programs for a bucket, for arguments of the types that `SpeechLM` passes.
 
-        @functools.wraps(function)
-        def counted(*args, **kwargs):
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            leaves = jax.tree.leaves_with_path(arguments)
-            traces.append(
-                {jax.tree_util.keystr(path, simple=True, separator="."): _type(leaf) for path, leaf in leaves}
-            )
-            return function(*args, **kwargs)
+        Args:
+          params: the model's parameters as shapes with shardings.
+        """
+        size = bucket.batch * self.devices.replicas
+        rows = functools.partial(abstract_rows, size)
+        counts = rows(jnp.int32)
+        draft = Draft(rows(jnp.int32, bucket.draft), counts)
+        replicated = self.devices.sharding()
+        tables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), no_keywords(size))
+        automata = dataclasses.replace(tables, starts=counts)
 
-        return counted
+        def encode(with_logits: bool) -> Lowered:
+            samples = rows(jnp.float32, bucket.samples)
+            return self.encode.lower(params, samples, counts, abstract_keywords(size), counts, with_logits=with_logits)
+
+        def prefill(results: Mapping[str, Any]) -> Lowered:
+            encoded = results[ENCODE] if ENCODE in results else results[ENCODE_WITH_LOGITS]
+            arguments = (params, rows(jnp.int32, bucket.prompt), counts, encoded.audio, draft, automata)
+            return self.prefill.lower(*arguments, capacity=bucket.capacity)
+
+        def decode(results: Mapping[str, Any]) -> Lowered:
+            arguments = (params, *results[PREFILL], draft, counts, rows(jnp.float32), automata)
+            return self.decode.lower(*arguments, max_out_length=bucket.max_out_length)
+
+        def align(results: Mapping[str, Any]) -> Lowered:
+            labels = rows(jnp.int32, bucket.max_labels)
+            return self.align.lower(results[ENCODE_WITH_LOGITS].logits, counts, labels, counts)
+
+        by_row, prefilled = self.devices.result_shardings(BATCH), self.devices.result_shardings(self._prefilled)
+        return [
+            Lowerable(ENCODE, lambda _: encode(False), by_row),
+            Lowerable(PREFILL, prefill, prefilled),
+            Lowerable(DECODE, decode),
+            Lowerable(ENCODE_WITH_LOGITS, lambda _: encode(True), by_row, is_default=False),
+            Lowerable(ALIGN, align, is_default=False),
+        ]
 
     def _encode(
         self,
@@ -149,24 +157,17 @@ class Programs:
         with_logits: bool = False,
     ) -> Encoded:
         """`bpe_wanted`: int32, 0 for rows that do not ask for the BPE head's labels."""
-        frames = num_frames(lengths)
-        packing = pack_frames(self.config, frames, num_frames(samples.shape[1]))
-        features = packed_log_mel(samples, lengths, packing)
-        options: dict[str, Any] = {"importance": self.speculation.importance, "dtype": self.dtype}
-        output, found, audio = granite_speech.encode_packed(self.config, params, features, packing, **options)
-        valid = jnp.arange(packing.longest, dtype=jnp.int32)[None, :] < frames[:, None]
-        labels = jnp.where(valid, packing.unpack(found.labels), ctc.BLANK)
-        logits = packing.unpack(found.logits) if with_logits else None
-        bpe = None
-        if self.config.encoder.bpe_output_dim:
-            rows = packing.unpack(output.hidden), packing.unpack(output.importance)
-            bpe = granite_speech.bpe_labels(self.config, params, *rows, frames, bpe_wanted, dtype=self.dtype)
-        spotting = jax.lax.cond(
-            keywords.counts.max() > 0,
-            lambda: spotter.score_keywords(packing.unpack(found.logits), frames, keywords),
-            lambda: spotter.no_scores(frames),
+        return encode(
+            self.config,
+            params,
+            samples,
+            lengths,
+            keywords,
+            bpe_wanted if self.config.encoder.bpe_output_dim else None,
+            importance=self.speculation.importance,
+            dtype=self.dtype,
+            with_logits=with_logits,
         )
-        return Encoded(audio, labels, found.entropy, spotting, bpe, found.speech_frames, logits)
 
     def _prefill(
         self,
@@ -218,10 +219,6 @@ class Programs:
             realign=decoding.REALIGN[self.speculation.realign],
         )
 
-    def _align(self, logits: CTCLogits, lengths: Lengths, labels: Int[Array, "b n"], num_labels: Lengths) -> Alignment:
-        """`lengths`: samples of each row."""
-        return align(logits, num_frames(lengths), labels, num_labels)
-
     def _selector(self, keywords: BatchedAutomata) -> KeywordSelector:
         decoder = self.config.decoder
         return KeywordSelector.from_automata(keywords, decoder.vocab_size, decoder.eos_token_id, self._suppressed)
@@ -231,11 +228,6 @@ class Programs:
         """Tokens that are never written."""
         audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
         return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
-
-
-def _type(leaf: Any) -> str:
-    """The type of an argument's leaf: a change of it causes a retrace."""
-    return f"{jax.typeof(leaf)}{' (weak)' * jax.typeof(leaf).weak_type}" if isinstance(leaf, jax.Array) else str(leaf)
 
 
 def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:

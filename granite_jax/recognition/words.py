@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from granite_jax.inference.results import Word
 from granite_jax.model import ctc
 from granite_jax.model.ctc_alignment import WILDCARD, align
+from granite_jax.results import Word
 
 SPACE = ord(" ")
 _SPOKEN_PUNCTUATION = "&%@#§‰"

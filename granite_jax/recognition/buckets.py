@@ -32,6 +32,11 @@ class Bucket:
         return self.batch == other.batch and all(getattr(self, size) >= getattr(other, size) for size in sizes)
 
     @property
+    def cost(self) -> tuple[int, int]:
+        """Orders buckets: one that contains another costs no less."""
+        return self.capacity, self.samples
+
+    @property
     def max_out_length(self) -> int:
         """The largest `max_new_tokens` of a row: the positions after the prompt, or all if a prompt can fill them."""
         return self.capacity - self.prompt if self.capacity > self.prompt else self.capacity
@@ -109,6 +114,11 @@ def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -
         short_audio = make_bucket(config, 1, 40.0)
         singles.append(dataclasses.replace(short_audio, prompt=longest.capacity, capacity=longest.capacity))
     return (*full, *singles, longest)
+
+
+def encoder_buckets(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
+    """The buckets of the encoder alone, for the same audio."""
+    return tuple(dict.fromkeys(Bucket(bucket.batch, bucket.samples, 0, 0) for bucket in buckets))
 
 
 def choose_bucket(buckets: Sequence[Bucket], batch: int, samples: int, prompt: int, limit: int) -> Bucket | None:

@@ -1,8 +1,8 @@
 """A recording's transcript, from those of its segments.
 
-    reader   cut ──► segment 1 ──► segment 2 ──► ... (waits while too many are unfinished)
+    reader   cut ──► segment 1 ──► segment 2 ──► ... (not while too many are unfinished)
     engine            decode         decode
-    here              problem? ──► two smaller segments      no problem ──► words to the left and right of each cut
+    here              Again, Split ──► decoded again         Accept ──► words to the left and right of each cut
 
 Where a cut went through speech, both segments have heard what is around it. Each word is written by one of them: the
 cut is moved to the time, within what both have heard, that is farthest from the middle of any word of either, and a
@@ -11,7 +11,7 @@ word belongs to the side on which its middle lies.
 
 import contextlib
 import dataclasses
-import threading
+import functools
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -21,19 +21,20 @@ import numpy as np
 
 from granite_jax.audio.resample import SAMPLE_RATE
 from granite_jax.audio.segment import AudioSegment, halve
-from granite_jax.inference.engine import Engine
-from granite_jax.inference.options import MIN_SEGMENT_SECONDS, TranscribeOptions
-from granite_jax.inference.requests import Decoded, Request
-from granite_jax.inference.results import FLAGS, Segment, Transcript, Word
-from granite_jax.inference.words import SPACE, split_words
+from granite_jax.engine.stages import Reply, Ticket
+from granite_jax.errors import CheckpointError
 from granite_jax.model import ctc
+from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
+from granite_jax.recognition.policy import FIRST, MAX_SPLITS, Accept, Again, Attempt, Split
+from granite_jax.recognition.utterances import Decoded, Utterance
+from granite_jax.recognition.words import SPACE, split_words
+from granite_jax.results import FLAGS, Segment, Transcript, Word
 from granite_jax.text.tokenizer import Tokenizer
 
 OnSegment = Callable[[str, Segment], None]
+Submit = Callable[[Utterance, Callable[[Reply], None]], Ticket]
 
-_MAX_HALVINGS = 2
 _MARGIN = 0.25  # seconds at the ends of what a segment has heard, where words can be cut off
-_POLL_SECONDS = 0.1
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,8 +42,8 @@ class _Part:
     """A segment on its way: its audio until it is decoded, and then its result. Times are seconds of the recording."""
 
     audio: AudioSegment
-    halvings: int = 0
-    future: "Future[Decoded] | None" = None
+    attempt: Attempt = FIRST
+    ticket: Ticket | None = None
     decoded: Decoded | None = None
 
     def __post_init__(self) -> None:
@@ -50,6 +51,8 @@ class _Part:
         self.offset = self.audio.offset / SAMPLE_RATE
         self.begin, self.end = self.audio.begin / SAMPLE_RATE, self.audio.end / SAMPLE_RATE
         self.heard_until = (self.audio.offset + len(self.audio.samples)) / SAMPLE_RATE
+        is_smallest = self.attempt.splits == MAX_SPLITS or self.end - self.begin < MIN_SEGMENT_SECONDS
+        self.attempt = dataclasses.replace(self.attempt, can_split=not is_smallest)
 
     @property
     def words(self) -> list[Word]:
@@ -67,127 +70,115 @@ class _Part:
 
 
 class RecordingDecoder:
-    """Submits a recording's segments to an engine, and joins their results.
+    """Submits a recording's segments, has those decoded again that need it, and joins their results.
+
+    One thread at a time calls its methods.
 
     Fields:
       result: the transcript, or the error of a segment.
+      num_unfinished: segments that are submitted and not decoded.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        submit: Submit,
+        cancel: Callable[[Ticket], Any],
+        make_utterance: Callable[[np.ndarray], Utterance],
         tokenizer: Tokenizer,
-        make_request: Callable[[np.ndarray], Request],
         options: TranscribeOptions,
         name: str,
         *,
         channel: int | None = None,
+        word_offsets: tuple[float, float] = (0.0, 0.0),
         on_segment: OnSegment | None = None,
-        is_stopped: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
-          make_request: the request for a segment's samples.
+          submit: has an utterance decoded; the reply goes to the given function, in the thread that calls methods.
+          cancel: withdraws what was submitted, if possible.
+          make_utterance: the utterance of a segment's samples.
           name: of the recording.
           channel: of the input, if it is not a mix, from 1 on.
+          word_offsets: seconds to add to the starts and the ends of what the CTC head writes.
           on_segment: called with each segment's result, in order.
-          is_stopped: whether nobody waits for the result any more.
         """
         self.result: Future[Transcript] = Future()
-        self._engine, self._tokenizer, self._make_request = engine, tokenizer, make_request
+        self.num_unfinished = 0
+        self._submit_utterance, self._cancel_ticket = submit, cancel
+        self._make_utterance, self._tokenizer = make_utterance, tokenizer
         self._options, self._name, self._channel = options, name, channel
-        self._on_segment, self._is_stopped = on_segment, is_stopped
-        self._changed = threading.Condition(threading.RLock())
+        self._word_offsets, self._on_segment = word_offsets, on_segment
         self._parts: list[_Part] = []
         self._segments: list[Segment] = []  # of the first parts
         self._ctc_texts: list[str] = []  # likewise
         self._seam = 0.0  # seconds at which the next part begins to write
-        self._unfinished, self._is_closed = 0, False
+        self._is_closed = False
         self._flags: tuple[str, ...] = ()
-        self.result.add_done_callback(self._cancel)
 
     def submit(self, segment: AudioSegment) -> None:
-        """Submits the next segment, if its result is still wanted.
-
-        Waits until fewer than two full batches of this recording, and fewer than twice the engine's `read_ahead` of
-        all, are unfinished.
-        """
-        with self._changed:
-            while self._must_wait() and not self.result.done():
-                if self._is_stopped():
-                    self.result.cancel()
-                elif not self._changed.wait(_POLL_SECONDS) and self._engine.is_idle:
-                    self._engine.flush()  # nothing else may come that fills the batch
-            if self.result.done():
-                return
+        """Submits the next segment, if its result is still wanted."""
+        if not self.result.done():
             part = _Part(segment)
             self._parts.append(part)
             self._submit(part)
 
-    def _must_wait(self) -> bool:
-        engine = self._engine
-        return self._unfinished >= 2 * engine.full_rows or engine.num_unfinished >= 2 * engine.read_ahead
-
     def close(self, flags: Sequence[str]) -> None:
         """Says that all segments are submitted, and adds flags of the recording."""
-        with self._changed:
-            self._flags, self._is_closed = tuple(flags), True
-            self._advance()
+        self._flags, self._is_closed = tuple(flags), True
+        self._advance()
 
-    def _submit(self, part: _Part) -> None:
-        audio = part.audio
-        request = self._make_request(audio.samples)
-        self._unfinished += 1
-        part.future = self._engine.submit(
-            dataclasses.replace(
-                request,
-                needs_logits=not audio.is_whole,
-                needs_words=self._options.word_timestamps or part.overlaps,
-                flags=(*request.flags, *(("retried",) if part.halvings else ())),
-                is_urgent=part.halvings > 0,
-                is_final=part.halvings == _MAX_HALVINGS or part.end - part.begin < MIN_SEGMENT_SECONDS,
-            )
-        )
-        part.future.add_done_callback(lambda future: self._finish(part, future))
-
-    def _finish(self, part: _Part, future: "Future[Decoded]") -> None:
-        """Takes a part's result, or tries again with smaller parts."""
-        with self._changed:
-            self._unfinished -= 1
-            if future.cancelled():
-                self.result.cancel()
-            elif (error := future.exception()) is not None:
-                self._fail(error)
-            else:
-                try:
-                    self._take(part, future.result())
-                except BaseException as error:
-                    self._fail(error)
-            self._changed.notify_all()
-
-    def _take(self, part: _Part, decoded: Decoded) -> None:
-        if (verdict := decoded.verdict) is None:
-            part.decoded = decoded
-            part.audio = dataclasses.replace(part.audio, samples=np.empty(0, np.float32))  # no view: that keeps all
-            self._advance()
-            return
-        at = None if verdict.seconds is None else round((verdict.seconds - _MARGIN) * SAMPLE_RATE)
-        halves = halve(part.audio, overlap=self._options.is_transcript, at=at)
-        index = self._parts.index(part)
-        self._parts[index : index + 1] = parts = [_Part(half, part.halvings + 1) for half in halves]
-        for part in parts:
-            self._submit(part)
-
-    def _fail(self, error: BaseException) -> None:
-        with contextlib.suppress(InvalidStateError):  # another part has failed before
+    def fail(self, error: BaseException) -> None:
+        """Ends with an error, unless there is a result or an error already."""
+        with contextlib.suppress(InvalidStateError):
             self.result.set_exception(error)
 
-    def _cancel(self, _: Any) -> None:
-        """Cancels what is unfinished, because the result is there without it: cancelled, or an error."""
-        with self._changed:
-            futures = [part.future for part in self._parts if part.decoded is None and part.future is not None]
-        for future in futures:
-            future.cancel()
+    def cancel(self) -> None:
+        """Withdraws what is not decoded."""
+        for part in self._parts:
+            if part.decoded is None and part.ticket is not None:
+                self._cancel_ticket(part.ticket)
+
+    def _submit(self, part: _Part) -> None:
+        wants = set() if part.audio.is_whole else {"logits"}
+        wants |= {"words"} if self._options.word_timestamps or part.overlaps else set()
+        utterance = dataclasses.replace(
+            self._make_utterance(part.audio.samples), wants=frozenset(wants), attempt=part.attempt
+        )
+        self.num_unfinished += 1
+        part.ticket = self._submit_utterance(utterance, functools.partial(self._finish, part))
+
+    def _finish(self, part: _Part, reply: Reply) -> None:
+        """Takes a part's result, or has it decoded again."""
+        if not reply.is_final:
+            return
+        self.num_unfinished -= 1
+        part.ticket = None  # which holds its samples
+        if self.result.done():
+            return
+        if reply.error is not None:
+            self.fail(reply.error)
+            return
+        decoded: Decoded = reply.value
+        match decoded.decision:
+            case Accept():
+                part.decoded = decoded
+                part.audio = dataclasses.replace(part.audio, samples=np.empty(0, np.float32))  # no view: that keeps all
+                self._advance()
+            case Again(boosts):
+                part.attempt = dataclasses.replace(part.attempt, boosts=boosts)
+                self._submit(part)
+            case Split(seconds):
+                self._split(part, seconds)
+
+    def _split(self, part: _Part, seconds: float | None) -> None:
+        """Has the halves of a part decoded in its place; `seconds` as in `Split`."""
+        at = None if seconds is None else round((seconds - _MARGIN) * SAMPLE_RATE)
+        halves = halve(part.audio, overlap=self._options.is_transcript, at=at)
+        attempt = Attempt(splits=part.attempt.splits + 1)
+        index = self._parts.index(part)
+        self._parts[index : index + 1] = parts = [_Part(half, attempt) for half in halves]
+        for half in parts:
+            self._submit(half)
 
     def _advance(self) -> None:
         """Makes the segments of all parts whose neighbors are decoded, and after the last one the transcript."""
@@ -198,8 +189,7 @@ class RecordingDecoder:
             if part.decoded is None or waits:
                 return
             if (error := part.decoded.transcript.error) is not None:
-                flags = part.decoded.transcript.flags
-                self.result.set_result(Transcript(self._name, flags=flags, error=error, channel=self._channel))
+                self.fail(CheckpointError(error))
                 return
             seam = _seam(part, following[0], self._seam) if following else max(part.end, self._seam)
             segment, ctc_text = self._segment(part, self._seam, seam)
@@ -209,7 +199,11 @@ class RecordingDecoder:
             if self._on_segment is not None:
                 self._on_segment(self._name, segment)
         if self._is_closed and not self.result.done():
-            self.result.set_result(self._transcript())
+            self._set_result(self._transcript())
+
+    def _set_result(self, transcript: Transcript) -> None:
+        with contextlib.suppress(InvalidStateError):  # cancelled by another thread
+            self.result.set_result(transcript)
 
     def _segment(self, part: _Part, start: float, end: float) -> tuple[Segment, str]:
         """What a part writes of the recording from second `start` to second `end`; and its CTC text."""
@@ -235,7 +229,7 @@ class RecordingDecoder:
         if words:
             extent = words[0].start, words[-1].end
         elif text and len(spoken):
-            heard = np.array([spoken[0], spoken[-1] + 1]) * ctc.FRAME_SECONDS + self._engine.word_offsets
+            heard = np.array([spoken[0], spoken[-1] + 1]) * ctc.FRAME_SECONDS + self._word_offsets
             first = min(max(start, part.offset + heard[0]), end - ctc.FRAME_SECONDS)
             extent = max(start, first), min(max(part.offset + heard[1], first + ctc.FRAME_SECONDS), end)
         segment = Segment(

@@ -8,7 +8,8 @@
     hole          CTC words of more than 1.5 s that the text leaves out  decode again, from there on
     invention     a text far longer than the CTC text                    the CTC text
 
-All of it is decided on the host from one segment's results, whatever was drafted or verified.
+All of it is found on the host in one segment's results, whatever was drafted or verified. `policy.decide` says what
+follows from it.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from typing import Literal
 
 import numpy as np
 
-from granite_jax.keywords.repetition import find_loop
 from granite_jax.model import ctc
+from granite_jax.recognition.repetition import find_loop
 
 Problem = Literal["loop", "length", "hole", "invention"]
 
@@ -31,13 +32,13 @@ _DIGIT = re.compile(r"\d")
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What is wrong with a text.
 
     Fields:
       problem: the first that was found.
       seconds: where a hole begins.
-      text: what to write instead if the segment is not decoded again.
+      text: what to write if the segment is not decoded again.
     """
 
     problem: Problem
@@ -54,9 +55,9 @@ def is_silent(ctc_text: str, speech_frames: int) -> bool:
     return not ctc_text and speech_frames <= MAX_SPEECH_FRAMES
 
 
-def judge(
+def check_text(
     text: str, labels: np.ndarray, ctc_text: str, *, stopped: bool, is_transcript: bool, is_raw: bool
-) -> Verdict | None:
+) -> Finding | None:
     """Looks for problems in the text of a segment.
 
     Args:
@@ -67,15 +68,15 @@ def judge(
       is_raw: whether it should be written like the CTC text, too.
     """
     if (loop := find_loop(text, ctc_text, is_transcript=is_transcript)) is not None:
-        return Verdict("loop", ctc_text if is_transcript and ctc_text else text[:loop].rstrip())
+        return Finding("loop", ctc_text if is_transcript and ctc_text else text[:loop].rstrip())
     if stopped:
-        return Verdict("length", text)
+        return Finding("length", text)
     if not is_transcript:
         return None
     if _letters(text) > 3 * _letters(ctc_text) + 12:
-        return Verdict("invention", ctc_text)
+        return Finding("invention", ctc_text)
     hole = _hole(text, labels) if _spells(text) else None
-    return None if hole is None else Verdict("hole", ctc_text if is_raw else text, hole)
+    return None if hole is None else Finding("hole", ctc_text if is_raw else text, hole)
 
 
 def _letters(text: str) -> int:

@@ -21,6 +21,7 @@ Parallel = Literal["shard_map", "pmap"]
 Speculative = Literal["lossless", "relaxed", "relaxed-accurate", "relaxed-fast", False]
 DraftFrom = Literal["ctc", "bpe"]
 Channels = Literal["mix", "split"]
+RecognizerName = Literal["speech-lm", "ctc"]
 
 PRESETS: Mapping[str, tuple[float, float]] = {
     "relaxed": (0.7, 0.2),
@@ -31,6 +32,10 @@ PRESETS: Mapping[str, tuple[float, float]] = {
 
 MODES = ("lossless", *PRESETS)
 MIN_SEGMENT_SECONDS = 5.0
+_OF_THE_LANGUAGE_MODEL = (
+    *("task", "target_language", "language", "prompt", "allow_custom_prompt", "max_new_tokens", "speculative"),
+    *("draft_from", "ctc_threshold", "verify_threshold", "keyword_boost", "keywords_in"),
+)
 _MAX_PROMPT = 1 << 20  # characters, whatever the model; how many it takes is checked with its prompts
 
 
@@ -160,6 +165,9 @@ class TranscribeOptions:
         that stops at the budget of new tokens, that leaves out a passage, or that was written where nobody speaks.
         Such a segment is decoded again in smaller pieces, or gets the encoder's own text. False: the model's text.
       channels: "mix" takes the mean of the channels; "split" transcribes each on its own.
+      recognizer: "speech-lm", the language model, which is the default; or "ctc", the encoder's own text: lower case,
+        without punctuation, less accurate, and much faster. Options of the language model are then errors. Keywords
+        that were heard replace what the encoder misspelled.
     """
 
     task: str = "transcribe"
@@ -180,9 +188,11 @@ class TranscribeOptions:
     segment_seconds: float | Literal["auto"] | None = "auto"
     guards: bool = True
     channels: Channels = "mix"
+    recognizer: RecognizerName | None = None
 
     def __post_init__(self) -> None:
         _make_numbers_plain(self)
+        self._check_recognizer()
         self._check_recording()
         self._check_prompt()
         limit = self.max_new_tokens
@@ -190,6 +200,17 @@ class TranscribeOptions:
             raise GraniteError(f"max_new_tokens is {limit!r:.60}, not a positive number")
         object.__setattr__(self, "keywords", keyword_entries(self.keywords))
         _ = self.drafting, self.biasing  # raise an error if a field is invalid
+
+    def _check_recognizer(self) -> None:
+        if self.recognizer not in (None, "speech-lm", "ctc"):
+            raise GraniteError(f'recognizer is "speech-lm" or "ctc", not {self.recognizer!r:.60}')
+        if self.recognizer != "ctc":
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        allowed = {"task": ("transcribe",), "speculative": ("lossless", False)}
+        for name in _OF_THE_LANGUAGE_MODEL:
+            if getattr(self, name) not in allowed.get(name, (defaults[name],)):
+                raise GraniteError(f'{name} is for the language model, which recognizer="ctc" does without')
 
     def _check_recording(self) -> None:
         for name in ("word_timestamps", "guards"):

@@ -4,8 +4,8 @@ import dataclasses
 import warnings
 
 from granite_jax.errors import GraniteError, PromptError
-from granite_jax.inference.options import TranscribeOptions
 from granite_jax.keywords.lists import validated
+from granite_jax.options import TranscribeOptions
 from granite_jax.text.tasks import Capabilities, RecognizedPrompt
 
 FALLBACK = "prompt-fallback"
@@ -29,7 +29,7 @@ def safeguarded(options: TranscribeOptions, capabilities: Capabilities) -> tuple
             warnings.warn(
                 f"the model was not trained with the prompt {options.prompt!r:.60}: the speech is transcribed instead "
                 "(allow_custom_prompt sends it nevertheless)",
-                stacklevel=4,  # of Transcriber.transcribe
+                stacklevel=5,  # of Transcriber.transcribe
             )
             return _replaced(options, RecognizedPrompt()), (FALLBACK,)
         options = _replaced(options, recognized)

@@ -1,0 +1,1 @@
+"""Schedules requests through stages on devices; knows no model."""

@@ -1,0 +1,178 @@
+"""Threads that run jobs: inputs on their way from a file to a result.
+
+    add ──► waiting ──► open, at most `limit` at a time ──► read to its end ──► done
+                          │ read: submits to the engine         ▲
+                          └───────── messages: its replies ─────┘
+
+A job is run by one thread at a time, so that it needs no locks. What a job has been sent goes before reading, and a job
+reads only while it has room, and the engine, too. Threads begin with the first job and end when there is nothing to do.
+"""
+
+import atexit
+import collections
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from granite_jax.engine.engine import Engine
+
+NUM_READERS = 4
+_STOP_SECONDS = 5.0  # at exit, for a reader that waits for a file
+
+
+class Job(Protocol):
+    """An input on its way."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it can read more before its results come."""
+        ...
+
+    def read(self) -> bool:
+        """Reads and submits a part of the input; returns whether there is more."""
+        ...
+
+    def take(self, message: Any) -> None:
+        """Takes what was posted to it."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Takes what `read` or `take` has raised."""
+        ...
+
+
+class Readers:
+    """Runs jobs.
+
+    Fields:
+      limit: how many jobs are read at a time.
+    """
+
+    def __init__(self, engine: Engine, limit: int = NUM_READERS):
+        self.limit = limit
+        self._engine = engine
+        self._lock = threading.Lock()  # guards what follows
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._open: list[Job] = []
+        self._messages: dict[Job, collections.deque[Any]] = {}
+        self._running: set[Job] = set()
+        self._threads: set[threading.Thread] = set()
+        self._num_blocked = 0  # threads that run callers' code
+        self._is_expected = self._is_stopped = False
+        _READERS.add(self)
+
+    def add(self, job: Job) -> None:
+        """Adds a job, which is opened after those that were added before."""
+        with self._lock:
+            self._waiting.append(job)
+            self._start()
+
+    def post(self, job: Job, message: Any) -> None:
+        """Sends a message to a job."""
+        with self._lock:
+            self._messages.setdefault(job, collections.deque()).append(message)
+            self._start()
+
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Around a caller's own code in a job, which may wait for other jobs: another thread takes this one's place."""
+        with self._lock:
+            self._num_blocked += 1
+            self._start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_blocked -= 1
+
+    def stop(self) -> None:
+        """Ends the threads after what they are just doing; does not wait for ever for one that reads."""
+        with self._lock:
+            self._is_stopped = True
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(_STOP_SECONDS)
+
+    def _start(self) -> None:
+        """Starts a thread if one is needed, and says whether more will be submitted."""
+        if len(self._threads) < self.limit + self._num_blocked and not self._is_stopped and self._next() is not None:
+            thread = threading.Thread(target=self._run, name="granite-jax-reader", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+        self._tell_engine()
+
+    def _tell_engine(self) -> None:
+        can_open = bool(self._waiting) and len(self._open) < self.limit
+        is_expected = self._has_room and (can_open or any(job.has_room for job in self._open))
+        if is_expected != self._is_expected:
+            self._is_expected = is_expected
+            self._engine.expect(1 if is_expected else -1)
+
+    @property
+    def _has_room(self) -> bool:
+        return self._engine.num_unfinished < 2 * self._engine.read_ahead
+
+    def _next(self) -> tuple[Job, Callable[[], Any]] | None:
+        """A job that nobody runs, and what to do for it."""
+        for job in self._messages:
+            if job not in self._running:
+                return job, functools.partial(self._take, job)
+        if self._has_room:
+            for job in self._open:
+                if job not in self._running and job.has_room:
+                    return job, functools.partial(self._read, job)
+            if self._waiting and len(self._open) < self.limit:
+                return self._waiting[0], functools.partial(self._read, self._waiting[0])
+        return None
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                task = None if self._is_stopped else self._next()
+                if task is None or len(self._threads) > self.limit + self._num_blocked:
+                    self._threads.discard(threading.current_thread())
+                    return
+                job, work = task
+                self._running.add(job)
+                if self._waiting and job is self._waiting[0]:
+                    self._open.append(self._waiting.popleft())
+                self._start()  # another thread, if there is more to do
+            try:
+                work()
+            except BaseException as error:
+                job.fail(error)
+            with self._lock:
+                self._running.discard(job)
+                self._tell_engine()
+
+    def _read(self, job: Job) -> None:
+        has_more = False
+        try:
+            has_more = job.read()
+        finally:
+            if not has_more:
+                with self._lock:
+                    self._open.remove(job)
+
+    def _take(self, job: Job) -> None:
+        while True:
+            with self._lock:
+                messages = self._messages.get(job)
+                if not messages:
+                    self._messages.pop(job, None)
+                    return
+                message = messages.popleft()
+            job.take(message)
+
+
+_READERS: "weakref.WeakSet[Readers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Before the engines stop, whose replies would have come to these."""
+    for readers in list(_READERS):
+        readers.stop()

@@ -1,0 +1,1 @@
+"""What is done with audio: recognizers, word times, guards, recordings."""

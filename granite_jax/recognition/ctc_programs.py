@@ -1,0 +1,80 @@
+"""The compiled programs of the encoder alone, on the shapes of a `Bucket`, of which they use samples and rows."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.stages import Lowered
+from jaxtyping import DTypeLike
+
+from granite_jax.array_types import Lengths, Params, Samples
+from granite_jax.engine.compilation import Lowerable
+from granite_jax.engine.programs import Programs
+from granite_jax.engine.sharding import BATCH, REPLICATED, DeviceMesh
+from granite_jax.keywords.spotter import KeywordBatch
+from granite_jax.model.config import Config
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.encoding import (
+    ALIGN,
+    ENCODE,
+    ENCODE_WITH_LOGITS,
+    Encoded,
+    abstract_keywords,
+    abstract_rows,
+    align_texts,
+    encode,
+)
+
+
+class CTCPrograms(Programs):
+    """`encode` without projector, in two forms, and `align`."""
+
+    def __init__(self, config: Config, dtype: DTypeLike, devices: DeviceMesh | None = None):
+        super().__init__(devices)
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.encode = self.compile("encode", self._encode, (REPLICATED, *[BATCH] * 3), BATCH, static="with_logits")
+        self.align = self.compile("align", align_texts, [BATCH] * 4, BATCH)
+
+    def _encode(
+        self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch, with_logits: bool = False
+    ) -> Encoded:
+        return encode(
+            self.config,
+            params,
+            samples,
+            lengths,
+            keywords,
+            dtype=self.dtype,
+            with_audio=False,
+            with_logits=with_logits,
+            with_confidence=True,
+        )
+
+    def lowerables(self, params: Any, bucket: Bucket) -> list[Lowerable]:
+        """The programs for a bucket, for arguments of the types that `CTC` passes.
+
+        Args:
+          params: the model's parameters as shapes with shardings.
+        """
+        size = bucket.batch * self.devices.replicas
+        counts = abstract_rows(size, jnp.int32)
+
+        def encode(with_logits: bool) -> Lowered:
+            inputs = abstract_rows(size, jnp.float32, bucket.samples), counts, abstract_keywords(size)
+            return self.encode.lower(encoder_params(params), *inputs, with_logits=with_logits)
+
+        labels, by_row = abstract_rows(size, jnp.int32, bucket.max_labels), self.devices.result_shardings(BATCH)
+        return [
+            Lowerable(ENCODE, lambda _: encode(False), by_row),
+            Lowerable(ENCODE_WITH_LOGITS, lambda _: encode(True), by_row, is_default=False),
+            Lowerable(
+                ALIGN,
+                lambda results: self.align.lower(results[ENCODE_WITH_LOGITS].logits, counts, labels, counts),
+                is_default=False,
+            ),
+        ]
+
+
+def encoder_params(params: Any) -> dict[str, Any]:
+    """The part of the parameters that this recognizer needs."""
+    return {"encoder": params["encoder"]}

@@ -1,0 +1,699 @@
+"""Audio in any form -> readers -> segments -> engine -> transcripts."""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from granite_jax.audio.load import (
+    AccessError,
+    Audio,
+    is_encoded,
+    load_audio,
+    num_channels,
+    path_of,
+    printable,
+    read_stream,
+)
+from granite_jax.audio.resample import TooLongError
+from granite_jax.checkpoint.directory import parse_dtype
+from granite_jax.checkpoint.files import cache_directory
+from granite_jax.engine.compilation import Compiler, keep_compiled_programs
+from granite_jax.engine.engine import Engine
+from granite_jax.engine.readers import Readers
+from granite_jax.engine.scheduler import Scheduler
+from granite_jax.engine.sharding import DeviceList, DeviceMesh
+from granite_jax.engine.stages import Request
+from granite_jax.engine.streams import Notify, results
+from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
+from granite_jax.keywords.lists import lists_by_input
+from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
+from granite_jax.model import granite_speech
+from granite_jax.model.config import Config
+from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
+from granite_jax.options import (
+    MIN_SEGMENT_SECONDS,
+    Channels,
+    ModelOptions,
+    Parallel,
+    RecognizerName,
+    TranscribeOptions,
+    accepts,
+    check_mixed,
+    drafts_for,
+)
+from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import (
+    Bucket,
+    default_buckets,
+    encoder_buckets,
+    longest_audio,
+    new_token_budget,
+)
+from granite_jax.recognition.ctc import CTC
+from granite_jax.recognition.ctc_programs import CTCPrograms
+from granite_jax.recognition.encoding import ALIGN, ENCODE_WITH_LOGITS
+from granite_jax.recognition.jobs import ANY_LENGTH, LONG_PASS, RecordingJob, read_segments, read_whole
+from granite_jax.recognition.partition import abstract_params, param_shardings
+from granite_jax.recognition.preparation import Preparation, Prepared
+from granite_jax.recognition.recognizer import Recognizer, make_request
+from granite_jax.recognition.recordings import OnSegment, RecordingDecoder
+from granite_jax.recognition.safeguard import safeguarded
+from granite_jax.recognition.speech_lm import SpeechLM
+from granite_jax.recognition.speech_lm_programs import Speculation, SpeechLMPrograms
+from granite_jax.recognition.utterances import Utterance
+from granite_jax.results import Emissions, Segment, Transcript
+from granite_jax.text.tasks import Capabilities, ChatTemplate
+from granite_jax.text.tokenizer import Tokenizer
+
+_MAX_PLANS = 16
+
+
+class _Input(NamedTuple):
+    """One input of a stream, or a channel of one."""
+
+    name: str
+    source: Any
+    channel: int | None
+    keywords: Sequence[Entry] | None
+    draft: str | None
+
+
+class Transcriber:
+    """Speech to text with one checkpoint: holds its weights, and compiles its programs when they are first needed.
+
+    In short:
+
+        asr = Transcriber.from_pretrained("demo")
+        asr.transcribe(["a.wav", waveform_16k])[0].text
+
+    Any thread can call any method, and callbacks can, too.
+
+    Fields:
+      readers: the threads that read inputs; `readers.limit` says how many inputs are read at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        template: ChatTemplate | None = None,
+        capabilities: Capabilities | None = None,
+        dtype: Any = None,
+        batch_size: int | None = None,
+        buckets: Sequence[Bucket] | None = None,
+        speculation: Speculation | None = None,
+        devices: DeviceList | DeviceMesh | None = None,
+        parallel: Parallel = "shard_map",
+        model_parallel: int = 1,
+        compile_ahead: bool = False,
+        recognizer: RecognizerName | None = None,
+    ):
+        """
+        Args:
+          params: the model's parameters, or a function that returns them in `dtype`, which it then needs.
+          dtype: what computation runs in; default that of `params`.
+          template: chat template; default that of Granite Speech 4.0.
+          capabilities: tasks and languages the checkpoint was trained for; default the released model's.
+          batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
+          buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `buckets.default_buckets`.
+          speculation: how drafts are proposed; the defaults are measured.
+          devices: devices to run on; default all local devices, or only the first CPU.
+          parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
+          model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
+          compile_ahead: begin to compile the programs of all buckets, while a function returns the parameters.
+          recognizer: whose programs these are; default the language model's.
+        """
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template or ChatTemplate()
+        self.capabilities = capabilities or Capabilities()
+        self.batch_size = batch_size or {"tpu": 64, "gpu": 32}.get(jax.default_backend(), 8)
+        self.buckets = tuple(buckets or default_buckets(config, self.batch_size, self.capabilities.segment_seconds))
+        if not isinstance(devices, DeviceMesh):
+            devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
+        if callable(params) and dtype is None:
+            raise GraniteError("a function that returns the parameters needs their dtype")
+        self._dtype = dtype or jax.tree.leaves(params)[0].dtype
+        abstract = abstract_params(config, self._dtype, devices)
+        lm_programs = SpeechLMPrograms(config, self._dtype, speculation, devices)
+        ctc_programs = CTCPrograms(config, self._dtype, devices)
+        compilers = {
+            "speech-lm": Compiler(functools.partial(lm_programs.lowerables, abstract), devices),
+            "ctc": Compiler(functools.partial(ctc_programs.lowerables, abstract), devices),
+        }
+        buckets_of = {"speech-lm": self.buckets, "ctc": encoder_buckets(self.buckets)}
+        if callable(params):
+            ahead = recognizer or "speech-lm"
+            params = compilers[ahead].start_while(params, buckets_of[ahead] if compile_ahead else ())
+        self.params = devices.put(params, param_shardings(config, devices))
+        offsets = self.capabilities.word_offsets
+        self._recognizers: dict[str, Recognizer] = {
+            "speech-lm": SpeechLM(
+                config,
+                self.params,
+                lm_programs,
+                tokenizer,
+                compilers["speech-lm"],
+                buckets_of["speech-lm"],
+                offsets,
+            ),
+            "ctc": CTC(self.params, ctc_programs, tokenizer, compilers["ctc"], buckets_of["ctc"], offsets),
+        }
+        self._preparation = Preparation(tokenizer, self.template, self.capabilities, config.encoder.output_dim)
+        self._engine = Engine(Scheduler(devices.replicas, self.batch_size))
+        self.readers = Readers(self._engine)
+        self._deadline = math.inf
+        self._plans: dict[object, _Plan] = {}
+
+    @classmethod
+    @accepts(ModelOptions)
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str] = "demo",
+        *,
+        buckets: Sequence[Bucket] | None = None,
+        speculation: Speculation | None = None,
+        recognizer: RecognizerName | None = None,
+        **fields: Any,
+    ) -> "Transcriber":
+        """Loads "demo", an Orbax checkpoint directory of `granite-jax convert`, a Hugging Face directory or a hub id.
+
+        Args:
+          buckets, speculation, recognizer: as in the constructor.
+          fields: fields of `ModelOptions`. Weights are read straight into their sharding.
+
+        Raises:
+          CheckpointError: naming what is missing, damaged or not supported.
+          GraniteError: an option of the devices conflicts with the others or with the model.
+        """
+        options = ModelOptions(checkpoint=checkpoint, **fields)
+        if options.compilation_cache:
+            enable_compilation_cache()
+        opened, dtype = open_checkpoint(options.checkpoint, options.revision), parse_dtype(options.dtype)
+        devices = DeviceMesh.make(options.devices, parallel=options.parallel, model_parallel=options.model_parallel)
+        return cls(
+            opened.config,
+            functools.partial(opened.load_params, dtype, sharding=param_shardings(opened.config, devices)),
+            opened.tokenizer(),
+            template=opened.chat_template(),
+            capabilities=opened.capabilities,
+            dtype=dtype,
+            batch_size=options.batch_size,
+            buckets=buckets,
+            speculation=speculation,
+            devices=devices,
+            compile_ahead=options.compile_ahead,
+            recognizer=recognizer,
+        )
+
+    @classmethod
+    def from_options(cls, options: ModelOptions, recognizer: RecognizerName | None = None) -> "Transcriber":
+        """`from_pretrained` with the fields of `options`."""
+        fields = dict(vars(options))
+        return cls.from_pretrained(fields.pop("checkpoint"), recognizer=recognizer, **fields)
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were traced so far, to be compiled: at most `max_programs` of each recognizer."""
+        return sum(recognizer.programs.num_traces for recognizer in self._recognizers.values())
+
+    @property
+    def read_ahead(self) -> int:
+        """How many inputs are sorted by length together: lists of a multiple of this length fill the most batches."""
+        return self._engine.read_ahead
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds that the device has had nothing to do so far, because audio was read."""
+        return self._engine.idle_seconds
+
+    def recognizer(self, options: TranscribeOptions | None = None) -> Recognizer:
+        """The recognizer that options ask for."""
+        return self._recognizers[(options and options.recognizer) or "speech-lm"]
+
+    def warmup(
+        self,
+        buckets: Sequence[Bucket] | None = None,
+        options: TranscribeOptions | None = None,
+        *,
+        words: bool = False,
+    ) -> None:
+        """Compiles the programs of all buckets (or those given), several at a time, and runs them on silence.
+
+        Args:
+          buckets: of `recognizer(options)`.
+          words: compile those that time words, too, which audio of several segments needs; for up to a minute.
+        """
+        recognizer = self.recognizer(options)
+        prompt = self._preparation.prompt(self.capabilities.prompts.transcribe)
+        timed = {
+            bucket: words and bucket.samples <= LONG_PASS * SAMPLING_RATE
+            for bucket in (recognizer.buckets if buckets is None else buckets)
+        }
+        for bucket, is_timed in timed.items():
+            recognizer.compiler.start(bucket)
+            if is_timed:
+                recognizer.compiler.start(bucket, ENCODE_WITH_LOGITS, ALIGN)
+        for bucket, is_timed in timed.items():
+            recognizer.run_on_silence(bucket, prompt, words=is_timed)
+
+    @overload
+    def transcribe(
+        self, audio: list[Any], options: TranscribeOptions | None = None, **arguments: Any
+    ) -> list[Transcript]: ...
+
+    @overload
+    def transcribe(self, audio: Any, options: TranscribeOptions | None = None, **arguments: Any) -> Transcript: ...
+
+    @accepts(TranscribeOptions)
+    def transcribe(
+        self,
+        audio: Any,
+        options: TranscribeOptions | None = None,
+        *,
+        sampling_rate: int | None = None,
+        keywords: KeywordList | Sequence[KeywordList | None] | None = None,
+        draft: str | Sequence[str | None] | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        progress: Callable[[int], None] | None = None,
+        on_segment: OnSegment | None = None,
+        **fields: Any,
+    ) -> list[Transcript] | Transcript:
+        """Transcribes or translates one input or a list of them, of any length.
+
+        Args:
+          audio: a path, a binary file object, bytes, a float or integer array (16 kHz, or of `sampling_rate`; `[n]`,
+            `[n, channels]` or `[channels, n]`), a pair (array, sampling rate), a Hugging Face data set's audio (a dict
+            or a decoder), or a list of these.
+          options: what to write, and how.
+          sampling_rate: in Hz, for arrays that come without one.
+          keywords: as in `TranscribeOptions`; or a list with such a list (or None) for each input.
+          draft: for lossless mode and any task: a text that may share passages with the result, or a list with a text
+            (or None) for each input.
+          on_error: "raise" stops at the first bad input; "return" puts a Transcript with `.error` in its place.
+          progress: called with the number of inputs just finished.
+          on_segment: called with the name of an input and a `Segment` of it, as soon as that is final; in order within
+            an input, or a channel of it (`Segment.channel`). It is called in the thread that waits for results, and may
+            use this Transcriber.
+          fields: fields of `TranscribeOptions` that replace those of `options`.
+
+        Returns:
+          One Transcript, or a list of them in input order if `audio` is a list or `channels` is "split". A result does
+          not depend on the other inputs.
+
+        Raises:
+          GraniteError: an option is unknown or out of range.
+          PromptError: the checkpoint does not support the task or a language; or naming a keyword that is not usable.
+          AudioError: naming an input that is not readable, too short or not finite.
+          ContextError: naming an input that does not fit the model's positions with its prompt and new tokens, in one
+            pass (`segment_seconds=None`) or in segments of the given length.
+          CheckpointError: naming an input for which the weights give NaN.
+        """
+        is_list = isinstance(audio, list) or _is_tuple_of_files(audio)
+        sources = list(audio) if is_list else [audio]
+        entries = None if keywords is None else keyword_entries(keywords)
+        keyword_lists = None if entries is None else lists_by_input(entries, len(sources))
+        if entries is not None and keyword_lists is None:
+            fields["keywords"] = entries
+        stream = self.stream(
+            sources,
+            options,
+            sampling_rate=sampling_rate,
+            keyword_lists=keyword_lists,
+            drafts=None if draft is None else drafts_for(draft, len(sources)),
+            on_error=on_error,
+            on_segment=on_segment,
+            **fields,
+        )
+        is_list = is_list or dataclasses.replace(options or TranscribeOptions(), **fields).channels == "split"
+        transcripts = []
+        for transcript in stream:
+            transcripts.append(transcript)
+            if progress is not None:
+                progress(1)
+        return transcripts if is_list else transcripts[0]
+
+    @accepts(TranscribeOptions)
+    def stream(
+        self,
+        audio: Iterable[Any],
+        options: TranscribeOptions | None = None,
+        *,
+        sampling_rate: int | None = None,
+        keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+        drafts: Iterable[str | None] | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        ordered: bool = True,
+        on_segment: OnSegment | None = None,
+        **fields: Any,
+    ) -> Iterator[Transcript]:
+        """Transcribes any number of inputs and yields transcripts as soon as they are done, while later inputs come.
+
+        A thread takes inputs, at most twice `read_ahead` of them ahead of what was yielded; a few others read them, at
+        most two full batches of segments of each ahead of the device. An input that comes alone is not kept waiting for
+        others. A stream that is left is canceled, and keeps no process alive.
+
+        Args:
+          audio: inputs as in `transcribe`; may be endless, slow, or wait for the results of what it has given.
+          keyword_lists: a list of keywords (or None, for those of the options) for each input.
+          drafts: a draft (or None) for each input.
+          ordered: yield in input order; otherwise as transcripts are done.
+          options, sampling_rate, on_error, on_segment, fields: as in `transcribe`. With `channels="split"`, each
+            channel is a result of its own, and an input's keywords and draft are for all of its channels.
+
+        Raises:
+          GraniteError: for the options at once; `keyword_lists` or `drafts` have another length than the inputs, in
+            place of the first input that lacks one, or after the last.
+          Exception: what the iterator raises, after the results of all that it gave before.
+          The same errors as `transcribe`: for an input in place of its transcript.
+        """
+        if on_error not in ("raise", "return"):
+            raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
+        if is_encoded(audio) or not isinstance(audio, Iterable) or isinstance(audio, np.ndarray):
+            kind = type(audio).__name__
+            raise GraniteError(
+                f"stream takes a list or an iterator of inputs, not {kind}: transcribe takes a single one"
+            )
+        plan = self._plan(options, fields, has_keyword_lists=keyword_lists is not None, has_drafts=drafts is not None)
+        inputs = (
+            _Input(name, content, channel, entries, draft)
+            for index, (source, entries, draft) in enumerate(_with_lists(audio, keyword_lists, drafts))
+            for name, content, channel in _channels(source, _name(source, index), plan.options.channels)
+        )
+
+        def submit(each: _Input, notify: Notify) -> Future[Transcript]:
+            def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
+                notify(functools.partial(on_segment, name, segment))
+
+            told = None if on_segment is None else functools.partial(call, on_segment)
+            return self._submit(each, plan, sampling_rate, told)
+
+        finished = results(inputs, submit, self._engine, window=2 * self.read_ahead, ordered=ordered)
+        return _transcripts(finished, on_error)
+
+    @accepts(TranscribeOptions)
+    def submit(
+        self,
+        audio: Any,
+        options: TranscribeOptions | None = None,
+        *,
+        sampling_rate: int | None = None,
+        keywords: KeywordList | None = None,
+        draft: str | None = None,
+        on_segment: OnSegment | None = None,
+        deadline: float | None = None,
+        **fields: Any,
+    ) -> "Future[Transcript]":
+        """Begins to transcribe one input; returns at once.
+
+        Args:
+          audio, options, sampling_rate, keywords, draft, fields: as in `transcribe`, of one input whose channels are
+            mixed.
+          on_segment: as in `transcribe`, but called in one of the Transcriber's threads.
+          deadline: seconds that a segment waits for others of a batch that is not full while the device is busy;
+            default that of `serving`, or else until nothing else is being read.
+
+        Returns:
+          A future with the Transcript, or with an error as `transcribe` raises. Canceling it takes effect while it
+          waits, and between its segments.
+
+        Raises:
+          GraniteError: an option is not valid.
+        """
+        entries = None if keywords is None else keyword_entries(keywords)
+        lists = {"has_keyword_lists": entries is not None, "has_drafts": draft is not None}
+        plan = self._plan(options, fields, **lists)
+        check_mixed(plan.options)
+
+        def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
+            with self.readers.blocking():  # it may wait for other inputs
+                on_segment(name, segment)
+
+        told = None if on_segment is None else functools.partial(call, on_segment)
+        if deadline is not None:
+            plan = plan._replace(deadline=deadline)
+        return self._submit(_Input(_name(audio, 0), audio, None, entries, draft), plan, sampling_rate, told)
+
+    async def transcribe_async(
+        self, audio: Any, options: TranscribeOptions | None = None, **arguments: Any
+    ) -> Transcript:
+        """`submit` for asyncio: waits for the Transcript. Arguments as in `submit`; canceling the task cancels it."""
+        return await asyncio.wrap_future(self.submit(audio, options, **arguments))
+
+    @contextlib.contextmanager
+    def serving(self, deadline: float = 0.05) -> Iterator["Transcriber"]:
+        """While inputs come one by one, as to a server: a batch that is not full goes when the device is idle, or when
+        one of its segments has waited for `deadline` seconds.
+        """
+        if not 0 <= deadline < math.inf:
+            raise GraniteError(f"deadline is {deadline!r:.60}, not a number of seconds")
+        former, self._deadline = self._deadline, deadline
+        try:
+            yield self
+        finally:
+            self._deadline = former
+
+    def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
+        """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
+        samples = self._load(audio, sampling_rate, _name(audio, 0)).samples
+        padded = np.zeros((1, -(-len(samples) // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
+        padded[0, : len(samples)] = samples
+        programs = self.recognizer().programs
+        params, lengths = programs.devices.unstack(self.params), np.array([len(samples)], np.int32)
+        arrays = _emissions(self.config, self._dtype, params, padded, lengths)
+        return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in arrays))
+
+    def segment_seconds(self, options: TranscribeOptions) -> float:
+        """The longest audio, in seconds, that is decoded in one pass. Raises GraniteError as `stream` does."""
+        seconds = self._plan(options, {}).seconds
+        return self.config.max_seconds if seconds is None else seconds
+
+    def _plan(
+        self,
+        options: TranscribeOptions | None,
+        fields: Mapping[str, Any],
+        *,
+        has_keyword_lists: bool = False,
+        has_drafts: bool = False,
+    ) -> "_Plan":
+        """What inputs with the same options share. Raises GraniteError for the options."""
+        given = dataclasses.replace(options or TranscribeOptions(), **fields) if fields or not options else options
+        key = given, has_keyword_lists, has_drafts
+        if (known := self._plans.get(key)) is not None:
+            return known._replace(deadline=self._deadline)
+        resolved, own = given, given.keywords
+        resolved, flags = safeguarded(resolved, self.capabilities)
+        if resolved.keywords != own and has_keyword_lists:
+            raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
+        if resolved.drafting.draft_from == "bpe" and not self.config.encoder.bpe_output_dim:
+            raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
+        if has_drafts and resolved.recognizer == "ctc":
+            raise GraniteError('draft is for the language model, which recognizer="ctc" does without')
+        if has_drafts and resolved.speculative != "lossless":
+            raise GraniteError(f'draft is for speculative="lossless", not for {resolved.speculative!r}')
+        shared = self._preparation.prepare(resolved, resolved.keywords)  # its errors are not those of one input
+        seconds = self._segment_limit(resolved, shared)
+        plan = _Plan(resolved, flags, shared, seconds, self._deadline)
+        if not flags:  # whose warning is given each time
+            self._plans = {key: plan} if len(self._plans) >= _MAX_PLANS else self._plans | {key: plan}
+        return plan
+
+    def _segment_limit(self, options: TranscribeOptions, prepared: Prepared) -> float | None:
+        """The longest segment, in seconds. Raises ContextError if it is given and does not fit the model."""
+        chosen = options.segment_seconds
+        if chosen is None:
+            return None
+        longest = max(bucket.samples for bucket in self.buckets) / SAMPLING_RATE
+        if options.recognizer != "ctc":
+            longest = min(longest, longest_audio(self.config, prepared.num_prompt_tokens, options.max_new_tokens))
+        if chosen == "auto":
+            return max(min(self.capabilities.segment_seconds, longest), MIN_SEGMENT_SECONDS)
+        if chosen > longest:
+            raise ContextError(
+                f"segment_seconds is {chosen:g}, but at most {longest:.0f} s fit the model and its buckets"
+            )
+        return float(chosen)
+
+    def _submit(
+        self, each: _Input, plan: "_Plan", sampling_rate: float | None, on_segment: OnSegment | None
+    ) -> "Future[Transcript]":
+        """Begins with one input; the future has its errors, too."""
+        options, prepared = plan.options, plan.prepared
+        try:
+            if each.keywords is not None:
+                prepared = self._preparation.prepare(options, each.keywords)
+        except GraniteError as error:
+            failed: Future[Transcript] = Future()
+            failed.set_exception(error)
+            return failed
+        recognizer = self.recognizer(options)
+        draft = None if each.draft is None else tuple(self.tokenizer.encode(each.draft))
+
+        def make_utterance(samples: np.ndarray) -> Utterance:
+            audio = Audio(each.name, samples)
+            budget = None
+            if options.recognizer != "ctc":
+                budget = options.max_new_tokens or new_token_budget(audio.duration)
+            return Utterance(audio, options, prepared.prompt, budget, draft, prepared.keywords, plan.flags)
+
+        def request(utterance: Utterance) -> Request:
+            made = make_request(recognizer, utterance, deadline=plan.deadline)
+            if made is None:
+                raise ContextError(self._too_long(utterance, recognizer.prompt_length(utterance)))
+            return made
+
+        where = {"sampling_rate": sampling_rate, "channel": each.channel}
+        if plan.seconds is None:
+            segments = read_whole(each.source, each.name, self._load, **where)
+        else:
+            segments = read_segments(
+                each.source,
+                each.name,
+                seconds=plan.seconds,
+                overlap=options.is_transcript,
+                one_only="" if draft is None else "a draft is for audio of one segment",
+                **where,
+            )
+        make_decoder = functools.partial(
+            RecordingDecoder,
+            make_utterance=make_utterance,
+            tokenizer=self.tokenizer,
+            options=options,
+            name=each.name,
+            channel=None if each.channel is None else each.channel + 1,
+            word_offsets=recognizer.aligner.word_offsets,
+            on_segment=on_segment,
+        )
+        job = RecordingJob(self._engine, self.readers, segments, make_decoder, request)
+        self.readers.add(job)
+        return job.result
+
+    def _load(self, source: Any, rate: float | None, name: str) -> Audio:
+        if is_encoded(source):
+            rate = None  # files have their own
+        try:
+            return load_audio(source, sampling_rate=rate, name=name, max_seconds=self.config.max_seconds)
+        except TooLongError as error:
+            positions = self.config.decoder.max_position_embeddings
+            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
+
+    def _too_long(self, utterance: Utterance, length: int) -> str:
+        """Why an utterance with a prompt of `length` tokens fits no bucket."""
+        audio, options, budget = utterance.audio, utterance.options, utterance.max_new_tokens
+        positions, name = self.config.decoder.max_position_embeddings, printable(audio.name)
+        if budget is None:
+            return f"{name}: {audio.duration:.1f} s of audio exceed every bucket of this Transcriber; {ANY_LENGTH}"
+        if length + budget > positions:
+            limit = f"the model's context of {positions} positions"
+        else:
+            limit = f"every bucket of this Transcriber (the model has {positions} positions)"
+        num_prompt_tokens = len(utterance.prompt.prefix) + len(utterance.prompt.suffix)
+        longest = longest_audio(self.config, num_prompt_tokens, options.max_new_tokens)
+        is_remedy = options.segment_seconds is None and MIN_SEGMENT_SECONDS <= longest < audio.duration
+        return (
+            f"{name}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
+            f"which with {budget} new tokens exceeds {limit}; at most {longest:.0f} s fit the model, "
+            f"{longest_audio(self.config, num_prompt_tokens, 1):.0f} s with max_new_tokens=1"
+            f"{f'; {ANY_LENGTH}' if is_remedy else ''}"
+        )
+
+
+class _Plan(NamedTuple):
+    """What inputs with the same options share.
+
+    Fields:
+      flags: of their transcripts.
+      seconds: of the longest segment; None for one pass.
+      deadline: seconds, as in `Request`.
+    """
+
+    options: TranscribeOptions
+    flags: tuple[str, ...]
+    prepared: Prepared
+    seconds: float | None
+    deadline: float
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
+    features = log_mel(samples, lengths)
+    hidden = granite_speech.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
+    return features, granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache directory, unless JAX was configured with a directory already.
+
+    Warns if that directory cannot be written.
+    """
+    with contextlib.suppress(CheckpointError):  # the user has no home directory
+        keep_compiled_programs(cache_directory() / "xla")
+
+
+def _transcripts(
+    finished: "Generator[tuple[_Input, Future[Transcript]]]", on_error: Literal["raise", "return"]
+) -> Generator[Transcript]:
+    """Results of inputs; errors are raised in their places, or are results."""
+    with contextlib.closing(finished):
+        for each, future in finished:
+            try:
+                transcript = future.result()
+            except GraniteError as error:
+                if on_error == "raise":
+                    raise
+                stats = {"transient": True} if isinstance(error, AccessError) else {}
+                number = None if each.channel is None else each.channel + 1
+                transcript = Transcript(each.name, error=str(error), stats=stats, channel=number)
+            yield transcript
+
+
+def _with_lists(
+    audio: Iterable[Any], keyword_lists: Iterable[Any] | None, drafts: Iterable[Any] | None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Inputs with their keywords and drafts. Raises GraniteError if there are not as many."""
+    given = {"keyword_lists": keyword_lists, "drafts": drafts}
+    lists = {name: iter(values) for name, values in given.items() if values is not None}
+    count, end = 0, object()
+    for source in audio:
+        values = {name: next(entries, end) for name, entries in lists.items()}
+        for name, value in values.items():
+            if value is end:
+                raise GraniteError(f"{name} has {count} entries, and there are more inputs")
+        yield source, values.get("keyword_lists"), values.get("drafts")
+        count += 1
+    for name, entries in lists.items():
+        if next(entries, end) is not end:
+            raise GraniteError(f"{name} has more than {count} entries, as many as there are inputs")
+
+
+def _channels(source: Any, name: str, channels: Channels) -> Iterator[tuple[str, Any, int | None]]:
+    """An input under its name, for each of its channels from 0 on; once, without a channel, if they are mixed."""
+    if channels == "mix":
+        yield name, source, None
+        return
+    count = 1  # of what cannot be read: the error is reported where it is read again
+    with contextlib.suppress(AudioError):
+        if hasattr(source, "read"):
+            source = read_stream(source)  # several readers cannot share a file
+        count = num_channels(source)
+    yield from ((name, source, channel) for channel in range(count))
+
+
+def _is_tuple_of_files(audio: Any) -> bool:
+    return isinstance(audio, tuple) and bool(audio) and all(isinstance(source, str | os.PathLike) for source in audio)
+
+
+def _name(source: Any, index: int) -> str:
+    path = path_of(source)
+    return f"audio[{index}]" if path is None else path
