@@ -9,11 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from fake_recognizer import FakeRecognizer
 
 import granite_jax as gj
@@ -385,6 +387,9 @@ class FakeJob:
     def fail(self, error: BaseException) -> None:
         self.end(lambda: self.result.set_exception(error))
 
+    def close(self) -> None:
+        pass
+
     def end(self, settle: Callable[[], None]) -> None:
         try:
             settle()
@@ -468,7 +473,8 @@ import numpy as np
 import granite_jax as gj
 
 asr = gj.Transcriber.from_pretrained("demo")
-how, inputs = sys.argv[1], [np.zeros(16_000, np.float32)] + [np.zeros(120 * 16_000, np.float32)] * 3
+how, long = sys.argv[1:]
+inputs = [np.zeros(16_000, np.float32)] + [long] * 3
 
 def endless():
     yield from inputs
@@ -490,9 +496,11 @@ print("end", flush=True)
 @pytest.mark.parametrize(
     ("how", "status", "output"), [("break", 0, "first\nend"), ("raise", 1, "first"), ("exit", 3, "first")]
 )
-def test_a_stream_that_is_left_keeps_no_process_alive(how: str, status: int, output: str) -> None:
-    # Given a stream that has a name, of long recordings and of an input that never comes, and is left half way
-    done = subprocess.run([sys.executable, "-c", LEFT, how], capture_output=True, text=True, timeout=100)
+def test_a_stream_that_is_left_keeps_no_process_alive(how: str, status: int, output: str, tmp_path: Path) -> None:
+    # Given a stream that has a name, of long files and of an input that never comes, and is left half way
+    soundfile.write(tmp_path / "long.flac", np.random.default_rng(0).normal(0, 0.01, 240 * SECOND), SECOND)
+    command = [sys.executable, "-c", LEFT, how, str(tmp_path / "long.flac")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     # Then the process ends by itself, and without noise
     assert (done.returncode, done.stdout.strip()) == (status, output), done.stderr
     assert "Exception ignored" not in done.stderr

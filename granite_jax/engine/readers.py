@@ -4,8 +4,9 @@
                           │ read: submits to the engine         ▲
                           └───────── messages: its replies ─────┘
 
-A job is run by one thread at a time, so that it needs no locks. What a job has been sent goes before reading, and a job
-reads only while it has room, and the engine, too. Threads begin with the first job and end when there is nothing to do.
+A job is run by one thread at a time, so that it needs no locks. Messages go before reading, and a job is read only
+while it has room, those before it have, and the engine has. Threads begin with the first job and end when there is
+nothing to do.
 """
 
 import atexit
@@ -41,6 +42,10 @@ class Job(Protocol):
 
     def fail(self, error: BaseException) -> None:
         """Takes what `read` or `take` has raised."""
+        ...
+
+    def close(self) -> None:
+        """Closes what is read from."""
         ...
 
 
@@ -89,12 +94,19 @@ class Readers:
                 self._num_blocked -= 1
 
     def stop(self) -> None:
-        """Ends the threads after what they are just doing; does not wait for ever for one that reads."""
+        """Ends the threads after what they are just doing, and closes what they were reading.
+
+        Does not wait for ever for one that reads.
+        """
         with self._lock:
             self._is_stopped = True
             threads = list(self._threads)
         for thread in threads:
             thread.join(_STOP_SECONDS)
+        with self._lock:
+            left = [job for job in self._open if job not in self._running]
+        for job in left:
+            job.close()
 
     def _start(self) -> None:
         """Starts a thread if one is needed, and says whether more will be submitted."""
@@ -105,27 +117,33 @@ class Readers:
         self._tell_engine()
 
     def _tell_engine(self) -> None:
-        can_open = bool(self._waiting) and len(self._open) < self.limit
-        is_expected = self._has_room and (can_open or any(job.has_room for job in self._open))
+        is_expected = next(self._readable(), None) is not None
         if is_expected != self._is_expected:
             self._is_expected = is_expected
             self._engine.expect(1 if is_expected else -1)
 
-    @property
-    def _has_room(self) -> bool:
-        return self._engine.num_unfinished < 2 * self._engine.read_ahead
+    def _readable(self) -> Iterator[Job]:
+        """The jobs that may be read now, in order: up to the first that has no room, because the device is behind.
+
+        So long inputs are finished one after another, and not all at the end.
+        """
+        if self._engine.num_unfinished >= 2 * self._engine.read_ahead:
+            return
+        for job in self._open:
+            if not job.has_room:
+                return
+            yield job
+        if self._waiting and len(self._open) < self.limit:
+            yield self._waiting[0]
 
     def _next(self) -> tuple[Job, Callable[[], Any]] | None:
-        """A job that nobody runs, and what to do for it."""
+        """A job that no thread runs, and what to do for it."""
         for job in self._messages:
             if job not in self._running:
                 return job, functools.partial(self._take, job)
-        if self._has_room:
-            for job in self._open:
-                if job not in self._running and job.has_room:
-                    return job, functools.partial(self._read, job)
-            if self._waiting and len(self._open) < self.limit:
-                return self._waiting[0], functools.partial(self._read, self._waiting[0])
+        for job in self._readable():
+            if job not in self._running:
+                return job, functools.partial(self._read, job)
         return None
 
     def _run(self) -> None:

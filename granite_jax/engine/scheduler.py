@@ -133,9 +133,11 @@ class Scheduler:
         if self._entered and (entering is None or len(self._entered) > 1):
             self._collect(self._entered)
             is_busy = True
-        if self._continued and (batch is None or len(self._continued) > 1):
+        if self._continued and batch is None:
             self._collect(self._continued)
             is_busy = True
+        while len(self._continued) > 1:  # a batch that goes on to a third stage is there again
+            self._collect(self._continued)
         return is_busy
 
     def abandon(self, error: BaseException) -> None:

@@ -59,7 +59,7 @@ class RecordingJob:
     def read(self) -> bool:
         """Reads and submits the next segment; returns whether there is more."""
         if self.result.done():
-            self._segments.close()
+            self.close()
             return False
         try:
             segment = next(self._segments)
@@ -76,6 +76,10 @@ class RecordingJob:
     def fail(self, error: BaseException) -> None:
         """Ends with an error."""
         self._decoder.fail(error)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._segments.close()
 
     def _submit(self, utterance: Utterance, take: Callable[[Reply], None]) -> Ticket:
         reply = lambda reply: self._readers.post(self, functools.partial(take, reply))  # noqa: E731
