@@ -6,42 +6,32 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 
 from granite_jax.audio.load import (
     AccessError,
-    Audio,
     is_encoded,
-    load_audio,
-    num_channels,
-    path_of,
-    printable,
-    read_stream,
 )
-from granite_jax.audio.resample import TooLongError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.files import cache_directory
-from granite_jax.engine.compilation import Compiler, keep_compiled_programs
+from granite_jax.engine.compilation import keep_compiled_programs
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
 from granite_jax.engine.scheduler import Scheduler
 from granite_jax.engine.sharding import DeviceList, DeviceMesh
-from granite_jax.engine.stages import Request
 from granite_jax.engine.streams import Notify, results
-from granite_jax.errors import AudioError, CheckpointError, ContextError, GraniteError, PromptError
+from granite_jax.errors import CheckpointError, GraniteError
 from granite_jax.keywords.lists import lists_by_input
 from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
 from granite_jax.options import (
-    MIN_SEGMENT_SECONDS,
-    Channels,
     ModelOptions,
     Parallel,
     RecognizerName,
@@ -51,40 +41,19 @@ from granite_jax.options import (
     drafts_for,
 )
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.recognition.buckets import (
-    Bucket,
-    default_buckets,
-    encoder_buckets,
-    longest_audio,
-    new_token_budget,
-)
-from granite_jax.recognition.ctc import CTC
-from granite_jax.recognition.ctc_programs import CTCPrograms
+from granite_jax.recognition.buckets import Bucket, default_buckets
 from granite_jax.recognition.encoding import ALIGN, ENCODE_WITH_LOGITS
-from granite_jax.recognition.jobs import ANY_LENGTH, LONG_PASS, RecordingJob, read_segments, read_whole
-from granite_jax.recognition.partition import abstract_params, param_shardings
-from granite_jax.recognition.preparation import Preparation, Prepared
-from granite_jax.recognition.recognizer import Recognizer, make_request
-from granite_jax.recognition.recordings import OnSegment, RecordingDecoder
-from granite_jax.recognition.safeguard import safeguarded
-from granite_jax.recognition.speech_lm import SpeechLM
-from granite_jax.recognition.speech_lm_programs import Speculation, SpeechLMPrograms
-from granite_jax.recognition.utterances import Utterance
+from granite_jax.recognition.inputs import Input, inputs_of, name_of
+from granite_jax.recognition.intake import Intake
+from granite_jax.recognition.jobs import LONG_PASS
+from granite_jax.recognition.partition import param_shardings
+from granite_jax.recognition.recognizer import Recognizer
+from granite_jax.recognition.recognizers import make_recognizers
+from granite_jax.recognition.recordings import OnSegment
+from granite_jax.recognition.speech_lm_programs import Speculation
 from granite_jax.results import Emissions, Segment, Transcript
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
-
-_MAX_PLANS = 16
-
-
-class _Input(NamedTuple):
-    """One input of a stream, or a channel of one."""
-
-    name: str
-    source: Any
-    channel: int | None
-    keywords: Sequence[Entry] | None
-    draft: str | None
 
 
 class Transcriber:
@@ -145,36 +114,23 @@ class Transcriber:
         if callable(params) and dtype is None:
             raise GraniteError("a function that returns the parameters needs their dtype")
         self._dtype = dtype or jax.tree.leaves(params)[0].dtype
-        abstract = abstract_params(config, self._dtype, devices)
-        lm_programs = SpeechLMPrograms(config, self._dtype, speculation, devices)
-        ctc_programs = CTCPrograms(config, self._dtype, devices)
-        compilers = {
-            "speech-lm": Compiler(functools.partial(lm_programs.lowerables, abstract), devices),
-            "ctc": Compiler(functools.partial(ctc_programs.lowerables, abstract), devices),
-        }
-        buckets_of = {"speech-lm": self.buckets, "ctc": encoder_buckets(self.buckets)}
-        if callable(params):
-            ahead = recognizer or "speech-lm"
-            params = compilers[ahead].start_while(params, buckets_of[ahead] if compile_ahead else ())
-        self.params = devices.put(params, param_shardings(config, devices))
-        offsets = self.capabilities.word_offsets
-        self._recognizers: dict[str, Recognizer] = {
-            "speech-lm": SpeechLM(
-                config,
-                self.params,
-                lm_programs,
-                tokenizer,
-                compilers["speech-lm"],
-                buckets_of["speech-lm"],
-                offsets,
-            ),
-            "ctc": CTC(self.params, ctc_programs, tokenizer, compilers["ctc"], buckets_of["ctc"], offsets),
-        }
-        self._preparation = Preparation(tokenizer, self.template, self.capabilities, config.encoder.output_dim)
+        self.params, self._recognizers = make_recognizers(
+            config,
+            params,
+            tokenizer,
+            devices,
+            dtype=self._dtype,
+            buckets=self.buckets,
+            speculation=speculation,
+            word_offsets=self.capabilities.word_offsets,
+            compile_ahead=(recognizer or "speech-lm") if compile_ahead else None,
+        )
         self._engine = Engine(Scheduler(devices.replicas, self.batch_size))
         self.readers = Readers(self._engine)
+        self._intake = Intake(
+            config, tokenizer, self.template, self.capabilities, self._recognizers, self._engine, self.readers
+        )
         self._deadline = math.inf
-        self._plans: dict[object, _Plan] = {}
 
     @classmethod
     @accepts(ModelOptions)
@@ -240,7 +196,7 @@ class Transcriber:
 
     def recognizer(self, options: TranscribeOptions | None = None) -> Recognizer:
         """The recognizer that options ask for."""
-        return self._recognizers[(options and options.recognizer) or "speech-lm"]
+        return self._intake.recognizer(options)
 
     def warmup(
         self,
@@ -256,7 +212,7 @@ class Transcriber:
           words: compile those that time words, too, which audio of several segments needs; for up to a minute.
         """
         recognizer = self.recognizer(options)
-        prompt = self._preparation.prompt(self.capabilities.prompts.transcribe)
+        prompt = self.template.tokens(self.tokenizer, self.capabilities.prompts.transcribe)
         timed = {
             bucket: words and bucket.samples <= LONG_PASS * SAMPLING_RATE
             for bucket in (recognizer.buckets if buckets is None else buckets)
@@ -385,19 +341,16 @@ class Transcriber:
             raise GraniteError(
                 f"stream takes a list or an iterator of inputs, not {kind}: transcribe takes a single one"
             )
-        plan = self._plan(options, fields, has_keyword_lists=keyword_lists is not None, has_drafts=drafts is not None)
-        inputs = (
-            _Input(name, content, channel, entries, draft)
-            for index, (source, entries, draft) in enumerate(_with_lists(audio, keyword_lists, drafts))
-            for name, content, channel in _channels(source, _name(source, index), plan.options.channels)
-        )
+        lists = {"has_keyword_lists": keyword_lists is not None, "has_drafts": drafts is not None}
+        plan = self._intake.plan(options, fields, **lists)
+        inputs = inputs_of(audio, plan.options.channels, keyword_lists, drafts)
 
-        def submit(each: _Input, notify: Notify) -> Future[Transcript]:
+        def submit(each: Input, notify: Notify) -> Future[Transcript]:
             def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
                 notify(functools.partial(on_segment, name, segment))
 
             told = None if on_segment is None else functools.partial(call, on_segment)
-            return self._submit(each, plan, sampling_rate, told)
+            return self._intake.begin(each, plan, sampling_rate=sampling_rate, on_segment=told, deadline=self._deadline)
 
         finished = results(inputs, submit, self._engine, window=2 * self.read_ahead, ordered=ordered)
         return _transcripts(finished, on_error)
@@ -433,7 +386,7 @@ class Transcriber:
         """
         entries = None if keywords is None else keyword_entries(keywords)
         lists = {"has_keyword_lists": entries is not None, "has_drafts": draft is not None}
-        plan = self._plan(options, fields, **lists)
+        plan = self._intake.plan(options, fields, **lists)
         check_mixed(plan.options)
 
         def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
@@ -441,9 +394,13 @@ class Transcriber:
                 on_segment(name, segment)
 
         told = None if on_segment is None else functools.partial(call, on_segment)
-        if deadline is not None:
-            plan = plan._replace(deadline=deadline)
-        return self._submit(_Input(_name(audio, 0), audio, None, entries, draft), plan, sampling_rate, told)
+        return self._intake.begin(
+            Input(name_of(audio, 0), audio, None, entries, draft),
+            plan,
+            sampling_rate=sampling_rate,
+            on_segment=told,
+            deadline=self._deadline if deadline is None else deadline,
+        )
 
     async def transcribe_async(
         self, audio: Any, options: TranscribeOptions | None = None, **arguments: Any
@@ -466,7 +423,7 @@ class Transcriber:
 
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
-        samples = self._load(audio, sampling_rate, _name(audio, 0)).samples
+        samples = self._intake.load(audio, sampling_rate, name_of(audio, 0)).samples
         padded = np.zeros((1, -(-len(samples) // SAMPLING_RATE) * SAMPLING_RATE), np.float32)
         padded[0, : len(samples)] = samples
         programs = self.recognizer().programs
@@ -476,153 +433,8 @@ class Transcriber:
 
     def segment_seconds(self, options: TranscribeOptions) -> float:
         """The longest audio, in seconds, that is decoded in one pass. Raises GraniteError as `stream` does."""
-        seconds = self._plan(options, {}).seconds
+        seconds = self._intake.plan(options, {}).seconds
         return self.config.max_seconds if seconds is None else seconds
-
-    def _plan(
-        self,
-        options: TranscribeOptions | None,
-        fields: Mapping[str, Any],
-        *,
-        has_keyword_lists: bool = False,
-        has_drafts: bool = False,
-    ) -> "_Plan":
-        """What inputs with the same options share. Raises GraniteError for the options."""
-        given = dataclasses.replace(options or TranscribeOptions(), **fields) if fields or not options else options
-        key = given, has_keyword_lists, has_drafts
-        if (known := self._plans.get(key)) is not None:
-            return known._replace(deadline=self._deadline)
-        resolved, own = given, given.keywords
-        resolved, flags = safeguarded(resolved, self.capabilities)
-        if resolved.keywords != own and has_keyword_lists:
-            raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
-        if resolved.drafting.draft_from == "bpe" and not self.config.encoder.bpe_output_dim:
-            raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
-        if has_drafts and resolved.recognizer == "ctc":
-            raise GraniteError('draft is for the language model, which recognizer="ctc" does without')
-        if has_drafts and resolved.speculative != "lossless":
-            raise GraniteError(f'draft is for speculative="lossless", not for {resolved.speculative!r}')
-        shared = self._preparation.prepare(resolved, resolved.keywords)  # its errors are not those of one input
-        seconds = self._segment_limit(resolved, shared)
-        plan = _Plan(resolved, flags, shared, seconds, self._deadline)
-        if not flags:  # whose warning is given each time
-            self._plans = {key: plan} if len(self._plans) >= _MAX_PLANS else self._plans | {key: plan}
-        return plan
-
-    def _segment_limit(self, options: TranscribeOptions, prepared: Prepared) -> float | None:
-        """The longest segment, in seconds. Raises ContextError if it is given and does not fit the model."""
-        chosen = options.segment_seconds
-        if chosen is None:
-            return None
-        longest = max(bucket.samples for bucket in self.buckets) / SAMPLING_RATE
-        if options.recognizer != "ctc":
-            longest = min(longest, longest_audio(self.config, prepared.num_prompt_tokens, options.max_new_tokens))
-        if chosen == "auto":
-            return max(min(self.capabilities.segment_seconds, longest), MIN_SEGMENT_SECONDS)
-        if chosen > longest:
-            raise ContextError(
-                f"segment_seconds is {chosen:g}, but at most {longest:.0f} s fit the model and its buckets"
-            )
-        return float(chosen)
-
-    def _submit(
-        self, each: _Input, plan: "_Plan", sampling_rate: float | None, on_segment: OnSegment | None
-    ) -> "Future[Transcript]":
-        """Begins with one input; the future has its errors, too."""
-        options, prepared = plan.options, plan.prepared
-        try:
-            if each.keywords is not None:
-                prepared = self._preparation.prepare(options, each.keywords)
-        except GraniteError as error:
-            failed: Future[Transcript] = Future()
-            failed.set_exception(error)
-            return failed
-        recognizer = self.recognizer(options)
-        draft = None if each.draft is None else tuple(self.tokenizer.encode(each.draft))
-
-        def make_utterance(samples: np.ndarray) -> Utterance:
-            audio = Audio(each.name, samples)
-            budget = None
-            if options.recognizer != "ctc":
-                budget = options.max_new_tokens or new_token_budget(audio.duration)
-            return Utterance(audio, options, prepared.prompt, budget, draft, prepared.keywords, plan.flags)
-
-        def request(utterance: Utterance) -> Request:
-            made = make_request(recognizer, utterance, deadline=plan.deadline)
-            if made is None:
-                raise ContextError(self._too_long(utterance, recognizer.prompt_length(utterance)))
-            return made
-
-        where = {"sampling_rate": sampling_rate, "channel": each.channel}
-        if plan.seconds is None:
-            segments = read_whole(each.source, each.name, self._load, **where)
-        else:
-            segments = read_segments(
-                each.source,
-                each.name,
-                seconds=plan.seconds,
-                overlap=options.is_transcript,
-                one_only="" if draft is None else "a draft is for audio of one segment",
-                **where,
-            )
-        make_decoder = functools.partial(
-            RecordingDecoder,
-            make_utterance=make_utterance,
-            tokenizer=self.tokenizer,
-            options=options,
-            name=each.name,
-            channel=None if each.channel is None else each.channel + 1,
-            word_offsets=recognizer.aligner.word_offsets,
-            on_segment=on_segment,
-        )
-        job = RecordingJob(self._engine, self.readers, segments, make_decoder, request)
-        self.readers.add(job)
-        return job.result
-
-    def _load(self, source: Any, rate: float | None, name: str) -> Audio:
-        if is_encoded(source):
-            rate = None  # files have their own
-        try:
-            return load_audio(source, sampling_rate=rate, name=name, max_seconds=self.config.max_seconds)
-        except TooLongError as error:
-            positions = self.config.decoder.max_position_embeddings
-            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
-
-    def _too_long(self, utterance: Utterance, length: int) -> str:
-        """Why an utterance with a prompt of `length` tokens fits no bucket."""
-        audio, options, budget = utterance.audio, utterance.options, utterance.max_new_tokens
-        positions, name = self.config.decoder.max_position_embeddings, printable(audio.name)
-        if budget is None:
-            return f"{name}: {audio.duration:.1f} s of audio exceed every bucket of this Transcriber; {ANY_LENGTH}"
-        if length + budget > positions:
-            limit = f"the model's context of {positions} positions"
-        else:
-            limit = f"every bucket of this Transcriber (the model has {positions} positions)"
-        num_prompt_tokens = len(utterance.prompt.prefix) + len(utterance.prompt.suffix)
-        longest = longest_audio(self.config, num_prompt_tokens, options.max_new_tokens)
-        is_remedy = options.segment_seconds is None and MIN_SEGMENT_SECONDS <= longest < audio.duration
-        return (
-            f"{name}: {audio.duration:.1f} s of audio with its prompt take {length} positions, "
-            f"which with {budget} new tokens exceeds {limit}; at most {longest:.0f} s fit the model, "
-            f"{longest_audio(self.config, num_prompt_tokens, 1):.0f} s with max_new_tokens=1"
-            f"{f'; {ANY_LENGTH}' if is_remedy else ''}"
-        )
-
-
-class _Plan(NamedTuple):
-    """What inputs with the same options share.
-
-    Fields:
-      flags: of their transcripts.
-      seconds: of the longest segment; None for one pass.
-      deadline: seconds, as in `Request`.
-    """
-
-    options: TranscribeOptions
-    flags: tuple[str, ...]
-    prepared: Prepared
-    seconds: float | None
-    deadline: float
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -642,7 +454,7 @@ def enable_compilation_cache() -> None:
 
 
 def _transcripts(
-    finished: "Generator[tuple[_Input, Future[Transcript]]]", on_error: Literal["raise", "return"]
+    finished: "Generator[tuple[Input, Future[Transcript]]]", on_error: Literal["raise", "return"]
 ) -> Generator[Transcript]:
     """Results of inputs; errors are raised in their places, or are results."""
     with contextlib.closing(finished):
@@ -658,42 +470,5 @@ def _transcripts(
             yield transcript
 
 
-def _with_lists(
-    audio: Iterable[Any], keyword_lists: Iterable[Any] | None, drafts: Iterable[Any] | None
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Inputs with their keywords and drafts. Raises GraniteError if there are not as many."""
-    given = {"keyword_lists": keyword_lists, "drafts": drafts}
-    lists = {name: iter(values) for name, values in given.items() if values is not None}
-    count, end = 0, object()
-    for source in audio:
-        values = {name: next(entries, end) for name, entries in lists.items()}
-        for name, value in values.items():
-            if value is end:
-                raise GraniteError(f"{name} has {count} entries, and there are more inputs")
-        yield source, values.get("keyword_lists"), values.get("drafts")
-        count += 1
-    for name, entries in lists.items():
-        if next(entries, end) is not end:
-            raise GraniteError(f"{name} has more than {count} entries, as many as there are inputs")
-
-
-def _channels(source: Any, name: str, channels: Channels) -> Iterator[tuple[str, Any, int | None]]:
-    """An input under its name, for each of its channels from 0 on; once, without a channel, if they are mixed."""
-    if channels == "mix":
-        yield name, source, None
-        return
-    count = 1  # of what cannot be read: the error is reported where it is read again
-    with contextlib.suppress(AudioError):
-        if hasattr(source, "read"):
-            source = read_stream(source)  # several readers cannot share a file
-        count = num_channels(source)
-    yield from ((name, source, channel) for channel in range(count))
-
-
 def _is_tuple_of_files(audio: Any) -> bool:
     return isinstance(audio, tuple) and bool(audio) and all(isinstance(source, str | os.PathLike) for source in audio)
-
-
-def _name(source: Any, index: int) -> str:
-    path = path_of(source)
-    return f"audio[{index}]" if path is None else path

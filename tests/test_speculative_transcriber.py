@@ -66,7 +66,7 @@ def test_relaxed_mode_is_the_papers_three_steps(pipeline: SimpleNamespace) -> No
     # Given thresholds between the utterances' entropies, and between the drafts' likelihoods
     asr = pipeline.asr
     config, params, threshold = asr.config, asr.params, 2e-3
-    prompt = asr._prompt("can you transcribe the speech into a written format?")
+    prompt = asr.template.tokens(asr.tokenizer, "can you transcribe the speech into a written format?")
     never = [config.audio_token_id, config.decoder.pad_token_id]
     encoded = []
     for samples in pipeline.audio:
@@ -160,7 +160,7 @@ def test_a_text_that_fills_the_models_last_position(tmp_path: Path) -> None:
     asr = PlainTranscriber.from_pretrained(
         tmp_path, dtype="float32", batch_size=1, buckets=[bucket], compilation_cache=False
     )
-    prompt = asr._prompt("can you transcribe the speech into a written format?")
+    prompt = asr.template.tokens(asr.tokenizer, "can you transcribe the speech into a written format?")
     limit = 100 - len(prompt.prefix) - len(prompt.suffix) - 12
 
     # When decoded with drafts that reach past the end

@@ -28,6 +28,7 @@ from granite_jax.engine.streams import results
 from granite_jax.options import TranscribeOptions
 from granite_jax.recognition import preparation
 from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.intake import Intake
 from granite_jax.recognition.policy import ACCEPT, Split
 from granite_jax.recognition.utterances import Decoded, Utterance
 from granite_jax.results import Transcript
@@ -69,11 +70,13 @@ def recognizer() -> Instant:
 
 @pytest.fixture
 def asr(random_asr: gj.Transcriber, recognizer: Instant, monkeypatch: pytest.MonkeyPatch) -> gj.Transcriber:
-    engine = Engine(Scheduler(1, 8))
-    monkeypatch.setattr(random_asr, "_recognizers", {"speech-lm": recognizer})
-    monkeypatch.setattr(random_asr, "_engine", engine)
-    monkeypatch.setattr(random_asr, "readers", Readers(engine))
-    return random_asr
+    asr, engine = random_asr, Engine(Scheduler(1, 8))
+    readers, recognizers = Readers(engine), {"speech-lm": recognizer}
+    parts = asr.config, asr.tokenizer, asr.template, asr.capabilities
+    monkeypatch.setattr(asr, "_engine", engine)
+    monkeypatch.setattr(asr, "readers", readers)
+    monkeypatch.setattr(asr, "_intake", Intake(*parts, recognizers, engine, readers))
+    return asr
 
 
 def sound(seconds: float = SHORT) -> np.ndarray:
@@ -94,14 +97,14 @@ class Source:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, asr: gj.Transcriber, seconds: float = 0.0):
         self.read = 0
-        load = asr._load
+        load = asr._intake.load
 
         def slow(source: Any, rate: Any, name: str) -> Audio:
             time.sleep(seconds)
             self.read += 1
             return load(source, rate, name)
 
-        monkeypatch.setattr(asr, "_load", slow)
+        monkeypatch.setattr(asr._intake, "load", slow)
 
 
 def test_the_device_begins_before_one_in_twenty_is_read(
@@ -314,14 +317,14 @@ def test_callbacks_of_submitted_inputs_may_wait_for_others(asr: gj.Transcriber) 
 
 def test_what_is_canceled_while_it_waits_is_not_read(asr: gj.Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given readers that are held, when all but the first inputs are canceled, then these are not read
-    held, load, read = threading.Event(), asr._load, []
+    held, load, read = threading.Event(), asr._intake.load, []
 
     def slow(*source: Any) -> Audio:
         held.wait(20)
         read.append(source)
         return load(*source)
 
-    monkeypatch.setattr(asr, "_load", slow)
+    monkeypatch.setattr(asr._intake, "load", slow)
     futures = [asr.submit(sound(), segment_seconds=None) for _ in range(50)]
     assert [future.cancel() for future in futures[8:]] == [True] * 42
     held.set()
