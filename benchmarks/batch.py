@@ -2,6 +2,7 @@
 
     python benchmarks/batch.py throughput [--checkpoint demo] [--audio DIR] [--wav] [--batch 8]
         [--rounds 3] [--limit 150] [--repeat 4]
+    python benchmarks/batch.py idle [--part-size 16 64 1024]
     python benchmarks/batch.py memory [--entries 1000 1000000]
 
 `throughput` times, in turn and in this process, after a round that compiles: `transcribe()` on audio that is in memory
@@ -10,6 +11,9 @@ job's share of the device-only rate. With `--wav` the files are rewritten as 16-
 next to nothing to decode. A CPU as the device takes all cores, those that decode files, too; to leave it one:
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/batch.py throughput
+
+`idle` counts, in a job over the held-out clips, the batches that go to a device that has nothing to do: one at the start,
+and one wherever the job has let the device run dry.
 
 `memory` runs jobs over one short recording again and again with a stand-in for the model, a process for each shard of a
 quarter of a million lines and one for `merge`, and prints the peak of resident memory: that of manifest, readers, parts
@@ -37,6 +41,7 @@ import soundfile
 from benchmarks.timing import measure_in_turns, paired_ratios
 from granite_jax import Transcriber, batch
 from granite_jax.audio.load import load_audio
+from granite_jax.engine.scheduler import Scheduler
 from granite_jax.evaluation.heldout import CLIPS
 
 SHARD = 250_000  # entries
@@ -48,6 +53,28 @@ def to_wav(file: Path, directory: Path) -> Path:
     written = directory / f"{file.stem}.wav"
     soundfile.write(written, samples, rate)
     return written
+
+
+def idle(part_sizes: list[int]) -> None:
+    """Prints a Markdown table of counts."""
+    asr = Transcriber.from_pretrained("demo", dtype="float32", batch_size=8)
+    asr.warmup()
+    counts = {"batches": 0, "to an idle device": 0}
+    dispatch = Scheduler._dispatch
+
+    def counted(self: Scheduler, batches: Any, *arguments: Any) -> None:
+        if batches is self._entered:
+            counts["batches"] += 1
+            counts["to an idle device"] += self.is_device_idle
+        dispatch(self, batches, *arguments)
+
+    Scheduler._dispatch = counted
+    print("| part size | parts | batches | to an idle device |\n| --- | --- | --- | --- |")
+    for size in part_sizes:
+        counts.update(dict.fromkeys(counts, 0))
+        with tempfile.TemporaryDirectory() as out:
+            summary = batch.run(str(CLIPS), out, transcriber=(asr, "demo"), part_size=size)
+        print(f"| {size} | {summary.parts} | {' | '.join(map(str, counts.values()))} |", flush=True)
 
 
 def throughput(checkpoint: str, files: list[Path], batch_size: int, rounds: int, repeat: int) -> None:
@@ -137,6 +164,8 @@ def main() -> None:
     timed.add_argument("--rounds", type=int, default=3)
     timed.add_argument("--limit", type=int, help="of files")
     timed.add_argument("--repeat", type=int, default=4)
+    sizes = commands.add_parser("idle")
+    sizes.add_argument("--part-size", type=int, nargs="+", default=[16, 64, 1024])
     commands.add_parser("memory").add_argument("--entries", type=int, nargs="+", default=[1000, 1000_000])
     for name, numbers in {"prepare": ["count"], "work": ["shard", "shards"], "merge": ["count"]}.items():
         step = commands.add_parser(name)  # of `memory`
@@ -150,6 +179,8 @@ def main() -> None:
             if chosen.wav:
                 files = [to_wav(file, Path(directory)) for file in files]
             throughput(chosen.checkpoint, files, chosen.batch, chosen.rounds, chosen.repeat)
+    elif chosen.command == "idle":
+        idle(chosen.part_size)
     elif chosen.command == "memory":
         memory(chosen.entries)
     elif chosen.command == "prepare":

@@ -379,7 +379,7 @@ class Transcriber:
 
         Returns:
           A future with the Transcript, or with an error as `transcribe` raises. Canceling it takes effect while it
-          waits, and between its segments.
+          waits, and between its segments. A process that ends does not wait for it.
 
         Raises:
           GraniteError: an option is not valid.

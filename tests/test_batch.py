@@ -12,6 +12,7 @@ import jax
 import pytest
 from batch_jobs import read_lines, results, run, text_of, write_lines
 from batch_worker import StandIn
+from instant import Instant, with_recognizer
 from typer.testing import CliRunner
 
 from granite_jax import GraniteError, batch, cli
@@ -133,6 +134,16 @@ def test_what_is_submitted_is_bounded_and_crosses_parts(corpus: Path, tmp_path: 
     batch.run(manifest, tmp_path / "out", transcriber=(asr, "held"), part_size=150)
     # Then twice what it sorts together is submitted at a time, from several parts, and nothing is lost
     assert max(most) == 64 and len(results(tmp_path / "out")) == 400
+
+
+def test_batches_cross_parts(corpus: Path, tmp_path: Path, random_asr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given parts of three utterances, and batches of eight, when they are run
+    asr = with_recognizer(random_asr, recognizer := Instant(), monkeypatch)
+    manifest = write_lines(corpus / "m.jsonl", *[{"audio": "a/1.wav"}] * 24)
+    batch.run(manifest, tmp_path / "out", transcriber=(asr, "instant"), part_size=3)
+    # Then batches are full: the device does not wait for the end of a part
+    assert len(results(tmp_path / "out")) == 24
+    assert sorted(map(len, recognizer.batches))[-2:] == [8, 8] and len(recognizer.batches) <= 8
 
 
 def test_shards_share_the_parts(corpus: Path, tmp_path: Path) -> None:

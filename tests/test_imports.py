@@ -7,9 +7,9 @@ import pytest
 
 # A module that is None in sys.modules cannot be imported.
 CODE = "import sys; sys.modules.update(dict.fromkeys({absent!r})); {code}"
-HEAVY = ["jax", "flax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "huggingface_hub", "tokenizers"]
+HEAVY = ["jax", "flax", "orbax", "tensorflow_datasets", "matplotlib", "huggingface_hub", "tokenizers"]
 # What is not on a machine that was set up for a GPU benchmark.
-ABSENT = ["grain", "huggingface_hub", "orbax", "soundfile", "soxr", "tensorflow_datasets", "tokenizers", "typer"]
+ABSENT = ["huggingface_hub", "orbax", "soundfile", "soxr", "tensorflow_datasets", "tokenizers", "typer"]
 
 
 def run(code: str, absent: list[str], *arguments: str) -> str:

@@ -282,6 +282,7 @@ def drive(seed: int) -> None:
     assert scheduler.num_unfinished == 0 and scheduler.is_device_idle
 
 
+@pytest.mark.fuzz
 def test_every_request_gets_one_reply_and_none_waits_while_the_device_is_idle(num_cases: int) -> None:
     for seed in range(20 * num_cases):
         try:

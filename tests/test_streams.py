@@ -7,60 +7,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from fake_recognizer import FakeRecognizer
+from instant import LONG, SECOND, SHORT, Instant, with_recognizer
 
 import granite_jax as gj
 from granite_jax.audio.load import Audio
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
 from granite_jax.engine.scheduler import Scheduler
-from granite_jax.engine.stages import Collect, Done, Reply, Row
+from granite_jax.engine.stages import Reply
 from granite_jax.engine.streams import results
 from granite_jax.options import TranscribeOptions
 from granite_jax.recognition import preparation
 from granite_jax.recognition.buckets import Bucket
-from granite_jax.recognition.intake import Intake
 from granite_jax.recognition.policy import ACCEPT, Split
-from granite_jax.recognition.utterances import Decoded, Utterance
 from granite_jax.results import Transcript
-
-SECOND = 16_000
-SHORT, LONG = 0.2, 0.9  # seconds of two buckets
-STATS = {
-    **{"route": "greedy", "draft_from": None, "finish": "end"},
-    **{"llm_passes": 1, "draft_tokens": 0, "accepted_tokens": 0},
-}
-
-
-class Instant:
-    """A recognizer whose batches are done as soon as they go; records them."""
-
-    def __init__(self, seconds: Sequence[float] = (SHORT, LONG)):
-        self.buckets = [Bucket(rows, int(size * SECOND), 60, 300) for size in seconds for rows in (1, 8)]
-        self.aligner = SimpleNamespace(word_offsets=(0.0, 0.0))
-        self.batches: list[list[str]] = []
-        self.decision: Callable[[Utterance], Any] = lambda utterance: ACCEPT
-        self.first_stage = self.stage
-
-    def prompt_length(self, utterance: Utterance) -> int:
-        return 10
-
-    def stage(self, bucket: Bucket, rows: Sequence[Row], shared: Any) -> Collect:
-        self.batches.append([row.payload.audio.name for row in rows])
-        return lambda: [Done([(row, self.decoded(row.payload)) for row in rows])]
-
-    def decoded(self, utterance: Utterance) -> Decoded:
-        transcript = Transcript(utterance.audio.name, stats=STATS)
-        return Decoded(transcript, np.zeros(1, np.int32), decision=self.decision(utterance))
 
 
 @pytest.fixture
@@ -70,13 +39,7 @@ def recognizer() -> Instant:
 
 @pytest.fixture
 def asr(random_asr: gj.Transcriber, recognizer: Instant, monkeypatch: pytest.MonkeyPatch) -> gj.Transcriber:
-    asr, engine = random_asr, Engine(Scheduler(1, 8))
-    readers, recognizers = Readers(engine), {"speech-lm": recognizer}
-    parts = asr.config, asr.tokenizer, asr.template, asr.capabilities
-    monkeypatch.setattr(asr, "_engine", engine)
-    monkeypatch.setattr(asr, "readers", readers)
-    monkeypatch.setattr(asr, "_intake", Intake(*parts, recognizers, engine, readers))
-    return asr
+    return with_recognizer(random_asr, recognizer, monkeypatch)
 
 
 def sound(seconds: float = SHORT) -> np.ndarray:
@@ -459,6 +422,7 @@ def run_stream(seed: int) -> None:
     readers.stop()
 
 
+@pytest.mark.fuzz
 def test_every_input_gets_one_result_or_error_whatever_comes_when(num_cases: int) -> None:
     for seed in range(6 * num_cases):
         try:

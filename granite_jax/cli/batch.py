@@ -75,7 +75,7 @@ def run(
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
     errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
     failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after
-    SIGTERM (130 after Ctrl-C), which abandons the current part: run again; 2 if the job cannot be run.
+    SIGTERM (130 after Ctrl-C), which abandons the parts that are begun: run again; 2 if the job cannot be run.
     """
     from granite_jax import batch
 

@@ -66,7 +66,7 @@ class Intake:
         self._config, self._tokenizer, self._capabilities = config, tokenizer, capabilities
         self._recognizers, self._engine, self._readers = recognizers, engine, readers
         self._preparation = Preparation(tokenizer, template, capabilities, config.encoder.output_dim)
-        self._plans: dict[object, Plan] = {}
+        self._plans: dict[object, tuple[TranscribeOptions | None, Plan]] = {}  # the options keep their ids from reuse
 
     def recognizer(self, options: TranscribeOptions | None = None) -> Recognizer:
         """The recognizer that options ask for; by default the language model."""
@@ -81,13 +81,12 @@ class Intake:
         has_drafts: bool = False,
     ) -> Plan:
         """What inputs with the same options share. Raises GraniteError for the options."""
-        given = dataclasses.replace(options or TranscribeOptions(), **fields) if fields or not options else options
-        key = given, has_keyword_lists, has_drafts
-        if (known := self._plans.get(key)) is not None:
-            return known
-        resolved, own = given, given.keywords
-        resolved, flags = safeguarded(resolved, self._capabilities)
-        if resolved.keywords != own and has_keyword_lists:
+        key = id(options), has_keyword_lists, has_drafts
+        if not fields and key in self._plans:
+            return self._plans[key][1]
+        given = dataclasses.replace(options or TranscribeOptions(), **fields)
+        resolved, flags = safeguarded(given, self._capabilities)
+        if resolved.keywords != given.keywords and has_keyword_lists:
             raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
         if resolved.drafting.draft_from == "bpe" and not self._config.encoder.bpe_output_dim:
             raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
@@ -98,8 +97,8 @@ class Intake:
         shared = self._preparation.prepare(resolved, resolved.keywords)  # its errors are not those of one input
         seconds = self._segment_limit(resolved, shared)
         plan = Plan(resolved, flags, shared, seconds)
-        if not flags:  # whose warning is given each time
-            self._plans = {key: plan} if len(self._plans) >= _MAX_PLANS else self._plans | {key: plan}
+        if not fields and not flags:  # whose warning is given each time
+            self._plans = ({} if len(self._plans) >= _MAX_PLANS else self._plans) | {key: (options, plan)}
         return plan
 
     def begin(
