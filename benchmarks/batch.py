@@ -12,8 +12,8 @@ next to nothing to decode. A CPU as the device takes all cores, those that decod
 
     NPROC=1 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python benchmarks/batch.py throughput
 
-`idle` counts, in a job over the held-out clips, the batches that go to a device that has nothing to do: one at the start,
-and one wherever the job has let the device run dry.
+`idle` counts, in a job over the held-out clips, the batches that go to a device that has nothing to do: one at the
+start, and one wherever the job has let the device run dry.
 
 `memory` runs jobs over one short recording again and again with a stand-in for the model, a process for each shard of a
 quarter of a million lines and one for `merge`, and prints the peak of resident memory: that of manifest, readers, parts

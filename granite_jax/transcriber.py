@@ -349,8 +349,10 @@ class Transcriber:
             def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
                 notify(functools.partial(on_segment, name, segment))
 
-            told = None if on_segment is None else functools.partial(call, on_segment)
-            return self._intake.begin(each, plan, sampling_rate=sampling_rate, on_segment=told, deadline=self._deadline)
+            on_each = None if on_segment is None else functools.partial(call, on_segment)
+            return self._intake.begin(
+                each, plan, sampling_rate=sampling_rate, on_segment=on_each, deadline=self._deadline
+            )
 
         finished = results(inputs, submit, self._engine, window=2 * self.read_ahead, ordered=ordered)
         return _transcripts(finished, on_error)
@@ -393,12 +395,12 @@ class Transcriber:
             with self.readers.blocking():  # it may wait for other inputs
                 on_segment(name, segment)
 
-        told = None if on_segment is None else functools.partial(call, on_segment)
+        on_each = None if on_segment is None else functools.partial(call, on_segment)
         return self._intake.begin(
             Input(name_of(audio, 0), audio, None, entries, draft),
             plan,
             sampling_rate=sampling_rate,
-            on_segment=told,
+            on_segment=on_each,
             deadline=self._deadline if deadline is None else deadline,
         )
 

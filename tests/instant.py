@@ -1,4 +1,4 @@
-"""A Transcriber without a model: whatever is read is decoded at once, to a text of no words."""
+"""A Transcriber without a model: each segment is decoded at once, to a text of no words."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

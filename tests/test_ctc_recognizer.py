@@ -83,9 +83,9 @@ def test_keywords_that_were_heard_are_spelled(asr: gj.Transcriber) -> None:
     words = plain.text.split()
     longest = max(words, key=len)
     name = f"{longest[:-1]}{'x' if longest[-1] != 'x' else 'y'}"
-    told = asr.transcribe(clip, recognizer="ctc", keywords=[name, "zzzyqual"], keyword_gate=-3.0)
-    assert name in told.text.split() and longest not in told.text.split()
-    assert told.stats["keywords"] == (name,) and told.ctc_text == plain.ctc_text
+    biased = asr.transcribe(clip, recognizer="ctc", keywords=[name, "zzzyqual"], keyword_gate=-3.0)
+    assert name in biased.text.split() and longest not in biased.text.split()
+    assert biased.stats["keywords"] == (name,) and biased.ctc_text == plain.ctc_text
 
 
 def test_recordings_silence_and_channels(asr: gj.Transcriber, sounds: list[np.ndarray], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def sound(seconds: float = SHORT) -> np.ndarray:
 
 
 def test_what_is_decoded_again_does_not_wait_for_others(asr: gj.Transcriber, recognizer: Instant) -> None:
-    # Given a text with a problem, whatever is decoded
+    # Given a text with a problem in every piece
     recognizer.buckets = [Bucket(rows, 12 * SECOND, 200, 400) for rows in (1, 8)]
     recognizer.decision = lambda utterance: Split(1.0) if utterance.attempt.can_split else ACCEPT
     # When transcribed, then its halves and theirs are decoded, too, and nothing waits for ever
@@ -231,20 +231,20 @@ def test_a_single_input_is_no_stream(asr: gj.Transcriber, single: Any) -> None:
         asr.stream(single)
 
 
-def test_segments_are_told_to_the_caller_who_may_use_the_transcriber(asr: gj.Transcriber) -> None:
+def test_segments_are_given_to_the_caller_who_may_use_the_transcriber(asr: gj.Transcriber) -> None:
     # Given a callback that transcribes, submits and streams, when it is called, then it is by the caller's thread
-    told: list[tuple[threading.Thread, str, int]] = []
+    calls: list[tuple[threading.Thread, str, int]] = []
 
     def on_segment(name: str, _: Any) -> None:
         others = [asr.transcribe(sound()), asr.submit(sound()).result(10), *asr.stream([sound()] * 2)]
-        told.append((threading.current_thread(), name, len(others)))
+        calls.append((threading.current_thread(), name, len(others)))
 
     def run() -> threading.Thread:
         asr.transcribe([sound()] * 5, on_segment=on_segment)
         return threading.current_thread()
 
-    assert told == [] and in_time(run) is told[0][0]
-    assert sorted((name, count) for _, name, count in told) == [(f"audio[{i}]", 4) for i in range(5)]
+    assert calls == [] and in_time(run) is calls[0][0]
+    assert sorted((name, count) for _, name, count in calls) == [(f"audio[{i}]", 4) for i in range(5)]
     # And an error of the callback ends the call
     with pytest.raises(ZeroDivisionError):
         asr.transcribe(sound(), on_segment=lambda *_: 1 / 0)
@@ -269,13 +269,13 @@ def test_a_submitted_input_is_transcribed_by_itself(asr: gj.Transcriber) -> None
 
 def test_callbacks_of_submitted_inputs_may_wait_for_others(asr: gj.Transcriber) -> None:
     # Given callbacks, more than there are readers, that each wait for another input, then none waits for ever
-    told: list[str] = []
+    calls: list[str] = []
 
     def on_segment(name: str, _: Any) -> None:
-        told.append(asr.submit(sound()).result(10).audio)
+        calls.append(asr.submit(sound()).result(10).audio)
 
     futures = [asr.submit(sound(), on_segment=on_segment) for _ in range(3 * asr.readers.limit)]
-    assert len([future.result(20) for future in futures]) == len(told) == 3 * asr.readers.limit
+    assert len([future.result(20) for future in futures]) == len(calls) == 3 * asr.readers.limit
 
 
 def test_what_is_canceled_while_it_waits_is_not_read(asr: gj.Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """One worker of a batch job: manifest -> parts -> Transcriber -> committed parts.
 
-    submitted   part 1, part 2 ...       twice the Transcriber's `read_ahead`, whatever part they are of
+    submitted   part 1, part 2 ...       twice the Transcriber's `read_ahead`, from any part
     device              part 1, 2 ...    batches of utterances of similar length, of several parts where these meet
     commit                      part 1   each when its last utterance is done, while the device continues
 
@@ -392,7 +392,7 @@ class _Worker:
         return self._parts_of_others + sum(not commit.result() for commit in commits)
 
     def _entries(self, tasks: list[Task]) -> Iterator[tuple[_Started, Entry]]:
-        """The entries of tasks, but for those that another worker has committed in the meantime."""
+        """The entries of tasks, except those that another worker has committed in the meantime."""
         for task in tasks:
             if self.store.exists(part_name(task.part, self.fingerprint, task.retry)):
                 self._parts_of_others += 1

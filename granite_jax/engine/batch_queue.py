@@ -139,7 +139,7 @@ def _number(row: Row) -> int:
 
 
 def _nearest(rows: Sequence[Row], first: Row, size: int) -> list[Row]:
-    """At most `size` of the rows, one of them `first`, in order of size: rows alike take a similar time."""
+    """At most `size` of the rows, one of them `first`, in order of size: rows of similar size take a similar time."""
     ordered = sorted(rows, key=lambda row: row.request.size)
     start = max(0, min(ordered.index(first) - size // 2, len(ordered) - size))
     return ordered[start : start + size]

@@ -34,7 +34,7 @@ class Lowerable:
       name: of the program in messages and plans.
       lower: lowers it, from the results of programs that were lowered before, by name, as `abstract_results`.
       result_shardings: a tree that has the results' structure or begins like it; None if no program takes them.
-      is_default: whether it runs whatever is asked for.
+      is_default: whether every input needs it.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Compiler:
         """Begins to compile programs of a shape, unless they have begun before.
 
         Args:
-          names: default all that run whatever is asked for. What a program takes must have begun before it.
+          names: default all that every input needs. A program whose results it takes must have begun before it.
         """
         with self._lock:
             if not self._can_lower or (names and all((shape, name) in self._compiled for name in names)):

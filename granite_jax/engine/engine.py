@@ -1,7 +1,7 @@
 """A scheduler with the thread that drives it.
 
-The thread begins with the first request and ends when there is nothing to do, so that an engine that nobody refers to
-is freed. A process that ends waits for what is on the device, and for nothing else.
+The thread begins with the first request and ends when there is nothing to do, so that an engine without references is
+freed. A process that ends waits for what is on the device, and for nothing else.
 """
 
 import atexit

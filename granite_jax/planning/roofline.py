@@ -69,7 +69,7 @@ class Bound:
     """The least that a program takes.
 
     Fields:
-      program: "encode" (with the projector, but for recognizer "ctc"), "prefill" or "decode" (all of its steps), as in
+      program: "encode" (with the projector, unless the recognizer is "ctc"), "prefill" or "decode" (all steps), as in
         `aot.Plan`.
       flops, bytes: arithmetic and memory traffic of a batch, of all chips that share a copy of the weights.
       intensity: FLOPs a byte.

@@ -8,7 +8,7 @@
     hole          CTC words of more than 1.5 s that the text leaves out  decode again, from there on
     invention     a text far longer than the CTC text                    the CTC text
 
-All of it is found on the host in one segment's results, whatever was drafted or verified. `policy.decide` says what
+All of it is found on the host in one segment's results, independently of drafts. `policy.decide` says what
 follows from it.
 """
 

@@ -38,7 +38,7 @@ class Recognizer(Protocol):
 
     @property
     def max_programs(self) -> int:
-        """The bound on compilations, with word times, whatever is asked for."""
+        """The bound on compilations, for any options and lengths."""
         ...
 
     def prompt_length(self, utterance: Utterance) -> int:
