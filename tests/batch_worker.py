@@ -25,7 +25,7 @@ from granite_jax.transcriber import Transcript
 
 
 class StandIn:
-    """Takes `seconds` an utterance, of several at a time. Records the options and the keywords it was given."""
+    """Takes `seconds` an utterance. Records the options and the keywords it was given."""
 
     def __init__(self, seconds: float = 0.0):
         self.read_ahead = 32
@@ -36,7 +36,7 @@ class StandIn:
         self.seconds = seconds
         self.options: list[TranscribeOptions] = []
         self.keywords: list[list[Any]] = []
-        self._threads = ThreadPoolExecutor(2)
+        self._threads = ThreadPoolExecutor(1)
 
     def submit(
         self, audio: Any, options: TranscribeOptions, *, keywords: Sequence[Any] | None = None

@@ -79,15 +79,15 @@ class Transcribe:
         return {
             "id": [entry.id for entry in entries],
             "audio": [entry.audio for entry in entries],
-            "text": [transcripts[i].text for i in range(count)],
-            "tokens": [list(transcripts[i].tokens) for i in range(count)],
-            "duration": [transcripts[i].duration for i in range(count)],
-            "confidence": [transcripts[i].confidence for i in range(count)],
-            "ctc_text": [transcripts[i].ctc_text for i in range(count)],
-            "stats": [transcripts[i].stats or None for i in range(count)],  # Parquet has no empty structs
-            "segments": [segment_fields(transcripts[i]) for i in range(count)],
-            "flags": [list(transcripts[i].flags) for i in range(count)],
-            "error": [transcripts[i].error for i in range(count)],
+            "text": [each.text for each in transcripts],
+            "tokens": [list(each.tokens) for each in transcripts],
+            "duration": [each.duration for each in transcripts],
+            "confidence": [each.confidence for each in transcripts],
+            "ctc_text": [each.ctc_text for each in transcripts],
+            "stats": [None if each.error else each.stats for each in transcripts],  # Parquet has no empty structs
+            "segments": [segment_fields(each) for each in transcripts],
+            "flags": [list(each.flags) for each in transcripts],
+            "error": [each.error for each in transcripts],
         }
 
 
