@@ -1,6 +1,7 @@
 """A recognizer without a model, for tests of the engine: batches of strings, in capitals."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,3 +69,11 @@ class Replies:
                 self.events.append((word, value))
 
         return take
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for a condition; fails if it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.001)

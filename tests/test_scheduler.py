@@ -3,12 +3,11 @@
 import collections
 import random
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fake_recognizer import FakeRecognizer, Replies
+from fake_recognizer import FakeRecognizer, Replies, wait_until
 
 from granite_jax.engine.batch_queue import LINGER
 from granite_jax.engine.engine import Engine
@@ -305,13 +304,6 @@ def engine() -> Iterator[Engine]:
 def submit_all(engine: Engine, recognizer: FakeRecognizer, replies: Replies, listed: list[str]) -> None:
     for word in listed:
         engine.submit(recognizer.request(word), replies.of(word))
-
-
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it takes too long"
-        time.sleep(0.001)
 
 
 def test_threads_share_batches(engine: Engine) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from fake_recognizer import FakeRecognizer
+from fake_recognizer import FakeRecognizer, wait_until
 from instant import LONG, SECOND, SHORT, Instant, with_recognizer
 
 import granite_jax as gj
@@ -365,6 +365,41 @@ class FakeJob:
     def only_one(self) -> threading.Lock:
         assert not self.running.locked(), "two threads run a job"
         return self.running
+
+
+class HeldEngine:
+    """An engine that replies when the test says so."""
+
+    num_unfinished, read_ahead = 0, 100
+
+    def __init__(self) -> None:
+        self.replies: dict[str, Callable[[Reply], None]] = {}
+        self.expected = 0
+
+    def submit(self, request: Any, reply: Callable[[Reply], None]) -> None:
+        self.replies[request.payload] = reply
+
+    def expect(self, count: int) -> None:
+        self.expected += count
+
+
+def test_long_inputs_are_read_one_after_another() -> None:
+    # Given a long input of which the device has enough to do, when another one comes, then that is not begun
+    engine: Any = HeldEngine()
+    readers, recognizer = Readers(engine, 2), FakeRecognizer(2)
+    first, second = (FakeJob(engine, readers, recognizer, [f"{n}{i}" for i in range(9)], False) for n in "ab")
+    readers.add(first)
+    wait_until(lambda: len(engine.replies) == 3 and not engine.expected)
+    readers.add(second)
+    assert list(engine.replies) == ["a0", "a1", "a2"] and not engine.expected
+    # And when the first has room again, then both are read, and at the end both are done
+    done = 0
+    while done < 18:
+        wait_until(lambda done=done: len(engine.replies) > done)
+        word = list(engine.replies)[done]
+        engine.replies[word](Reply(word))
+        done += 1
+    assert first.result.result(10)[0] == "a0" and second.result.result(10)[-1] == "b8"
 
 
 def run_stream(seed: int) -> None:
