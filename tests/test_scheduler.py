@@ -72,6 +72,20 @@ def test_full_batches_go_and_what_is_left_when_nothing_more_is_expected(busy: Be
     busy.scheduler.expect(1)
 
 
+def test_part_filled_batches_wait_for_what_is_to_come_while_the_device_is_busy(bench: Bench) -> None:
+    # Given a batch on the device and one request more, when others will come, but not soon
+    bench.scheduler.announce(1)
+    bench.submit(*words(9))
+    assert bench.scheduler.advance() and bench.scheduler._take(bench.scheduler._entering) is None
+    # Then it goes when the device is idle, or when there is nothing more to come
+    bench.run()
+    assert bench.sizes == [8, 1]
+    bench.submit(*words(9, 100))
+    assert bench.scheduler.advance() and bench.scheduler._take(bench.scheduler._entering) is None
+    bench.scheduler.announce(-1)
+    assert bench.scheduler._take(bench.scheduler._entering) is not None
+
+
 def test_an_idle_device_waits_a_moment_and_not_longer(busy: Bench) -> None:
     # Given a request that is alone, while more is expected, then it goes after a moment
     busy.submit("one")
@@ -249,11 +263,11 @@ def drive(seed: int) -> None:
     failing = {word for word in words(40) if rng.random() < 0.1}
     bench.recognizer.fails = lambda batch: bool(failing.intersection(batch))
     tickets: dict[str, Any] = {}
-    canceled, expected = set[str](), 0
+    canceled, expected, announced = set[str](), 0, 0
     endings = ["", "?", "!", "xxxx", "?xxx", "!xxx"]
     pending = collections.deque(f"{number:03}{rng.choice(endings)}" for number in range(rng.randint(0, 40)))
-    while pending or scheduler.has_work or expected:
-        match rng.randrange(6):
+    while pending or scheduler.has_work or expected or announced:
+        match rng.randrange(7):
             case 0 | 1 if pending:
                 word = pending.popleft()
                 deadline = rng.choice([float("inf"), float("inf"), 0.0, 0.05, 3.0])
@@ -267,7 +281,11 @@ def drive(seed: int) -> None:
                 change = rng.choice([-1, 1]) if expected and pending else 1 if pending else -1
                 scheduler.expect(change)
                 expected += change
-            case 4:
+            case 4 if announced or pending:
+                change = -1 if announced and (not pending or rng.random() < 0.5) else 1
+                scheduler.announce(change)
+                announced += change
+            case 5:
                 clock.now += rng.choice([0.0, 0.01, 0.3])
             case _:
                 if not scheduler.advance() and scheduler.has_work:

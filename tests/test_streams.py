@@ -382,6 +382,9 @@ class HeldEngine:
     def expect(self, count: int) -> None:
         self.expected += count
 
+    def announce(self, count: int) -> None:
+        pass
+
 
 def test_long_inputs_are_read_one_after_another() -> None:
     # Given a long input of which the device has enough to do, when another one comes, then that is not begun

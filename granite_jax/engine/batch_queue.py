@@ -3,8 +3,8 @@
 A batch goes when it is full, or when one of its rows is due. Rows of other shapes that are due fill it up. A row is due
 
     - if it is urgent, or if more than `read_ahead` requests were admitted after it;
-    - if its deadline is over, or if it has none and nothing else is expected;
-    - if the device is idle, at once or, where something else is expected, a moment later.
+    - if its deadline is over, or if it has none and there is nothing else to come;
+    - if the device is idle, at once or, where something else is expected soon, a moment later.
 """
 
 import collections
@@ -32,12 +32,14 @@ class Moment(NamedTuple):
       admitted: requests admitted so far.
       time: by the scheduler's clock.
       expects_more: whether someone is about to submit more.
+      is_more_to_come: whether someone will submit more, now or when there is room.
       is_idle: whether the device has nothing to do.
     """
 
     admitted: int
     time: float
     expects_more: bool
+    is_more_to_come: bool
     is_idle: bool
 
 
@@ -120,7 +122,7 @@ class BatchQueue:
         return (
             row.request.is_urgent
             or moment.admitted - row.ticket.number > self._read_ahead
-            or (waited >= deadline if deadline < math.inf else not moment.expects_more)
+            or (waited >= deadline if deadline < math.inf else not moment.is_more_to_come)
             or (moment.is_idle and (not moment.expects_more or waited >= LINGER))
         )
 

@@ -59,6 +59,10 @@ class Engine:
         """As `Scheduler.cancel`."""
         return self._scheduler.cancel(ticket)
 
+    def announce(self, count: int) -> None:
+        """As `Scheduler.announce`."""
+        self._scheduler.announce(count)
+
     def expect(self, count: int) -> None:
         """As `Scheduler.expect`."""
         self._scheduler.expect(count)

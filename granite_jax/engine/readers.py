@@ -66,7 +66,7 @@ class Readers:
         self._running: set[Job] = set()
         self._threads: set[threading.Thread] = set()
         self._num_blocked = 0  # threads that run callers' code
-        self._is_expected = self._is_stopped = False
+        self._is_announced = self._is_expected = self._is_stopped = False
         _READERS.add(self)
 
     def add(self, job: Job) -> None:
@@ -109,7 +109,7 @@ class Readers:
             job.close()
 
     def _start(self) -> None:
-        """Starts a thread if one is needed, and says whether more will be submitted."""
+        """Starts a thread if one is needed."""
         if len(self._threads) < self.limit + self._num_blocked and not self._is_stopped and self._next() is not None:
             thread = threading.Thread(target=self._run, name="granite-jax-reader", daemon=True)
             self._threads.add(thread)
@@ -117,7 +117,13 @@ class Readers:
         self._tell_engine()
 
     def _tell_engine(self) -> None:
-        is_expected = next(self._readable(), None) is not None
+        """Says whether more will be submitted, and whether soon."""
+        is_announced = bool(self._waiting or self._open)
+        if is_announced != self._is_announced:
+            self._is_announced = is_announced
+            self._engine.announce(1 if is_announced else -1)
+        # What follows from messages is that a job has room again, or that it submits something once more.
+        is_expected = bool(self._messages) or next(self._readable(), None) is not None
         if is_expected != self._is_expected:
             self._is_expected = is_expected
             self._engine.expect(1 if is_expected else -1)

@@ -40,7 +40,7 @@ class Scheduler:
         self._changed = threading.Condition(threading.Lock())  # guards what follows
         self._entering: dict[Stage, BatchQueue] = {}
         self._regrouping: dict[Stage, BatchQueue] = {}
-        self._admitted = self._unfinished = self._expected = 0
+        self._admitted = self._unfinished = self._announced = self._expected = 0
         self._is_stopped = False
         self.idle_seconds = 0.0  # in which the device had nothing to do while more was expected
         self._idle_since: float | None = None
@@ -75,6 +75,12 @@ class Scheduler:
             queue = self._entering[ticket.request.stage]
             queue.remove(lambda row: row.ticket is ticket)
             return True
+
+    def announce(self, count: int) -> None:
+        """Adds to the number of those who will submit more, now or when there is room: full batches wait for them."""
+        with self._changed:
+            self._announced += count
+            self._changed.notify_all()
 
     def expect(self, count: int) -> None:
         """Adds to the number of those who are about to submit, for whom part-filled batches wait a little."""
@@ -160,7 +166,8 @@ class Scheduler:
         self._idle_since = now if self._expected and self.is_device_idle and not is_busy else None
 
     def _moment(self) -> Moment:
-        return Moment(self._admitted, self._clock(), self._expected > 0, self.is_device_idle)
+        expects_more, is_more_to_come = self._expected > 0, self._expected + self._announced > 0
+        return Moment(self._admitted, self._clock(), expects_more, is_more_to_come, self.is_device_idle)
 
     def _queue(self, queues: dict[Stage, BatchQueue], stage: Stage) -> BatchQueue:
         if stage not in queues:

@@ -57,7 +57,7 @@ class Request:
       shape: the shapes of its batch.
       single: shapes of a batch with one row on each copy of the weights, which goes in place of a mostly empty one.
       size: rows of similar size go together.
-      deadline: seconds that it waits for a full batch. Infinite: until nothing else is expected.
+      deadline: seconds that it waits for a full batch. Infinite: until there is nothing else to come.
       is_urgent: whether it goes with the next batch.
     """
 

@@ -71,6 +71,7 @@ def _results(
 
     def take() -> None:
         end = _End()
+        engine.announce(1)
         try:
             while free.acquire() and not stopped.is_set():
                 with engine.expecting():
@@ -85,6 +86,7 @@ def _results(
                     taken.future.cancel()
         except BaseException as error:
             end = _End(error)
+        engine.announce(-1)
         events.put(end)
 
     threading.Thread(target=take, name="granite-jax-inputs", daemon=True).start()
