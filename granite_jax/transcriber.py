@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
 
 import jax
@@ -131,6 +133,7 @@ class Transcriber:
             config, tokenizer, self.template, self.capabilities, self._recognizers, self._engine, self.readers
         )
         self._deadline = math.inf
+        self._warming = threading.Lock()
 
     @classmethod
     @accepts(ModelOptions)
@@ -221,8 +224,9 @@ class Transcriber:
             recognizer.compiler.start(bucket)
             if is_timed:
                 recognizer.compiler.start(bucket, ENCODE_WITH_LOGITS, ALIGN)
-        for bucket, is_timed in timed.items():
-            recognizer.run_on_silence(bucket, prompt, words=is_timed)
+        with self._warming:
+            for bucket, is_timed in timed.items():
+                recognizer.run_on_silence(bucket, prompt, words=is_timed)
 
     @overload
     def transcribe(
@@ -287,17 +291,18 @@ class Transcriber:
             options,
             sampling_rate=sampling_rate,
             keyword_lists=keyword_lists,
-            drafts=None if draft is None else drafts_for(draft, len(sources)),
+            drafts=_drafts_or_none(draft, len(sources)),
             on_error=on_error,
             on_segment=on_segment,
             **fields,
         )
         is_list = is_list or dataclasses.replace(options or TranscribeOptions(), **fields).channels == "split"
         transcripts = []
-        for transcript in stream:
-            transcripts.append(transcript)
-            if progress is not None:
-                progress(1)
+        with contextlib.closing(stream):
+            for transcript in stream:
+                transcripts.append(transcript)
+                if progress is not None:
+                    progress(1)
         return transcripts if is_list else transcripts[0]
 
     @accepts(TranscribeOptions)
@@ -313,7 +318,7 @@ class Transcriber:
         ordered: bool = True,
         on_segment: OnSegment | None = None,
         **fields: Any,
-    ) -> Iterator[Transcript]:
+    ) -> Generator[Transcript]:
         """Transcribes any number of inputs and yields transcripts as soon as they are done, while later inputs come.
 
         A thread takes inputs, at most twice `read_ahead` of them ahead of what was yielded; a few others read them, at
@@ -390,18 +395,12 @@ class Transcriber:
         lists = {"has_keyword_lists": entries is not None, "has_drafts": draft is not None}
         plan = self._intake.plan(options, fields, **lists)
         check_mixed(plan.options)
-
-        def call(on_segment: OnSegment, name: str, segment: Segment) -> None:
-            with self.readers.blocking():  # it may wait for other inputs
-                on_segment(name, segment)
-
-        on_each = None if on_segment is None else functools.partial(call, on_segment)
         return self._intake.begin(
             Input(name_of(audio, 0), audio, None, entries, draft),
             plan,
             sampling_rate=sampling_rate,
-            on_segment=on_each,
-            deadline=self._deadline if deadline is None else deadline,
+            on_segment=on_segment,
+            deadline=self._deadline if deadline is None else _checked_deadline(deadline),
         )
 
     async def transcribe_async(
@@ -415,13 +414,15 @@ class Transcriber:
         """While inputs come one by one, as to a server: a batch that is not full goes when the device is idle, or when
         one of its segments has waited for `deadline` seconds.
         """
-        if not 0 <= deadline < math.inf:
-            raise GraniteError(f"deadline is {deadline!r:.60}, not a number of seconds")
-        former, self._deadline = self._deadline, deadline
+        former, self._deadline = self._deadline, _checked_deadline(deadline)
         try:
             yield self
         finally:
             self._deadline = former
+
+    def expecting(self) -> AbstractContextManager[None]:
+        """While inputs are submitted one after another: full batches wait for them."""
+        return self._engine.expecting()
 
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
@@ -444,6 +445,18 @@ def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: A
     features = log_mel(samples, lengths)
     hidden = granite_speech.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
     return features, granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
+
+
+def _checked_deadline(seconds: Any) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < math.inf:
+        raise GraniteError(f"deadline is {seconds!r:.60}, not a number of seconds")
+    return seconds
+
+
+def _drafts_or_none(draft: Any, count: int) -> list[str | None] | None:
+    """A caller's drafts as one for each input; None if there are none."""
+    drafts = drafts_for(draft, count)
+    return drafts if any(each is not None for each in drafts) else None
 
 
 def enable_compilation_cache() -> None:

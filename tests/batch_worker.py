@@ -1,5 +1,6 @@
 """A stand-in for the Transcriber, whose text is a hash of the audio, and workers of it that may be killed."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -37,6 +38,7 @@ class StandIn:
         self.options: list[TranscribeOptions] = []
         self.keywords: list[list[Any]] = []
         self._threads = ThreadPoolExecutor(1)
+        self.expecting = contextlib.nullcontext
 
     def submit(
         self, audio: Any, options: TranscribeOptions, *, keywords: Sequence[Any] | None = None

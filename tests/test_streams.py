@@ -1,6 +1,7 @@
 """Streams of inputs: when they are taken and read, in what order results come, what is lost of what fails: nothing."""
 
 import itertools
+import os
 import queue
 import random
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,61 @@ def test_what_is_canceled_while_it_waits_is_not_read(asr: gj.Transcriber, monkey
     held.set()
     assert all(future.result(10) for future in futures[:8])
     assert asr.submit(sound(), segment_seconds=None).result(10) and len(read) == 9
+
+
+def test_waiting_for_futures_of_which_some_are_canceled_ends(asr: gj.Transcriber) -> None:
+    futures = [asr.submit(sound()) for _ in range(20)]
+    canceled = [future.cancel() for future in futures[10:]]
+    done, waiting = wait(futures, timeout=20)
+    assert len(done) == 20 and not waiting and sum(future.cancelled() for future in futures) == sum(canceled)
+
+
+def test_callbacks_of_futures_and_of_many_segments_may_wait_for_others(
+    asr: gj.Transcriber, recognizer: Instant
+) -> None:
+    # Given recordings of many segments, more than there are readers, whose callbacks wait for other inputs
+    recognizer.buckets = [Bucket(rows, 12 * SECOND, 200, 400) for rows in (1, 8)]
+    calls: list[str] = []
+
+    def call(*_: Any) -> None:
+        calls.append(asr.submit(sound()).result(20).audio)
+
+    futures = [asr.submit(sound(200), segment_seconds=10.0, on_segment=call) for _ in range(6)]
+    for future in futures:
+        future.add_done_callback(call)
+    # When they are done, then none has waited for ever
+    assert not wait(futures, timeout=30).not_done
+    wait_until(lambda: len(calls) == sum(len(future.result().segments) for future in futures) + 6)
+
+
+def test_a_stream_whose_iterator_waits_for_ever_leaves_no_trace(asr: gj.Transcriber) -> None:
+    # Given a stream that was closed while its iterator waits
+    def never() -> Iterator[np.ndarray]:
+        yield sound()
+        threading.Event().wait()
+
+    stream = asr.stream(never())
+    assert next(stream) and wait_until(lambda: asr._engine._scheduler._expected == 1) is None
+    stream.close()
+
+    # Then nothing more is expected of it
+    scheduler = asr._engine._scheduler
+    wait_until(lambda: (scheduler._expected, scheduler._announced, scheduler.num_unfinished) == (0, 0, 0))
+
+
+def test_what_cannot_be_submitted_is_closed(asr: gj.Transcriber, tmp_path: Path) -> None:
+    # Given a file of which every segment is too long for the model, when it fails, then it is not open any more
+    soundfile.write(path := tmp_path / "long.flac", sound(60), SECOND)
+    with pytest.raises(gj.ContextError):
+        asr.submit(path, segment_seconds="auto").result(10)
+    opened = [os.path.realpath(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd")]
+    assert str(path) not in opened
+
+
+def test_lists_without_a_draft_are_no_drafts(asr: gj.Transcriber) -> None:
+    assert len(asr.transcribe([sound()] * 2, draft=[None, None], speculative="relaxed")) == 2
+    with pytest.raises(gj.GraniteError, match="deadline is '0.05'"):
+        asr.submit(sound(), deadline="0.05")  # type: ignore[arg-type]
 
 
 def test_asyncio(asr: gj.Transcriber) -> None:

@@ -360,10 +360,13 @@ class _Worker:
         futures: set[Future[Transcript]] = set()
         entries, commits = self._entries(tasks), collections.deque[Future[bool]]()
         following = next(entries, None)
-        with ThreadPoolExecutor(1) as committer:
+        with ThreadPoolExecutor(1) as committer, contextlib.ExitStack() as expecting:
+            expecting.enter_context(asr.expecting())
             try:
                 while following or futures:
                     self._check_stop()
+                    if following is None:
+                        expecting.close()
                     if following and finished.empty() and len(futures) < 2 * asr.read_ahead:
                         started, entry = following
                         audio = open_entry(entry)

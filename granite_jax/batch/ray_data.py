@@ -22,6 +22,7 @@ from granite_jax.batch.access import PROTOCOLS, AudioStorage
 from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
 from granite_jax.batch.transcription import submit_entry, transcript_of
+from granite_jax.errors import GraniteError
 from granite_jax.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
 from granite_jax.results import segment_fields
 from granite_jax.transcriber import Transcriber
@@ -57,6 +58,8 @@ class Transcribe:
         self._asr = Transcriber.from_options(model_options, self._options.recognizer)
         max_seconds = self._asr.config.max_seconds if self._options.segment_seconds is None else None
         self._reader = Reader(AudioStorage(os.fspath(root), tuple(allow)), max_seconds)
+        if num_readers < 1:
+            raise GraniteError(f"num_readers is {num_readers}, not a positive number")
         self._asr.readers.limit = num_readers
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +76,8 @@ class Transcribe:
         entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
         data = [None] * count if contents is None else list(contents)
         opened = [self._reader.open(entry, contents) for entry, contents in zip(entries, data, strict=True)]
-        futures = [submit_entry(self._asr, audio, self._options) for audio in opened]
+        with self._asr.expecting():
+            futures = [submit_entry(self._asr, audio, self._options) for audio in opened]
         wait(futures)
         transcripts = [transcript_of(entry, future) for entry, future in zip(entries, futures, strict=True)]
         return {

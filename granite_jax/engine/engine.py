@@ -1,7 +1,7 @@
 """A scheduler with the thread that drives it.
 
 The thread begins with the first request and ends when there is nothing to do, so that an engine without references is
-freed. A process that ends waits for what is on the device, and for nothing else.
+freed. A process that ends waits for what is on the device.
 """
 
 import atexit
@@ -51,8 +51,13 @@ class Engine:
         ticket = self._scheduler.submit(request, reply)
         with self._lock:
             if self._thread is None and not self._is_stopped:
-                self._thread = threading.Thread(target=self._run, name="granite-jax-engine", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="granite-jax-engine", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # there can be no more threads
+                    self._scheduler.cancel(ticket)
+                    raise
+                self._thread = thread
         return ticket
 
     def cancel(self, ticket: Ticket) -> bool:

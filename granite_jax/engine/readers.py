@@ -14,6 +14,7 @@ import collections
 import contextlib
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -65,33 +66,46 @@ class Readers:
         self._messages: dict[Job, collections.deque[Any]] = {}
         self._running: set[Job] = set()
         self._threads: set[threading.Thread] = set()
-        self._num_blocked = 0  # threads that run callers' code
+        self._blocked: set[Job] = set()  # that run callers' code
         self._is_announced = self._is_expected = self._is_stopped = False
         _READERS.add(self)
 
     def add(self, job: Job) -> None:
         """Adds a job, which is opened after those that were added before."""
         with self._lock:
-            self._waiting.append(job)
-            self._start()
+            is_stopped = self._is_stopped
+            if not is_stopped:
+                self._waiting.append(job)
+                try:
+                    self._start()
+                except RuntimeError:  # there can be no more threads
+                    self._waiting.remove(job)
+                    raise
+        if is_stopped:
+            job.fail(RuntimeError("this process ends"))
 
     def post(self, job: Job, message: Any) -> None:
         """Sends a message to a job."""
         with self._lock:
             self._messages.setdefault(job, collections.deque()).append(message)
-            self._start()
+            with contextlib.suppress(RuntimeError):  # there can be no more threads: a later start finds the message
+                self._start()
 
     @contextlib.contextmanager
-    def blocking(self) -> Iterator[None]:
-        """Around a caller's own code in a job, which may wait for other jobs: another thread takes this one's place."""
+    def blocking(self, job: Job) -> Iterator[None]:
+        """Around a caller's code in a job, which may wait for other jobs: these run as if this one were not there."""
         with self._lock:
-            self._num_blocked += 1
-            self._start()
+            is_outer = job not in self._blocked
+            self._blocked.add(job)
+            with contextlib.suppress(RuntimeError):
+                self._start()
         try:
             yield
         finally:
             with self._lock:
-                self._num_blocked -= 1
+                if is_outer:
+                    self._blocked.discard(job)
+                self._tell_engine()
 
     def stop(self) -> None:
         """Ends the threads after what they are just doing, and closes what they were reading.
@@ -101,8 +115,9 @@ class Readers:
         with self._lock:
             self._is_stopped = True
             threads = list(self._threads)
+        end = time.monotonic() + _STOP_SECONDS
         for thread in threads:
-            thread.join(_STOP_SECONDS)
+            thread.join(max(0.0, end - time.monotonic()))
         with self._lock:
             left = [job for job in self._open if job not in self._running]
         for job in left:
@@ -110,11 +125,20 @@ class Readers:
 
     def _start(self) -> None:
         """Starts a thread if one is needed."""
-        if len(self._threads) < self.limit + self._num_blocked and not self._is_stopped and self._next() is not None:
-            thread = threading.Thread(target=self._run, name="granite-jax-reader", daemon=True)
-            self._threads.add(thread)
-            thread.start()
         self._tell_engine()
+        if len(self._threads) < self._most_threads and not self._is_stopped and self._next() is not None:
+            thread = threading.Thread(target=self._run, name="granite-jax-reader", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                if not self._threads:
+                    raise
+            else:
+                self._threads.add(thread)
+
+    @property
+    def _most_threads(self) -> int:
+        return max(self.limit, 1) + len(self._blocked)
 
     def _tell_engine(self) -> None:
         """Says whether more will be submitted, and whether soon."""
@@ -123,7 +147,8 @@ class Readers:
             self._is_announced = is_announced
             self._engine.announce(1 if is_announced else -1)
         # What follows from messages is that a job has room again, or that it submits something once more.
-        is_expected = bool(self._messages) or next(self._readable(), None) is not None
+        has_messages = any(job not in self._blocked for job in self._messages)
+        is_expected = has_messages or next(self._readable(), None) is not None
         if is_expected != self._is_expected:
             self._is_expected = is_expected
             self._engine.expect(1 if is_expected else -1)
@@ -135,11 +160,12 @@ class Readers:
         """
         if self._engine.num_unfinished >= 2 * self._engine.read_ahead:
             return
-        for job in self._open:
+        opened = [job for job in self._open if job not in self._blocked]
+        for job in opened:
             if not job.has_room:
                 return
             yield job
-        if self._waiting and len(self._open) < self.limit:
+        if self._waiting and len(opened) < max(self.limit, 1):
             yield self._waiting[0]
 
     def _next(self) -> tuple[Job, Callable[[], Any]] | None:
@@ -156,7 +182,7 @@ class Readers:
         while True:
             with self._lock:
                 task = None if self._is_stopped else self._next()
-                if task is None or len(self._threads) > self.limit + self._num_blocked:
+                if task is None or len(self._threads) > self._most_threads:
                     self._threads.discard(threading.current_thread())
                     return
                 job, work = task
@@ -167,7 +193,8 @@ class Readers:
             try:
                 work()
             except BaseException as error:
-                job.fail(error)
+                with contextlib.suppress(BaseException):  # of callbacks
+                    job.fail(error)
             with self._lock:
                 self._running.discard(job)
                 self._tell_engine()

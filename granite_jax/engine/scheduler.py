@@ -41,7 +41,7 @@ class Scheduler:
         self._entering: dict[Stage, BatchQueue] = {}
         self._regrouping: dict[Stage, BatchQueue] = {}
         self._admitted = self._unfinished = self._announced = self._expected = 0
-        self._is_stopped = False
+        self._is_stopped = self._is_working = False
         self.idle_seconds = 0.0  # in which the device had nothing to do while more was expected
         self._idle_since: float | None = None
         # Batches on the device, of first stages and of others. Used by the thread that calls `advance` alone.
@@ -158,12 +158,18 @@ class Scheduler:
         for row in [*waiting, *(row for rows in batches for row in rows)]:
             self._reply(row.ticket, Reply(error=error))
 
-    def _note_idleness(self, *, is_busy: bool = False) -> None:
-        """Adds to `idle_seconds`; called under the lock when anything changes. `is_busy`: a batch is about to go."""
+    def _note_idleness(self, *, is_working: bool | None = None) -> None:
+        """Adds to `idle_seconds`; called under the lock when anything changes.
+
+        Args:
+          is_working: whether a batch is dispatched or collected from now on, if that changes.
+        """
         now = self._clock()
+        if is_working is not None:
+            self._is_working = is_working
         if self._idle_since is not None:
             self.idle_seconds += now - self._idle_since
-        self._idle_since = now if self._expected and self.is_device_idle and not is_busy else None
+        self._idle_since = now if self._expected and self.is_device_idle and not self._is_working else None
 
     def _moment(self) -> Moment:
         expects_more, is_more_to_come = self._expected > 0, self._expected + self._announced > 0
@@ -185,7 +191,7 @@ class Scheduler:
                 if batch is not None:
                     for row in batch.rows:
                         row.ticket.is_running = True
-                    self._note_idleness(is_busy=True)
+                    self._note_idleness(is_working=True)
                     return stage, batch
         return None
 
@@ -196,9 +202,13 @@ class Scheduler:
             batches.append((batch, stage(batch.shape, batch.rows, shared)))
         except BaseException as error:
             self._fail(batch.rows, error)
+        with self._changed:
+            self._note_idleness(is_working=False)
 
     def _collect(self, batches: "collections.deque[tuple[Batch, Collect]]") -> None:
         """Waits for the oldest batch, and does what its stage says."""
+        with self._changed:
+            self._note_idleness(is_working=True)
         batch, collect = batches.popleft()
         try:
             outcomes = list(collect())
@@ -207,7 +217,7 @@ class Scheduler:
                 raise RuntimeError(f"a stage lost {len(lost)} of {len(batch.rows)} rows")
         except BaseException as error:
             self._fail(batch.rows, error)
-            return
+            outcomes = []
         for outcome in outcomes:
             match outcome:
                 case Done(results):
@@ -222,7 +232,7 @@ class Scheduler:
                 case Enqueue(stage, rows, shape, shared):
                     self._dispatch(self._continued, stage, Batch(shape, list(rows)), shared)
         with self._changed:
-            self._note_idleness()
+            self._note_idleness(is_working=False)
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for row in rows:

@@ -4,10 +4,12 @@ A thread of its own takes inputs, which may come slowly, or only when results we
 are between taking and yielding. It is a daemon, so that an iterator that waits for ever does not keep a process alive.
 """
 
+import _thread
 import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 import weakref
@@ -38,6 +40,37 @@ class _End:
     error: BaseException | None = None
 
 
+@dataclasses.dataclass(eq=False)
+class _Source:
+    """What a stream takes inputs with. Its generator alone owns it, so that an abandoned stream can be freed."""
+
+    inputs: Iterator[Any]
+    submit: Callable[[Any, Notify], "Future[Any]"]
+    events: "queue.SimpleQueue[Any]"
+
+
+class _Outlook:
+    """What an engine expects of a stream: withdrawn when that ends, though its iterator may wait for ever."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._lock = engine, threading.Lock()
+        self._is_expected = self._is_withdrawn = False
+        engine.announce(1)
+
+    def expect(self, is_expected: bool) -> None:
+        with self._lock:
+            if is_expected != self._is_expected and not self._is_withdrawn:
+                self._is_expected = is_expected
+                self._engine.expect(1 if is_expected else -1)
+
+    def withdraw(self) -> None:
+        self.expect(False)
+        with self._lock:
+            if not self._is_withdrawn:
+                self._is_withdrawn = True
+                self._engine.announce(-1)
+
+
 def results(
     inputs: Iterator[T],
     submit: "Callable[[T, Notify], Future[R]]",
@@ -65,31 +98,14 @@ def results(
 def _results(
     inputs: Iterator[T], submit: "Callable[[T, Notify], Future[R]]", engine: Engine, window: int, ordered: bool
 ) -> "Generator[tuple[T, Future[R]]]":
-    # An input that was taken, and again when it is done; functions to call; the end.
+    # Inputs that were taken, and again when they are done; functions to call; the end.
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    free, stopped = threading.Semaphore(window), threading.Event()
-
-    def take() -> None:
-        end = _End()
-        engine.announce(1)
-        try:
-            while free.acquire() and not stopped.is_set():
-                with engine.expecting():
-                    try:
-                        item = next(inputs)
-                    except StopIteration:
-                        break
-                    taken = _Input(item, submit(item, events.put))
-                events.put(taken)
-                taken.future.add_done_callback(lambda _, taken=taken: events.put(taken))
-                if stopped.is_set():
-                    taken.future.cancel()
-        except BaseException as error:
-            end = _End(error)
-        engine.announce(-1)
-        events.put(end)
-
-    threading.Thread(target=take, name="granite-jax-inputs", daemon=True).start()
+    free: queue.SimpleQueue[None] = queue.SimpleQueue()  # places in the window
+    for _ in range(window):
+        free.put(None)
+    source, stopped, outlook = _Source(inputs, submit, events), threading.Event(), _Outlook(engine)
+    arguments = weakref.ref(source), free, stopped, outlook
+    threading.Thread(target=_take, args=arguments, name="granite-jax-inputs", daemon=True).start()
     in_progress: collections.deque[_Input] = collections.deque()
     known: set[_Input] = set()
     end: _End | None = None
@@ -108,21 +124,67 @@ def _results(
                 while in_progress and (first := in_progress[0] if ordered else event).is_done:
                     in_progress.remove(first)
                     known.remove(first)
-                    free.release()
+                    free.put(None)
                     yield first.item, first.future
                     if not ordered:
                         break
         if end.error is not None:
             raise end.error
     finally:
+        # Garbage collection may run this while the same thread holds a lock that canceling needs: another thread does
+        # it, and nothing here waits for a lock.
         stopped.set()
-        free.release()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if isinstance(event := events.get_nowait(), _Input):
-                    event.future.cancel()
-        for each in in_progress:
-            each.future.cancel()
+        free.put(None)
+        with contextlib.suppress(RuntimeError):  # there can be no more threads, or Python ends
+            _thread.start_new_thread(_cancel, (outlook, events, list(in_progress)))
+
+
+def _take(
+    reference: "weakref.ref[_Source]",
+    free: "queue.SimpleQueue[None]",
+    stopped: threading.Event,
+    outlook: _Outlook,
+) -> None:
+    """Takes inputs and begins with them, in a thread of its own."""
+    end = _End()
+    try:
+        while True:
+            free.get()
+            source = reference()
+            if source is None or stopped.is_set():
+                break
+            outlook.expect(True)
+            try:
+                item = next(source.inputs)
+            except StopIteration:
+                break
+            taken = _Input(item, source.submit(item, source.events.put))
+            outlook.expect(False)
+            source.events.put(taken)
+            taken.future.add_done_callback(functools.partial(_put, source.events, taken))
+            if stopped.is_set():
+                taken.future.cancel()
+            del source, item, taken
+    except BaseException as error:
+        end = _End(error)
+    outlook.withdraw()
+    if (source := reference()) is not None:
+        source.events.put(end)
+
+
+def _put(events: "queue.SimpleQueue[Any]", taken: _Input, _: Any) -> None:
+    events.put(taken)
+
+
+def _cancel(outlook: _Outlook, events: "queue.SimpleQueue[Any]", in_progress: list[_Input]) -> None:
+    """Cancels what a stream has begun."""
+    outlook.withdraw()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            if isinstance(event := events.get_nowait(), _Input):
+                event.future.cancel()
+    for taken in in_progress:
+        taken.future.cancel()
 
 
 _STREAMS: "weakref.WeakSet[Generator[Any]]" = weakref.WeakSet()

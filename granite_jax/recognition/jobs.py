@@ -6,6 +6,7 @@ file ──► blocks ──► segments ──► engine ──► RecordingDec
 import contextlib
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -47,9 +48,10 @@ class RecordingJob:
         """
         self._engine, self._readers = engine, readers
         self._segments, self._make_request = segments, make_request
-        self._decoder = make_decoder(self._submit, engine.cancel)
+        self._decoder = make_decoder(self._submit, engine.cancel, settling=functools.partial(readers.blocking, self))
         self.result = self._decoder.result
-        self.result.add_done_callback(self._end)
+        end = weakref.WeakMethod(self._end)  # a future that is done does not keep the model
+        self.result.add_done_callback(lambda result: (call := end()) and call(result))
 
     @property
     def has_room(self) -> bool:
@@ -75,6 +77,7 @@ class RecordingJob:
 
     def fail(self, error: BaseException) -> None:
         """Ends with an error."""
+        self.close()
         self._decoder.fail(error)
 
     def close(self) -> None:
@@ -87,6 +90,8 @@ class RecordingJob:
 
     def _end(self, result: Any) -> None:
         """Withdraws what is unfinished, because the result is there without it: cancelled, or an error."""
+        if result.cancelled():
+            result.set_running_or_notify_cancel()  # or concurrent.futures.wait would wait for ever
         if result.cancelled() or result.exception() is not None:
             self._readers.post(self, self._decoder.cancel)
 

@@ -15,6 +15,7 @@ import functools
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ class RecordingDecoder:
         channel: int | None = None,
         word_offsets: tuple[float, float] = (0.0, 0.0),
         on_segment: OnSegment | None = None,
+        settling: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ):
         """
         Args:
@@ -101,13 +103,14 @@ class RecordingDecoder:
           channel: of the input, if it is not a mix, from 1 on.
           word_offsets: seconds to add to the starts and the ends of what the CTC head writes.
           on_segment: called with each segment's result, in order.
+          settling: a context in which `on_segment` and the callbacks of `result` are called.
         """
         self.result: Future[Transcript] = Future()
         self.num_unfinished = 0
         self._submit_utterance, self._cancel_ticket = submit, cancel
         self._make_utterance, self._tokenizer = make_utterance, tokenizer
         self._options, self._name, self._channel = options, name, channel
-        self._word_offsets, self._on_segment = word_offsets, on_segment
+        self._word_offsets, self._on_segment, self._settling = word_offsets, on_segment, settling
         self._parts: list[_Part] = []
         self._segments: list[Segment] = []  # of the first parts
         self._ctc_texts: list[str] = []  # likewise
@@ -129,14 +132,16 @@ class RecordingDecoder:
 
     def fail(self, error: BaseException) -> None:
         """Ends with an error, unless there is a result or an error already."""
-        with contextlib.suppress(InvalidStateError):
+        with contextlib.suppress(InvalidStateError), self._settling():
             self.result.set_exception(error)
 
     def cancel(self) -> None:
         """Withdraws what is not decoded."""
         for part in self._parts:
-            if part.decoded is None and part.ticket is not None:
-                self._cancel_ticket(part.ticket)
+            if part.decoded is None:
+                part.audio = dataclasses.replace(part.audio, samples=np.empty(0, np.float32))
+                if part.ticket is not None:
+                    self._cancel_ticket(part.ticket)
 
     def _submit(self, part: _Part) -> None:
         wants = set() if part.audio.is_whole else {"logits"}
@@ -197,12 +202,13 @@ class RecordingDecoder:
             self._ctc_texts.append(ctc_text)
             self._seam = seam
             if self._on_segment is not None:
-                self._on_segment(self._name, segment)
+                with self._settling():
+                    self._on_segment(self._name, segment)
         if self._is_closed and not self.result.done():
             self._set_result(self._transcript())
 
     def _set_result(self, transcript: Transcript) -> None:
-        with contextlib.suppress(InvalidStateError):  # cancelled by another thread
+        with contextlib.suppress(InvalidStateError), self._settling():  # or cancelled by another thread
             self.result.set_result(transcript)
 
     def _segment(self, part: _Part, start: float, end: float) -> tuple[Segment, str]:
