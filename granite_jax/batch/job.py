@@ -187,7 +187,7 @@ def run(
       detect_changes: how a local file is recognized that has changed since a former run read it, and is read again: by
         size and time of modification, by a "hash" of its bytes, which that run must have been told to record, or "off".
       progress: called when some utterances are done.
-      stop: polled often; True ends the run and drops its current part.
+      stop: polled often; True ends the run and drops the parts that are begun.
       fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
 
     Raises:

@@ -4,8 +4,8 @@
                                                                   ├─► Partial: a reply on the way
                  queue of another stage ◄── rows, regrouped ──────┴─► Enqueue
 
-A stage dispatches a batch to the device without waiting, and returns a function that waits for the results. Whatever a
-request or a row carries is the recognizer's own business: the engine sees shapes, sizes and deadlines alone.
+A stage dispatches a batch to the device without waiting, and returns a function that waits for the results. The
+payload of a request or a row is the business of its recognizer: the engine sees shapes, sizes and deadlines alone.
 """
 
 import dataclasses
