@@ -177,6 +177,16 @@ def test_rows_that_leave_their_batch_are_regrouped(busy: Bench) -> None:
     assert all(len(values) == 1 for values in busy.replies.values.values())
 
 
+def test_full_batches_of_regrouped_rows_do_not_wait_for_the_end(busy: Bench) -> None:
+    # Given many full batches whose rows all leave them, when steps are done, then they go on while others still enter
+    busy.submit(*[f"{number:02}!" for number in range(64)])
+    while busy.scheduler.advance() and not busy.recognizer.regrouped:
+        pass
+    assert len(busy.recognizer.batches) < 4
+    busy.run()
+    assert len(busy.replies.values) == 64
+
+
 def test_rows_that_stay_together_go_on_at_once_and_events_come_before(bench: Bench) -> None:
     bench.submit("a?", "b", "c?")
     bench.run()

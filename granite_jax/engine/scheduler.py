@@ -128,18 +128,19 @@ class Scheduler:
 
     def advance(self) -> bool:
         """Does the next piece of work; returns whether there was one."""
+        regrouped = self._take(self._regrouping, only_full=True)
         entering = self._take(self._entering) if len(self._entered) < _DEPTH else None
-        batch = entering
-        if batch is None:
-            batch = self._take(self._regrouping, only_full=bool(self._entered))
-        if batch is not None:
-            stage, rows = batch
-            self._dispatch(self._continued if entering is None else self._entered, stage, rows, None)
-        is_busy = batch is not None
+        if entering is None and regrouped is None and not self._entered:
+            regrouped = self._take(self._regrouping)
+        for taken, batches in ((regrouped, self._continued), (entering, self._entered)):
+            if taken is not None:
+                stage, batch = taken
+                self._dispatch(batches, stage, batch, None)
+        has_taken = is_busy = entering is not None or regrouped is not None
         if self._entered and (entering is None or len(self._entered) > 1):
             self._collect(self._entered)
             is_busy = True
-        if self._continued and batch is None:
+        if self._continued and not has_taken:
             self._collect(self._continued)
             is_busy = True
         while len(self._continued) > 1:  # a batch that goes on to a third stage is there again
