@@ -10,6 +10,7 @@ LOW_AGREEMENT = 0.4
 NOT_FINITE = "the model computes no numbers for it (NaN): its weights are damaged, or too large for their dtype"
 FLAGS = {
     "truncated-input": "the file lacks its end",
+    "damaged-input": "some of the file could not be decoded, and is silent",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
     "one-track": "the file has several audio tracks, and only the one that is its default, or its best, was read",
     "prompt-fallback": "the model was not trained with the prompt, so this is the raw transcript",
@@ -95,6 +96,7 @@ class Transcript:
       error: why there is no result, or None.
       segments: the parts of the recording in order. Their texts, joined, are `text`.
       channel: the channel of the input, from 1 on, with `channels="split"`.
+      damage: the seconds of the input, from and to, that could not be decoded and are silent.
     """
 
     audio: str
@@ -110,6 +112,7 @@ class Transcript:
     error: str | None = None
     segments: tuple[Segment, ...] = ()
     channel: int | None = None
+    damage: tuple[tuple[float, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

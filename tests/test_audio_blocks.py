@@ -7,13 +7,13 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile as sf
 
 from granite_jax.audio import load, resample
 from granite_jax.audio.load import SAMPLE_RATE, Audio, Recording, load_audio, num_channels, open_recording
-from granite_jax.audio.streams import find_stream
 from granite_jax.errors import AudioError
 
 RATE = 8000
@@ -32,7 +32,7 @@ def encode(samples: np.ndarray, rate: int = SAMPLE_RATE, form: str = "WAV", subt
 def joined(recording: Recording) -> tuple[np.ndarray, tuple[str, ...]]:
     blocks = recording.blocks()
     samples = np.concatenate([*blocks])
-    return samples, blocks.flags
+    return samples, blocks.condition.flags
 
 
 class Pipe(io.RawIOBase):
@@ -91,16 +91,14 @@ def test_blocks_are_what_load_audio_joins(form: str, rate: int) -> None:
     whole = load_audio(data)
     samples, flags = joined(open_recording(data))
     np.testing.assert_array_equal(samples, whole.samples)
-    assert flags == whole.flags == () and abs(whole.duration - 20) < 0.1
+    assert flags == whole.condition.flags == () and abs(whole.duration - 20) < 0.1
 
 
 def test_an_mp3_that_goes_on_behind_its_declared_end_is_decoded_once() -> None:
-    # Given two MP3s whose first header claims the bytes of both, so that decoding starts anew after blocks were yielded
+    # Given two MP3s whose first header claims the bytes of both
     data = encode(tone(6), form="MP3") + encode(tone(6, hertz=880), form="MP3")
     size_field = max(data.find(b"Info"), data.find(b"Xing")) + 12
     data = data[:size_field] + len(data).to_bytes(4, "big") + data[size_field + 4 :]
-    stream = find_stream(io.BytesIO(data), 0, len(data))
-    assert stream is not None and stream.fallback is not None
     # When they are read, then neither is there twice
     samples, _ = joined(open_recording(data))
     assert abs(len(samples) / SAMPLE_RATE - 12) < 0.2
@@ -146,7 +144,6 @@ def test_a_channel_can_be_chosen() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_media_files_are_read_in_blocks(channels: int) -> None:
-    av = pytest.importorskip("av")
     # Given a QuickTime file without loss
     written, rows = io.BytesIO(), np.stack([tone(12), tone(12, hertz=880)])[:channels]
     layout = {1: "mono", 2: "stereo"}[channels]
@@ -215,23 +212,20 @@ def test_closing_the_blocks_closes_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_errors_on_the_way_name_the_recording(tmp_path: Path) -> None:
-    # Given files that are damaged, or fail, in the middle, and one that is missing
-    data = encode(tone(20) + np.random.default_rng(0).normal(0, 0.01, 320_000).astype(np.float32), form="FLAC")
-    middle = len(data) * 2 // 3
+    # Given a file that fails in the middle, and one that is missing
+    data = encode(tone(60) + np.random.default_rng(0).normal(0, 0.01, 960_000).astype(np.float32), form="FLAC")
 
     class FailingFile(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
-            if middle < self.tell() < len(data) - 50_000:
+            if len(data) * 2 // 3 < self.tell() < len(data) - 50_000:
                 raise RuntimeError("connection lost")
             return super().read(size)
 
-    damaged = data[:middle] + b"\x55" * 5000 + data[middle + 5000 :]
     # When they are read, then blocks come before the error, which names the recording
-    for source, message in ((damaged, "is damaged"), (FailingFile(data), r"cannot be read \(connection lost\)")):
-        blocks = open_recording(source, name="call\n7").blocks()
-        assert len(next(blocks))
-        with pytest.raises(AudioError, match=rf"^'call\\n7': {message}"):
-            list(blocks)
+    blocks = open_recording(FailingFile(data), name="call\n7").blocks()
+    assert len(next(blocks))
+    with pytest.raises(AudioError, match=r"^'call\\n7': cannot be read \(connection lost\)"):
+        list(blocks)
     missing = open_recording(tmp_path / "missing.wav")
     with pytest.raises(AudioError, match=r"missing\.wav: no such file"):
         next(missing.blocks())

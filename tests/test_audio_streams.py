@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from granite_jax.audio import streams
+from granite_jax.audio import frames
 from granite_jax.audio.load import SAMPLE_RATE, load_audio, load_segment
 from granite_jax.errors import AudioError
 
@@ -69,7 +69,7 @@ def test_concatenated_files_are_decoded_to_the_end(kind):
     # When they are read as one file
     audio = load_audio(b"".join(encode(part, kind) for part in parts))
     # Then all of it is there
-    assert audio.flags == () and audio.duration == seconds_of(3 * SECONDS)
+    assert audio.condition.flags == () and audio.duration == seconds_of(3 * SECONDS)
     assert_follow(audio.samples, *parts)
 
 
@@ -90,7 +90,19 @@ def test_a_segment_may_span_streams(kind, offset, duration):
     segment = load_segment(file, "a", offset=offset, duration=duration)
     start = int(offset * SAMPLE_RATE)
     expected = whole[start:] if duration is None else whole[start : start + int(duration * SAMPLE_RATE)]
-    np.testing.assert_allclose(segment.samples, expected, atol=1e-3)
+    edge = 40 if kind == "opus" else 0  # of resampling from 48 kHz
+    np.testing.assert_allclose(
+        segment.samples[edge : len(expected) - edge], expected[edge : len(expected) - edge], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "opus", "vorbis", "mp3"])
+def test_a_segment_may_be_far_behind_the_first_streams(kind):
+    # Given eight recordings one behind the other, when a part of the last is read, then it is what the whole has there
+    file = io.BytesIO(b"".join(encode(sweep(200 + 100 * i), kind) for i in range(8)))
+    whole = load_audio(file.getvalue()).samples
+    segment = load_segment(file, "a", offset=11.0, duration=0.5).samples
+    np.testing.assert_allclose(segment[40:-40], whole[11 * SAMPLE_RATE + 40 :][: len(segment) - 80], atol=2e-3)
 
 
 def test_the_length_limit_is_of_all_streams_together():
@@ -105,7 +117,7 @@ def test_the_length_limit_is_of_all_streams_together():
 @pytest.mark.parametrize("kind", FORMATS)
 def test_junk_in_front_is_passed_over(kind, junk):
     audio = load_audio(junk + encode(sweep(), kind))
-    assert audio.flags == () and audio.duration == seconds_of(SECONDS)
+    assert audio.condition.flags == () and audio.duration == seconds_of(SECONDS)
     assert_follow(audio.samples, sweep())
 
 
@@ -113,7 +125,7 @@ def test_junk_in_front_is_passed_over(kind, junk):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_tags_behind_are_not_audio(kind, trailer):
     audio = load_audio(encode(sweep(), kind) + trailer)
-    assert audio.flags == () and audio.duration == seconds_of(SECONDS)
+    assert audio.condition.flags == () and audio.duration == seconds_of(SECONDS)
 
 
 @pytest.mark.parametrize("kind", ["wav", "opus", "mp3", "mp3-vbr"])
@@ -124,13 +136,13 @@ def test_tags_between_are_not_audio(kind):
 
 
 @pytest.mark.parametrize("kind", ["wav", "au", "caf", "vorbis", "opus", "mp3"])
-def test_bytes_that_cannot_be_decoded_are_counted(kind):
+def test_bytes_behind_that_cannot_be_decoded_are_flagged(kind):
     # Given a recording with 20,000 bytes behind it that are neither tags nor audio
-    data = encode(sweep(), kind)
     noise = np.random.default_rng(0).integers(1, 200, 20_000, np.uint8).tobytes()
-    # When it is read, then the error says how many were not decoded
-    with pytest.raises(AudioError, match=rf"is damaged \(20,000 of its {len(data) + 20_000:,} bytes cannot be decoded"):
-        load_audio(data + noise)
+    # When it is read, then it is there, and flagged
+    audio = load_audio(encode(sweep(), kind) + noise)
+    assert audio.condition.flags == ("damaged-input",) and audio.duration == seconds_of(SECONDS)
+    assert audio.condition.damage == ((pytest.approx(SECONDS, abs=0.08), pytest.approx(SECONDS, abs=0.08)),)
 
 
 # Headers that lie.
@@ -161,7 +173,7 @@ def _wav(length, riff=None):
 )
 def test_lengths_that_were_never_filled_in_are_not_believed(data):
     audio = load_audio(data)
-    assert audio.flags == () and audio.duration == SECONDS
+    assert audio.condition.flags == () and audio.duration == SECONDS
     assert_follow(audio.samples, sweep())
 
 
@@ -194,8 +206,8 @@ def test_an_mp3_without_its_header_is_decoded_to_the_end(kind, seconds):
     data = without_first_frame(encode(np.concatenate([0 * noise, noise]), kind))
     # When it is read, then all of it is there
     audio = load_audio(data)
-    assert audio.flags == () and audio.duration == pytest.approx(seconds, abs=0.15)
-    assert load_audio(data[:-50]).flags == ("truncated-input",)
+    assert audio.condition.flags == () and audio.duration == pytest.approx(seconds, abs=0.15)
+    assert load_audio(data[:-50]).condition.flags == ("truncated-input",)
 
 
 def test_junk_in_the_middle_of_an_mp3_is_passed_over():
@@ -216,22 +228,22 @@ def test_a_file_without_its_end_is_decoded_and_flagged(kind, share):
     # When it is read
     audio = load_audio(data[: int(share * len(data))])
     # Then what is there is decoded, and the transcript is to be flagged
-    assert audio.flags == ("truncated-input",)
+    assert audio.condition.flags == ("truncated-input",)
     assert share - 0.25 < audio.duration / 5 < share + 0.02
-    assert load_audio(data).flags == ()
+    assert load_audio(data).condition.flags == ()
 
 
 @pytest.mark.parametrize("kind", ["flac", "opus"])
 def test_a_stream_without_its_end_may_be_followed_by_another(kind):
     data = encode(sweep(seconds=5), kind)
     audio = load_audio(data[: int(0.7 * len(data))] + encode(sweep(700), kind))
-    assert audio.flags == ("truncated-input",) and SECONDS + 2.5 < audio.duration < SECONDS + 4.5
+    assert audio.condition.flags == ("truncated-input",) and SECONDS + 2.5 < audio.duration < SECONDS + 4.5
 
 
 def test_a_segment_before_the_missing_end_is_not_flagged():
     file = io.BytesIO(encode(sweep(), "wav")[:20_000])
-    assert load_segment(file, "a", duration=0.3).flags == ()
-    assert load_segment(file, "a", offset=0.3).flags == ("truncated-input",)
+    assert load_segment(file, "a", duration=0.3).condition.flags == ()
+    assert load_segment(file, "a", offset=0.3).condition.flags == ("truncated-input",)
 
 
 # Parts of files that cannot seek.
@@ -317,7 +329,7 @@ LYRICS = b"LYRICSBEGIN" + b"x" * 6000 + b"006011LYRICS200"
 )
 def test_healthy_files_are_decoded_exactly(data):
     audio = load_audio(data)
-    assert audio.flags == ()
+    assert audio.condition.flags == ()
     np.testing.assert_allclose(audio.samples, sweep(), atol=1e-3)
 
 
@@ -333,7 +345,7 @@ def test_healthy_files_are_decoded_exactly(data):
 def test_an_mp3_has_all_its_samples_whatever_its_tags_and_header_say(kind, change):
     expected = load_audio(encode(sweep(), kind))
     audio = load_audio(change(encode(sweep(), kind)))
-    assert (audio.flags, audio.samples.size) == ((), expected.samples.size)
+    assert (audio.condition.flags, audio.samples.size) == ((), expected.samples.size)
     np.testing.assert_allclose(audio.samples, expected.samples, atol=1e-4)
 
 
@@ -351,7 +363,7 @@ def test_layer_two_is_decoded_to_the_end():
     # Given 100 frames of silence as DAB and DVB have it
     frame = b"\xff\xfd\x80\xc4" + bytes(413)
     audio = load_audio(frame * 100)
-    assert audio.duration == pytest.approx(100 * 1152 / 44_100, abs=0.06) and audio.flags == ()
+    assert audio.duration == pytest.approx(100 * 1152 / 44_100, abs=0.06) and audio.condition.flags == ()
 
 
 def test_a_header_without_frames_ends():
@@ -375,7 +387,7 @@ def test_zeros_within_an_mp3_cost_little():
 
 
 def test_a_long_file_that_is_cut_is_flagged():
-    assert load_audio(_rf64(declared=3 << 30)[:40_000]).flags == ("truncated-input",)
+    assert load_audio(_rf64(declared=3 << 30)[:40_000]).condition.flags == ("truncated-input",)
 
 
 def test_other_formats_may_follow():
@@ -393,7 +405,7 @@ def test_many_empty_streams_take_no_time(monkeypatch):
     # Given a thousand headers without samples, and junk that resembles frames
     empty = b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLE_RATE, 1)
     scans = []
-    monkeypatch.setattr(streams, "_sync_positions", lambda data: scans.append(len(data)) or iter(()))
+    monkeypatch.setattr(frames, "find", lambda data: scans.append(len(data)))
     with pytest.raises(AudioError):
         load_audio(empty * 1000 + b"\xff\xfb\x90\x00" * 16_000)
     # Then the junk is looked at a few times, not for each of them

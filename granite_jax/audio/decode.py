@@ -1,51 +1,44 @@
-"""Decodes encoded audio in blocks, stream by stream, believing no header: by libsndfile, or else by FFmpeg."""
+"""Decodes encoded audio in blocks, part by part, believing no header: by FFmpeg, or else by libsndfile."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import itertools
-import math
-import os
-from collections.abc import Generator, Iterator
-from typing import Any, BinaryIO, NamedTuple, cast
+from collections.abc import Generator, Iterable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import soundfile as sf
 
 from granite_jax import git_lfs
-from granite_jax.audio.media import decode_media, media_format, num_media_channels, read_head
+from granite_jax.audio.clock import Chunk, Clock, Sound, Span, joined_spans
+from granite_jax.audio.decoder import Decoder, NoSeekError, UnreadableError
+from granite_jax.audio.ffmpeg import open_ffmpeg
+from granite_jax.audio.markers import TRAILER, is_only_tags, read
+from granite_jax.audio.parts import HEAD, Part, find_parts
 from granite_jax.audio.resample import (
-    BLOCK_FRAMES,
+    MAX_AMPLITUDE,
     SAMPLE_RATE,
     Blocks,
+    Condition,
     Mixer,
     check_channels,
     check_rate,
-    one_line,
+    checked,
     raise_too_long,
     resample,
+    scale,
 )
-from granite_jax.audio.streams import Stream, find_stream, is_only_tags, next_marker
+from granite_jax.audio.sndfile import open_sndfile
+from granite_jax.audio.views import FileView, View, view_of
 from granite_jax.errors import AudioError
 
-_UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
-_TRAILER = 4096  # bytes behind the audio that may be anything
-_MAX_STREAMS = 10_000
-
-
-class _UnreadableError(AudioError):
-    """libsndfile does not recognize the format."""
-
-
-class _StreamEnd(NamedTuple):
-    """What is known of a stream once it is decoded."""
-
-    flags: tuple[str, ...]
-    num_samples: int  # at 16 kHz
-    position: int  # byte of the file
-    seconds: float  # that were decoded or skipped
-    is_enough: bool = False  # the part that was wanted ends in this stream
+_MAX_PARTS = 10_000
+_SLACK = 0.5  # seconds that the length in a container's header and the decoded audio can differ by
+_MIN_GAP = 0.002  # seconds that are missing, if they are not the rounding of a header
+_MIN_SEEK = 2.0  # seconds
+# FFmpeg decodes these in WAV, AIFF and AU otherwise than the programs that write them do.
+_OF_LIBSNDFILE = ("adpcm_ms", "adpcm_ima_qt", "g726", "g726le")
 
 
 def decode(
@@ -56,362 +49,244 @@ def decode(
     duration: float | None = None,
     channel: int | None = None,
 ) -> Blocks:
-    """Decodes all streams of a seekable file, one after another, in blocks.
+    """Decodes all parts of a seekable file, one after another, in blocks.
+
+    What cannot be decoded is silence of its length.
 
     Args:
       sampling_rate: in Hz. If given, the file's own must agree with it.
       limit: seconds to accept, possibly infinite.
-      offset, duration: the part to decode, in seconds of the file; to its end without a duration.
+      offset, duration: the excerpt to decode, in seconds of the file; to its end without a duration.
       channel: take this channel alone, counted from 0.
 
     Raises:
-      AudioError: the data is at fault. Bytes that are left over, and could be audio, are counted.
+      AudioError: the data is at fault, and nothing of it can be decoded.
       OSError: reading failed.
     """
-    head = _checked_head(file)
-    size = file.seek(0, io.SEEK_END)
+    _check_head(file)
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
-    if (kind := media_format(head)) is not None:
-        return (yield from decode_media(file, kind, sampling_rate, limit, offset, duration, channel))
-    position, skip, take, num_samples, num_streams = 0, offset, duration, 0, 0
-    flags: dict[str, None] = {}
-    end = None
-    while end is None or not end.is_enough:
-        if num_streams == _MAX_STREAMS:
-            raise AudioError(f"holds more than {_MAX_STREAMS:,} recordings")
-        options = _Options(sampling_rate, limit, max(skip, 0.0), take, channel)
-        try:
-            end = yield from _decode_next(file, position, size, options)
-        except _UnreadableError as error:
-            kind = media_format(head, shared=True)
-            if kind is None:
-                raise AudioError(str(error)) from error.__cause__
-            return (yield from decode_media(file, kind, sampling_rate, limit, offset, duration, channel))
-        if end is None:
-            break
-        flags |= dict.fromkeys(end.flags)
-        position, skip = max(end.position, position + 1), skip - end.seconds
-        num_samples += end.num_samples
-        num_streams += 1
-        seconds = num_samples / SAMPLE_RATE
-        if seconds > limit:
-            raise_too_long(limit)
-        take = None if duration is None else max(duration - seconds, 0.0)
+    parts = _Parts(file, _Excerpt(sampling_rate, limit, offset, duration))
+    num_samples, took_one_channel = 0, False
+    with contextlib.closing(parts.pieces()) as pieces:
+        for (_, rate, _), run in itertools.groupby(pieces, key=_Piece.kind):
+            mixer = Mixer(channel)
+            for block in resample(mixer(piece.frames for piece in run), rate, limit):
+                num_samples += len(block)
+                if num_samples > limit * SAMPLE_RATE + 1:  # resampling rounds lengths up
+                    raise_too_long(limit)
+                yield block
+            took_one_channel |= mixer.took_one_channel
     if offset and num_samples == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
-    return tuple(flags)
+    return parts.condition(took_one_channel)
 
 
 def num_channels(file: BinaryIO) -> int:
-    """The channels of the first stream of a seekable file. Raises what `decode` raises."""
-    head = _checked_head(file)
-    size = file.seek(0, io.SEEK_END)
-    if (kind := media_format(head)) is not None:
-        return num_media_channels(file, kind)
-    options = _Options(None, math.inf, 0.0, None, None)
+    """The channels of the first part of a seekable file. Raises what `decode` raises."""
+    _check_head(file)
     unreadable = None
-    for stream in _candidates(file, 0, size):
+    for part in find_parts(file, 0, file.seek(0, io.SEEK_END)):
         try:
-            return _StreamDecoder(file, stream, options).num_channels()
-        except _UnreadableError as error:
+            with _open(file, part) as (decoder, _):
+                count = decoder.num_channels
+                check_channels(count)
+                return count
+        except UnreadableError as error:
             unreadable = unreadable or error
-    if unreadable is None:
-        raise AudioError("is not audio that can be read")
-    if (kind := media_format(head, shared=True)) is not None:
-        return num_media_channels(file, kind)
-    raise AudioError(str(unreadable)) from unreadable.__cause__
+    raise unreadable or AudioError("is not audio that can be read")
 
 
-def _checked_head(file: BinaryIO) -> bytes:
-    """A file's first bytes. AudioError if it is empty, or the pointer to another file."""
+def _check_head(file: BinaryIO) -> None:
+    """Raises AudioError if a file is empty, or the pointer to another file."""
     if file.seek(0, io.SEEK_END) == 0:
         raise AudioError("is empty")
-    head = read_head(file)
-    if git_lfs.is_pointer(head):
+    if git_lfs.is_pointer(read(file, 0, HEAD)):
         raise AudioError(git_lfs.PROBLEM)
-    return head
 
 
-class _Options(NamedTuple):
-    """How to decode a stream: without its first `skip` seconds, and at most `take` seconds of it."""
+@contextlib.contextmanager
+def _open(file: BinaryIO, part: Part) -> Iterator[tuple[Decoder, View]]:
+    """The decoder of a part. Raises UnreadableError if none of the libraries knows it."""
+    with contextlib.ExitStack() as stack:
+        view = view_of(file, part)
+        decoder, unreadable = None, None
+        if part.format is not None:
+            try:
+                decoder = stack.enter_context(open_ffmpeg(view, part))
+            except UnreadableError as error:
+                unreadable = error
+        if decoder is None or decoder.codec in _OF_LIBSNDFILE:
+            other_view = FileView(file, part)
+            with contextlib.suppress(UnreadableError) if decoder or unreadable else contextlib.nullcontext():
+                decoder, view = stack.enter_context(open_sndfile(other_view)), other_view
+        if decoder is None:
+            assert unreadable is not None
+            raise unreadable
+        yield decoder, view
+
+
+class _Excerpt(NamedTuple):
+    """What to decode; see `decode`."""
 
     sampling_rate: float | None
     limit: float
-    skip: float
-    take: float | None
-    channel: int | None
+    offset: float
+    duration: float | None
 
 
-def _decode_next(
-    file: BinaryIO, position: int, size: int, options: _Options
-) -> Generator[np.ndarray, None, _StreamEnd | None]:
-    """Decodes the first stream at or after a position; None if only tags, or a few other bytes, are left.
+class _Piece(NamedTuple):
+    """Frames float32 `[n, channels]` that are wanted, of a part."""
 
-    _UnreadableError is raised before any block is yielded.
-    """
-    if position and is_only_tags(file, position, size):
-        return None
-    unreadable = None
-    for stream in _candidates(file, position, size):
-        try:
-            return (yield from _StreamDecoder(file, stream, options).decode())
-        except _UnreadableError as error:
-            unreadable = unreadable or error
-    if position == 0 and unreadable is not None:
-        raise unreadable
-    if size - position <= _TRAILER:
-        return None
-    raise AudioError(f"is damaged ({size - position:,} of its {size:,} bytes cannot be decoded)")
+    number: int
+    rate: float
+    frames: np.ndarray
+
+    def kind(self) -> tuple[int, float, int]:
+        """What pieces have in common that are resampled as one."""
+        return self.number, self.rate, self.frames.shape[1]
 
 
-def _candidates(file: BinaryIO, position: int, size: int) -> Iterator[Stream]:
-    """What the first stream at or after a position can be."""
-    if position == 0:
-        # A format whose headers are understood; one that only libsndfile knows; a stream behind junk.
-        if (stream := find_stream(file, 0, size, behind_junk=False)) is not None:
-            yield stream
-        yield Stream(0, size, is_parsed=False)
-    if (stream := find_stream(file, position, size)) is not None:
-        yield stream
+class _Parts:
+    """Decodes the excerpt of a file."""
 
+    def __init__(self, file: BinaryIO, excerpt: _Excerpt):
+        self._file, self._excerpt = file, excerpt
+        self._size = file.seek(0, io.SEEK_END)
+        self._flags: set[str] = set()
+        self._damage: list[Span] = []
+        self._seconds = 0.0  # of the parts before
+        self._kind: tuple[float, int] | None = None  # rate and channels that were checked
+        self._is_enough = self._has_sound = self._is_scaled = self._is_lossy = False
 
-class _StreamDecoder:
-    """Decodes a stream, once."""
+    def pieces(self) -> Generator[_Piece, None, None]:
+        position = 0
+        for number in range(_MAX_PARTS):
+            end = yield from self._next_part(position, number)
+            if end is None or self._is_enough:
+                break
+            position = max(end, position + 1)
+        else:
+            raise AudioError(f"holds more than {_MAX_PARTS:,} recordings")
+        if not self._has_sound and self._damage:
+            raise AudioError("is damaged: nothing of it can be decoded")
 
-    def __init__(self, file: BinaryIO, stream: Stream, options: _Options):
-        self._file, self._stream, self._options = file, stream, options
-        self._format: tuple[float, int] | None = None  # rate in Hz, channels
-        self._num_taken = 0  # frames that were yielded
-        self._end: _StreamEnd | None = None
+    def condition(self, took_one_channel: bool) -> Condition:
+        """Flags and damage of the excerpt."""
+        offset, duration = self._excerpt.offset, self._excerpt.duration
+        last = self._seconds - offset if duration is None else duration
+        damage = [(max(a - offset, 0.0), min(b - offset, last)) for a, b in self._damage if b >= offset]
+        damage = joined_spans([(round(a, 3), round(b, 3)) for a, b in damage if a <= last])
+        flags = {*self._flags, *(["damaged-input"] if damage else []), *(["one-channel"] if took_one_channel else [])}
+        order = ("truncated-input", "damaged-input", "one-channel", "one-track")
+        return Condition(tuple(flag for flag in order if flag in flags), tuple(damage))
 
-    def num_channels(self) -> int:
-        """The channels according to the stream's header."""
-        with self._open() as (decoder, _):
-            return decoder.channels
-
-    def decode(self) -> Generator[np.ndarray, None, _StreamEnd]:
-        """Yields blocks at 16 kHz, mono. _UnreadableError is raised before any of them."""
-        mixer = Mixer(self._options.channel)
-        num_samples = 0
-        with contextlib.closing(self._frames()) as frames:
-            first = next(frames, None)  # opens the stream
-            if first is not None:
-                assert self._format is not None
-                mono = mixer(itertools.chain([first], frames))
-                for block in resample(mono, self._format[0], self._options.limit):
-                    num_samples += len(block)
-                    yield block
-        assert self._end is not None
-        flags = (*self._end.flags, "one-channel") if mixer.took_one_channel else self._end.flags
-        return self._end._replace(flags=flags, num_samples=num_samples)
-
-    def _frames(self, *, seek: bool = True) -> Generator[np.ndarray, None, None]:
-        """The wanted frames behind those that were yielded before, `[n, channels]`; sets `_format` and `_end`."""
-        with self._open() as (decoder, view):
-            rate = check_rate(decoder.samplerate)
-            if self._num_taken and self._format != (rate, decoder.channels):
-                raise AudioError("changes its sampling rate or channels within the recording")
-            self._format = rate, decoder.channels
-            start = round(self._options.skip * rate)
-            frames = None if self._options.take is None else max(1, round(self._options.take * rate))
-            if frames is None and self._options.limit * rate + start < decoder.frames < _UNKNOWN_FRAMES:
-                raise_too_long(self._options.limit)
-            start += self._num_taken
-            # A second early, because lossy decoders depend on what was before.
-            target = max(0, start - int(rate)) if seek and start < decoder.frames else 0
-            if target and not _seek(decoder, target):
-                yield from self._frames(seek=False)
-                return
-            blocks = _Blocks(decoder, start - target, None if frames is None else frames - self._num_taken)
-            for block in blocks:
-                view.check()
-                self._num_taken += len(block)
-                yield block
-            num_frames = target + blocks.num_frames
-            if frames is not None and self._num_taken >= frames:
-                self._end = _StreamEnd((), 0, self._stream.end, num_frames / rate, is_enough=True)
-                return
-            position, is_truncated = self._find_end(decoder, view, blocks.error, num_frames)
-        if position is not None:
-            self._end = _StreamEnd(("truncated-input",) if is_truncated else (), 0, position, num_frames / rate)
-            return
-        assert self._stream.fallback is not None
-        self._stream = self._stream.fallback()
-        try:
-            yield from self._frames()
-        except _UnreadableError as error:
-            if self._num_taken:
-                raise AudioError(f"is damaged ({error})") from error.__cause__
-            raise
-
-    def _find_end(
-        self, decoder: _SequentialDecoder, view: _View, error: str | None, num_frames: int
-    ) -> tuple[int | None, bool]:
-        """Where in the file a stream really ended, and whether its own end is missing.
-
-        The end is None where decoding stopped too early and the stream has a fallback.
-
-        Args:
-          error: of the decoder, if one stopped it.
-          num_frames: how many there were.
-
-        Raises:
-          AudioError: the stream is damaged.
-        """
-        stream, left = self._stream, self._stream.end - view.position
-        is_complete = num_frames >= decoder.frames
-        if decoder.format == "FLAC" and (error is not None or not view.is_at_end):
-            following = next_marker(self._file, stream.header_end, stream.end)
-            is_last = left <= _TRAILER or is_only_tags(self._file, view.position, stream.end)
-            if following < stream.end or (is_complete and is_last):
-                return following, not is_complete and decoder.frames < _UNKNOWN_FRAMES
-        if decoder.format == "MP3" and (left > _TRAILER or error is not None) and stream.fallback:
-            return None, False
-        if error is not None and not (view.is_at_end and num_frames):
-            raise AudioError(f"is damaged ({error})")
-        if decoder.format == "MP3":
-            return (view.position if left > _TRAILER else stream.end), stream.is_truncated
-        if is_complete and left > _TRAILER and (not stream.is_parsed or decoder.format == "FLAC"):
-            raise AudioError(f"is damaged ({left:,} of its {stream.end:,} bytes cannot be decoded)")
-        return stream.end, stream.is_truncated or error is not None or num_frames < decoder.frames < _UNKNOWN_FRAMES
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[tuple[_SequentialDecoder, _View]]:
-        view = _View(self._file, self._stream)
-        try:
-            with _open(view) as decoder:
-                rate, given = check_rate(decoder.samplerate), self._options.sampling_rate
-                if given is not None and check_rate(given) != rate:
-                    raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
-                check_channels(decoder.channels)
-                yield decoder, view
-        except Exception:
-            view.check()  # Whatever libsndfile made of it: the data is not at fault.
-            raise
-        view.check()
-
-
-def _open(view: _View) -> _SequentialDecoder:
-    try:
-        return _SequentialDecoder(cast(Any, view))
-    except (sf.SoundFileError, TypeError, ValueError) as error:
-        raise _UnreadableError(f"is not audio that can be read ({_libsndfile_reason(error)})") from error
-
-
-def _seek(decoder: _SequentialDecoder, frames: int) -> bool:
-    """Goes to a frame. False if the format does not allow it."""
-    try:
-        return decoder.seek(frames) == frames
-    except (sf.SoundFileError, ValueError, OSError):
-        return False
-
-
-class _Blocks:
-    """Decodes to the end of the data, which is where the header says or earlier: float32 `[<= 65536, channels]` each.
-
-    Fields:
-      num_frames: frames that were decoded.
-      num_taken: those of them that were not dropped.
-      error: why decoding ended, if an error ended it.
-    """
-
-    def __init__(self, decoder: _SequentialDecoder, drop: int, take: int | None):
-        """Drops the first `drop` frames and ends after `take` more."""
-        self._decoder, self._drop, self._take = decoder, drop, take
-        self.num_frames, self.num_taken = 0, 0
-        self.error: str | None = None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        buffer = np.empty((BLOCK_FRAMES, self._decoder.channels), np.float32)
-        last = None if self._take is None else self._drop + self._take
-        while self.error is None and (last is None or self.num_frames < last):
-            block = buffer if last is None else buffer[: last - self.num_frames]
-            block.fill(np.nan)
+    def _next_part(self, position: int, number: int) -> Generator[_Piece, None, int | None]:
+        """Decodes the first part at or after a position, and returns its end; None if there is none."""
+        if position and is_only_tags(self._file, position, self._size):
+            return None
+        unreadable = None
+        for part in find_parts(self._file, position, self._size):
             try:
-                frames = self._decoder.read(out=block)
-            except (sf.SoundFileError, ValueError) as error:
-                self.error = _libsndfile_reason(error)
-                # What was decoded before the error: libsndfile leaves the rest, or zeros it behind the declared end.
-                declared = block[: max(0, self._decoder.frames - self.num_frames)]
-                unwritten = np.flatnonzero(np.isnan(declared[:, 0]))
-                frames = declared[: unwritten[0]] if len(unwritten) else declared
-            if len(frames) == 0:
-                return
-            kept = frames[max(0, self._drop - self.num_frames) :]
-            self.num_frames += len(frames)
-            self.num_taken += len(kept)
-            if len(kept):
-                yield kept
+                return (yield from self._decode(part, number))
+            except UnreadableError as error:
+                if position:
+                    self._damage.append((self._seconds, self._seconds))
+                    return part.end
+                unreadable = unreadable or error
+        if position == 0:
+            raise AudioError(str(unreadable)) from unreadable and unreadable.__cause__
+        if self._size - position > TRAILER:
+            self._damage.append((self._seconds, self._seconds))
+        return None
 
+    def _decode(self, part: Part, number: int) -> Generator[_Piece, None, int]:
+        """Decodes a part; returns its end. Raises UnreadableError before any piece."""
+        if self._excerpt.offset - self._seconds > _MIN_SEEK:
+            with contextlib.suppress(NoSeekError):
+                return (yield from self._decode_from(part, number, seek=True))
+        return (yield from self._decode_from(part, number, seek=False))
 
-def _libsndfile_reason(error: Exception) -> str:
-    return one_line(getattr(error, "error_string", None) or error).rstrip(".")
+    def _decode_from(self, part: Part, number: int, *, seek: bool) -> Generator[_Piece, None, int]:
+        with _open(self._file, part) as (decoder, view):
+            if seek and not isinstance(view, FileView):
+                raise NoSeekError
+            self._check_length(decoder.seconds)
+            self._is_lossy = decoder.is_lossy
+            clock: Clock | None = None
+            for sound in decoder.sounds(self._excerpt.offset - self._seconds, seek=seek):
+                self._check(sound)
+                clock = clock or Clock(sound.time or 0.0, decoder.seconds)
+                yield from self._wanted(clock.place(sound), number)
+                if self._is_enough:
+                    break
+            if clock is None:
+                if decoder.has_failed or (decoder.seconds and not decoder.skipped):
+                    self._damage.append((self._seconds, self._seconds))
+                self._seconds += decoder.skipped
+                return view.end
+            yield from self._wanted(clock.finish(), number)
+            if not self._is_enough:
+                self._note_end(part, decoder, view, clock.seconds)
+            self._has_sound = True
+            self._flags |= {"one-track"} if decoder.num_tracks > 1 else set()
+            self._damage += [(self._seconds + low, self._seconds + high) for low, high in clock.damage]
+            self._seconds += clock.seconds
+            return view.end
 
+    def _wanted(self, chunks: Iterable[Chunk], number: int) -> Iterator[_Piece]:
+        """What belongs to the excerpt."""
+        for chunk in chunks:
+            low = round((self._excerpt.offset - self._seconds) * chunk.rate) - chunk.start
+            high = len(chunk.frames)
+            if self._excerpt.duration is not None:
+                high = low + max(1, round(self._excerpt.duration * chunk.rate))
+                self._is_enough |= high <= len(chunk.frames)
+            frames = chunk.frames[max(low, 0) : max(high, 0)]
+            if len(frames):
+                yield _Piece(number, chunk.rate, self._cleaned(frames, chunk.start / chunk.rate))
 
-class _SequentialDecoder(sf.SoundFile):
-    """Decodes front to back. soundfile would otherwise cut reads at the length in the header and seek after each."""
+    def _cleaned(self, frames: np.ndarray, time: float) -> np.ndarray:
+        """Frames as float32, without values that no sound has, which damage makes."""
+        if frames.dtype.kind in "iu":
+            return scale(frames).astype(np.float32, copy=False)
+        peak = max(frames.max(), -frames.min())
+        if peak <= (1.0 if self._is_lossy else MAX_AMPLITUDE):  # which is false for NaN
+            self._is_scaled |= peak > 0.0
+            return frames.astype(np.float32, copy=False)
+        if self._is_lossy:
+            return np.clip(np.nan_to_num(frames, nan=0.0), -1.0, 1.0).astype(np.float32)
+        if not self._is_scaled and np.median(np.abs(np.nan_to_num(frames[frames != 0], nan=0.0))) > 1.0:
+            return checked(frames)  # which raises: all is out of scale
+        start = self._seconds + time
+        self._damage.append((start, start + len(frames) / SAMPLE_RATE))
+        return np.where(np.abs(frames) <= MAX_AMPLITUDE, frames, 0.0).astype(np.float32)
 
-    def seekable(self) -> bool:
-        return False
+    def _check_length(self, seconds: float | None) -> None:
+        limit = self._excerpt.limit
+        if self._excerpt.duration is not None or seconds is None:
+            return
+        if self._seconds + seconds - self._excerpt.offset > limit:
+            raise_too_long(limit)
 
+    def _check(self, sound: Sound) -> None:
+        """Raises AudioError if sound is not as the caller says, or as no recording is."""
+        kind = sound.rate, sound.frames.shape[1]
+        if kind == self._kind:
+            return
+        self._kind, given, rate = kind, self._excerpt.sampling_rate, check_rate(sound.rate)
+        if given is not None and check_rate(given) != rate:
+            raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
+        check_channels(sound.frames.shape[1])
 
-class _View:
-    """A stream of a file, with its patches, as libsndfile reads it.
-
-    libsndfile's callbacks cannot raise: a failed read is kept, to be raised afterwards. The view has no name: soundfile
-    would take `x.raw` for headerless data and ask for its format.
-    """
-
-    def __init__(self, file: BinaryIO, stream: Stream) -> None:
-        self._file, self._stream, self._offset = file, stream, 0
-        self.error: OSError | None = None
-
-    @property
-    def position(self) -> int:
-        """The next byte, counted in the file."""
-        return self._stream.start + max(0, self._offset - len(self._stream.prefix))
-
-    def check(self) -> None:
-        """Raises the error of a read that failed."""
-        if self.error is not None:
-            raise self.error
-
-    @property
-    def is_at_end(self) -> bool:
-        """Whether all bytes were read."""
-        return self.position >= self._stream.end
-
-    def read(self, size: int) -> bytes:
-        prefix = self._stream.prefix[self._offset :][:size]
-        if prefix:
-            self._offset += len(prefix)
-            return prefix
-        position = self.position
-        size = min(size, self._stream.end - position)
-        if size <= 0:
-            return b""
-        try:
-            self._file.seek(position)
-            data = self._file.read(size)
-        except Exception as error:  # a remote file raises what it likes
-            self.error = error if isinstance(error, OSError) else OSError(one_line(error))
-            return b""
-        for at, patch in self._stream.patches.items():
-            at += self._stream.start - position
-            low, high = max(at, 0), min(at + len(patch), len(data))
-            if low < high:
-                data = data[:low] + patch[low - at : high - at] + data[high:]
-        self._offset += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        size = len(self._stream.prefix) + self._stream.end - self._stream.start
-        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: size}
-        target = origin[whence] + offset
-        if target >= 0:  # Damaged headers point to before the start.
-            self._offset = target
-        return self._offset
-
-    def tell(self) -> int:
-        return self._offset
+    def _note_end(self, part: Part, decoder: Decoder, view: View, seconds: float) -> None:
+        """Notes what is wrong with a part that was decoded to its end."""
+        declared, slack = decoder.seconds, _MIN_GAP if part.is_lossless else _SLACK
+        self._damage += [(self._seconds + time, self._seconds + time) for time in view.lost]
+        if view.is_truncated or (declared is not None and seconds < declared - slack):
+            self._flags.add("truncated-input")
+        elif decoder.has_failed and (declared is None or seconds < declared - _MIN_GAP):
+            if part.is_framed:
+                self._damage.append((self._seconds + seconds, self._seconds + seconds))
+            else:
+                self._flags.add("truncated-input")

@@ -23,10 +23,13 @@ from granite_jax.audio import decode
 from granite_jax.audio.resample import (
     BLOCK_FRAMES,
     SAMPLE_RATE,
+    WHOLE,
     Blocks,
+    Condition,
     Mixer,
     check_channels,
     check_rate,
+    checked,
     one_line,
     raise_too_long,
     resample,
@@ -67,12 +70,12 @@ class Audio:
     Fields:
       name: for messages and output.
       samples: float32 `[n]` at 16 kHz, mono, roughly in [-1, 1].
-      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply.
+      condition: whether its file was whole.
     """
 
     name: str
     samples: np.ndarray
-    flags: tuple[str, ...] = ()
+    condition: Condition = WHOLE
 
     @property
     def duration(self) -> float:
@@ -84,19 +87,18 @@ class RecordingBlocks(Iterator[np.ndarray]):
     """The blocks of a recording, float32 `[n]` at 16 kHz, mono. Its AudioErrors name the recording.
 
     Fields:
-      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply; known when all blocks
-        were read.
+      condition: whether the file was whole; known when all blocks were read.
     """
 
     def __init__(self, name: str, blocks: Blocks):
         self._name, self._blocks = name, blocks
-        self.flags: tuple[str, ...] = ()
+        self.condition = WHOLE
 
     def __next__(self) -> np.ndarray:
         try:
             return next(self._blocks)
         except StopIteration as end:
-            self.flags = end.value or self.flags
+            self.condition = end.value or self.condition
             raise
         except AudioError as error:
             raise _with_name(self._name, error) from error.__cause__
@@ -129,12 +131,11 @@ def load_audio(
     """Reads one utterance from a file, a buffer or an array.
 
     Args:
-      source: a path; the bytes of a file or an open binary file (anything libsndfile reads: wav, flac, ogg, mp3, ...;
-        with the extra `media`, anything FFmpeg reads: m4a, mp4, webm, wma, ...);
-        an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the channels), floats in [-1, 1] or
-        integers, which are scaled by the range of their type; a pair (array, sampling rate); the audio of a Hugging
-        Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or a decoder of torchcodec; a
-        Recording, which is read; or an Audio, which is returned unchanged.
+      source: a path; the bytes of a file or an open binary file (anything FFmpeg or libsndfile reads: wav, flac, mp3,
+        ogg, m4a, mp4, webm, wma, ...); an array of shape [n], [n, channels] or [channels, n] (the shorter axis is the
+        channels), floats in [-1, 1] or integers, which are scaled by the range of their type; a pair (array, sampling
+        rate); the audio of a Hugging Face data set: a dict of "array" and "sampling_rate", or of "bytes" or "path", or
+        a decoder of torchcodec; a Recording, which is read; or an Audio, which is returned unchanged.
       sampling_rate: in Hz, of an array; default 16 kHz. For a file, it must agree with the file's own.
       name: of the audio in messages and outputs; by default the path, or "audio".
       max_seconds: the longest audio to accept, 4 hours by default.
@@ -224,20 +225,20 @@ def check_samples(num_samples: int) -> None:
 def _read(name: str, blocks: Blocks, limit: float) -> Audio:
     """All blocks as one, of at most `limit` seconds. Raises AudioError, without the name."""
     parts, num_samples = [], 0
-    flags: tuple[str, ...] = ()
+    condition = WHOLE
     with contextlib.closing(blocks):
         while True:
             try:
                 parts.append(next(blocks))
             except StopIteration as end:
-                flags = end.value
+                condition = end.value
                 break
             num_samples += len(parts[-1])
             # A recording can have been opened without this limit. Resampling rounds lengths up.
             if num_samples > limit * SAMPLE_RATE + 1:
                 raise_too_long(limit)
     check_samples(num_samples)
-    return Audio(name, np.concatenate(parts), flags)
+    return Audio(name, np.concatenate(parts), condition)
 
 
 @contextlib.contextmanager
@@ -462,9 +463,9 @@ def decode_array(source: Any, rate: float, limit: float, channel: int | None = N
     frames = _frames_of(source)
     starts = range(0, len(frames), BLOCK_FRAMES)
     mixer = Mixer(channel)
-    mono = mixer(scale(frames[start : start + BLOCK_FRAMES]) for start in starts)
+    mono = mixer(checked(scale(frames[start : start + BLOCK_FRAMES])) for start in starts)
     yield from resample(mono, rate, limit)
-    return ("one-channel",) if mixer.took_one_channel else ()
+    return Condition(("one-channel",) if mixer.took_one_channel else ())
 
 
 def _frames_of(source: Any) -> np.ndarray:
@@ -485,7 +486,7 @@ def _audio_blocks(audio: Audio, limit: float) -> Blocks:
     samples = audio.samples
     blocks = (samples[start : start + BLOCK_FRAMES] for start in range(0, len(samples), BLOCK_FRAMES))
     yield from resample(blocks, SAMPLE_RATE, limit)
-    return audio.flags
+    return audio.condition
 
 
 def _check_dtype(array: np.ndarray, source: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NoReturn
 
@@ -23,12 +24,25 @@ BLOCK_FRAMES = 1 << 16
 CHUNK_VALUES = 1 << 22
 """Frames times channels that are mixed down alike."""
 
-Blocks = Generator[np.ndarray, None, tuple[str, ...]]
-"""Float32 blocks `[n]` at 16 kHz, mono; returns flags when it is exhausted. Closing it closes what it reads from.
 
-The flags are "truncated-input" if the file lacks its end, "one-channel" if the channels cancel each other out
-somewhere, and the samples there are those of the loudest, and "one-track" if there are other audio tracks.
-"""
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What is known of audio when all of it was read.
+
+    Fields:
+      flags: "truncated-input" if the file lacks its end, "damaged-input" if some of it could not be decoded,
+        "one-channel" if the channels cancel each other out somewhere, and the samples there are those of the loudest,
+        and "one-track" if there are other audio tracks.
+      damage: the seconds, from and to, that could not be decoded and are silent.
+    """
+
+    flags: tuple[str, ...] = ()
+    damage: tuple[tuple[float, float], ...] = ()
+
+
+WHOLE = Condition()
+Blocks = Generator[np.ndarray, None, Condition]
+"""Float32 blocks `[n]` at 16 kHz, mono; returns their condition. Closing it closes what it reads from."""
 
 
 class TooLongError(AudioError):
@@ -58,6 +72,10 @@ def scale(frames: np.ndarray) -> np.ndarray:
     if frames.dtype.kind not in "iu":
         return frames
     half = 2.0 ** (8 * frames.dtype.itemsize - 1)
+    if frames.dtype.kind == "i":  # as exact in float32
+        scaled = frames.astype(np.float32)
+        scaled *= np.float32(1 / half)
+        return scaled
     return (frames.astype(np.float64) - (half if frames.dtype.kind == "u" else 0.0)) / half
 
 
@@ -77,20 +95,23 @@ class Mixer:
         self.took_one_channel = False
 
     def __call__(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Blocks `[n, channels]` of any float type -> blocks float32 `[n]`, of at most `BLOCK_FRAMES` frames.
+        """Blocks float32 `[n, channels]` -> blocks float32 `[n]`, of at most `BLOCK_FRAMES` frames.
 
         Raises:
-          AudioError: samples are not finite or not within [-1, 1], or there is no such channel.
+          AudioError: there is no such channel.
         """
         chunk: list[np.ndarray] = []
         num_values = 0
         for block in blocks:
-            for frames in _split(_checked(block), BLOCK_FRAMES):
+            for frames in _split(block, BLOCK_FRAMES):
                 num_channels = frames.shape[1]
                 if self._channel is not None and self._channel >= num_channels:
                     raise AudioError(f"has {num_channels} channels, and no channel {self._channel} (the first is 0)")
-                if num_channels == 1 or self._channel is not None:
-                    yield frames[:, self._channel or 0].copy()
+                if num_channels == 1:
+                    yield frames[:, 0]
+                    continue
+                if self._channel is not None:
+                    yield frames[:, self._channel].copy()
                     continue
                 if num_values + frames.size > CHUNK_VALUES:
                     yield from self._mixed(chunk)
@@ -112,13 +133,13 @@ class Mixer:
         yield from mixed
 
 
-def _checked(frames: np.ndarray) -> np.ndarray:
-    """A float32 copy. AudioError if a sample is not finite or far beyond [-1, 1]."""
+def checked(frames: np.ndarray) -> np.ndarray:
+    """A float32 copy of frames of any float type. AudioError if a sample is not finite or far beyond [-1, 1]."""
     if frames.dtype.name == "bfloat16":
         frames = frames.astype(np.float32)
-    if not np.isfinite(frames).all():
+    peak = float(max(frames.max(initial=0.0), -frames.min(initial=0.0)))
+    if not np.isfinite(peak):
         raise AudioError("holds NaN or infinite samples")
-    peak = float(np.abs(frames).max(initial=0.0))
     if peak > MAX_AMPLITUDE:
         raise AudioError(f"float samples should be within [-1, 1], but one is {peak:.6g}: scale them first")
     return frames.astype(np.float32)

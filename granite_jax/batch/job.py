@@ -48,7 +48,7 @@ OpenEntry = Callable[[Entry], EntryAudio]
 PART_SIZE = 1024
 _STOP_POLL_SECONDS = 0.1
 _MAX_ERRORS = 3  # in a summary
-_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags")  # of a Transcript, in a line
+_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags", "damage")  # of a line's Transcript
 
 
 @dataclasses.dataclass
@@ -161,7 +161,8 @@ def run(
 
     The directory gets `part-*.jsonl` with a line for each utterance, in the manifest's order: `index`, `id`, `audio`,
     `file` (size in `bytes` and time when it was `modified`, of a local one), and `text`, `tokens`, `duration` (in
-    seconds), `confidence`, `ctc_text`, `stats`, `flags`, or else `error` (and `transient`, if it was one of access);
+    seconds), `confidence`, `ctc_text`, `stats`, `flags`, `damage`, or else `error` (and `transient`, if it was one of
+    access);
     `segments` (as in a `Segment`, without tokens); lines of retries in files beside them (`committed`);
     `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
     the parts.

@@ -24,8 +24,7 @@ from typing import Any, TextIO
 
 from granite_jax import git_lfs
 from granite_jax.audio.load import printable
-from granite_jax.audio.media import media_format
-from granite_jax.audio.streams import looks_like_audio
+from granite_jax.audio.parts import looks_like_audio, media_format
 from granite_jax.batch.access import scheme
 from granite_jax.errors import GraniteError
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from granite_jax.audio.decode import decode
 from granite_jax.audio.load import AccessError, Audio, Recording, check_samples, decode_array, open_recording
-from granite_jax.audio.resample import SAMPLE_RATE, Blocks, check_rate, one_line
+from granite_jax.audio.resample import SAMPLE_RATE, WHOLE, Blocks, Condition, check_rate, one_line
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.file_versions import Detection, version_of
 from granite_jax.batch.manifest import Entry
@@ -152,14 +152,14 @@ def _retried_blocks(open_blocks: Callable[[], Blocks]) -> Blocks:
     Each block has the attempts that `retried` makes: a long recording may meet more errors than a short one.
     """
     num_samples = 0
-    blocks: Generator[np.ndarray, None, tuple[str, ...]] | None = None
+    blocks: Blocks | None = None
 
-    def read() -> tuple[np.ndarray | None, tuple[str, ...]]:
+    def read() -> tuple[np.ndarray | None, Condition]:
         nonlocal blocks
         if blocks is None:
             blocks = _without_first(open_blocks(), num_samples)
         try:
-            return next(blocks), ()
+            return next(blocks), WHOLE
         except StopIteration as end:
             return None, end.value
         except Exception:
@@ -168,9 +168,9 @@ def _retried_blocks(open_blocks: Callable[[], Blocks]) -> Blocks:
 
     try:
         while True:
-            block, flags = retried(read)
+            block, condition = retried(read)
             if block is None:
-                return flags
+                return condition
             num_samples += len(block)
             yield block
     finally:

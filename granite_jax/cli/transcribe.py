@@ -218,7 +218,10 @@ def _tell_flags(transcript: "Transcript") -> None:
     for flag in transcript.flags:
         starts = [segment.start for segment in transcript.segments if flag in segment.flags]
         place = ""
-        if 0 < len(starts) < len(transcript.segments):
+        if flag == "damaged-input":
+            spans = ", ".join(f"{_clock(start)} to {_clock(end)}" for start, end in transcript.damage[:3])
+            place = f" at {spans}{', ...' * (len(transcript.damage) > 3)}"
+        elif 0 < len(starts) < len(transcript.segments):
             times = ", ".join([*map(_clock, starts[:3]), *["..."] * (len(starts) > 3)])
             place = f" in {len(starts)} of {len(transcript.segments)} segments, at {times}"
         fail(f"{_label(transcript)}: {flag}{place}: {FLAGS[flag]}")

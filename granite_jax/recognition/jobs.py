@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from granite_jax.audio.load import Audio, check_samples, is_encoded, open_recording, printable
+from granite_jax.audio.resample import Condition
 from granite_jax.audio.segment import AudioSegment, cut
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
@@ -22,8 +23,8 @@ from granite_jax.recognition.utterances import Utterance
 LONG_PASS = 60.0  # seconds
 ANY_LENGTH = 'segment_seconds="auto", the default, takes any length'
 
-Segments = Generator[AudioSegment, None, tuple[str, ...]]
-"""A recording's segments; its flags at the end."""
+Segments = Generator[AudioSegment, None, Condition]
+"""A recording's segments; whether its file was whole, at the end."""
 
 
 class RecordingJob:
@@ -130,7 +131,7 @@ def read_segments(
             elif one_only:
                 raise GraniteError(f"{printable(name)}: {one_only}, and this is longer than {seconds:g} s")
             yield segment
-        return blocks.flags
+        return blocks.condition
 
 
 def read_whole(
@@ -161,7 +162,7 @@ def read_whole(
             stacklevel=2,
         )
     yield AudioSegment(0, audio.samples, 0, len(audio.samples), is_last=True)
-    return audio.flags
+    return audio.condition
 
 
 def _check_length(segment: AudioSegment, name: str) -> None:

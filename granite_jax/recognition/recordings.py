@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.audio.resample import SAMPLE_RATE
+from granite_jax.audio.resample import SAMPLE_RATE, WHOLE, Condition
 from granite_jax.audio.segment import AudioSegment, halve
 from granite_jax.engine.stages import Reply, Ticket
 from granite_jax.errors import CheckpointError
@@ -116,7 +116,7 @@ class RecordingDecoder:
         self._ctc_texts: list[str] = []  # likewise
         self._seam = 0.0  # seconds at which the next part begins to write
         self._is_closed = False
-        self._flags: tuple[str, ...] = ()
+        self._condition = WHOLE
 
     def submit(self, segment: AudioSegment) -> None:
         """Submits the next segment, if its result is still wanted."""
@@ -125,9 +125,9 @@ class RecordingDecoder:
             self._parts.append(part)
             self._submit(part)
 
-    def close(self, flags: Sequence[str]) -> None:
-        """Says that all segments are submitted, and adds flags of the recording."""
-        self._flags, self._is_closed = tuple(flags), True
+    def close(self, condition: Condition) -> None:
+        """Says that all segments are submitted, and whether the file was whole."""
+        self._condition, self._is_closed = condition, True
         self._advance()
 
     def fail(self, error: BaseException) -> None:
@@ -253,10 +253,11 @@ class RecordingDecoder:
 
     def _transcript(self) -> Transcript:
         parts = [part.decoded.transcript for part in self._parts if part.decoded is not None]
-        segments, duration = tuple(self._segments), self._parts[-1].heard_until
+        damage, duration = self._condition.damage, self._parts[-1].heard_until
+        segments = tuple(_with_damage(segment, damage) for segment in self._segments)
         if len(parts) == 1:
-            flags = _ordered([*self._flags, *parts[0].flags])
-            whole = {"duration": duration, "segments": segments, "channel": self._channel}
+            flags = _ordered([*self._condition.flags, *parts[0].flags])
+            whole = {"duration": duration, "segments": segments, "channel": self._channel, "damage": damage}
             return dataclasses.replace(parts[0], flags=flags, **whole)
         text, ctc_text = join_texts(segment.text for segment in segments), join_texts(self._ctc_texts)
         weights = [len(segment.tokens) for segment in segments if segment.confidence is not None]
@@ -270,9 +271,10 @@ class RecordingDecoder:
             round(float(np.average(confidences, weights=weights)), 3) if sum(weights) else None,
             ctc_text,
             _joined_stats([part.stats for part in parts]),
-            flags=_ordered([*self._flags, *flags]),
+            flags=_ordered([*self._condition.flags, *flags]),
             segments=segments,
             channel=self._channel,
+            damage=damage,
         )
 
 
@@ -294,6 +296,13 @@ def _seam(left: _Part, right: _Part, after: float) -> float:
     times = np.arange(low, high, 0.01)
     distances = np.abs(times[:, None] - np.concatenate(middles)).min(axis=1).clip(max=0.25)
     return round(float(times[np.argmax(distances - 0.01 * np.abs(times - left.end))]), 3)
+
+
+def _with_damage(segment: Segment, damage: Sequence[tuple[float, float]]) -> Segment:
+    """The segment, flagged if some of the damage is in it."""
+    if not any(start <= segment.end and segment.start <= end for start, end in damage):
+        return segment
+    return dataclasses.replace(segment, flags=_ordered([*segment.flags, "damaged-input"]))
 
 
 def _joined_stats(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:

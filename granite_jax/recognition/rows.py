@@ -139,7 +139,7 @@ def _draft(
 def failed_row(row: EncodedRow) -> Decoded:
     """The result of a row for which the weights give NaN."""
     audio = row.utterance.audio
-    flags = (*audio.flags, *row.utterance.flags)
+    flags = row.utterance.flags
     error = f"{printable(audio.name)}: {NOT_FINITE}"
     return Decoded(Transcript(audio.name, duration=audio.duration, flags=flags, error=error), row.labels)
 
@@ -235,7 +235,7 @@ def _finished(
         "low-agreement": doubtful,
     }
     audio = utterance.audio
-    flags = (*audio.flags, *utterance.flags, *(flag for flag, is_set in noticed.items() if is_set))
+    flags = (*utterance.flags, *(flag for flag, is_set in noticed.items() if is_set))
     transcript = Transcript(
         audio.name, text, tokens, audio.duration, confidence, row.ctc_text, stats, draft, spans, flags
     )

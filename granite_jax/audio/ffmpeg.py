@@ -1,0 +1,248 @@
+"""Decodes parts of files by FFmpeg: packet by packet, so that one that is damaged is all that is lost.
+
+FFmpeg is told the format, and never probes for one: playlists and scripts among its formats name further files.
+
+Times are those of the file: sound that begins later than the picture has silence in front. Of several audio tracks,
+FFmpeg's choice is read, which is the one that is marked as the default, if any is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.error import FFmpegError
+
+from granite_jax.audio.clock import Sound
+from granite_jax.audio.decoder import NoSeekError, UnreadableError
+from granite_jax.audio.parts import Part
+from granite_jax.audio.resample import BLOCK_FRAMES, one_line
+from granite_jax.audio.views import View
+from granite_jax.errors import AudioError
+
+_MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more than a codec's delay
+_PREROLL = 1.0  # seconds before what is wanted that are decoded, because lossy decoders depend on what was before
+_DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
+_JOINED = BLOCK_FRAMES // 2  # samples that are handed on at once
+_JITTER = 0.05  # seconds by which times of sounds that follow each other can differ from their lengths
+_MAX_ERRORS = 10_000  # of a demuxer
+# PyAV has always replaced since version 19 what is no UTF-8 in tags.
+_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+# Headers of these have no length, or one that is estimated from the size of the file.
+_NO_LENGTH = ("mp3", "aac", "amr", "ac3", "dts", "truehd", "gsm", "rm", "mpegts", "mpeg", "flv", "ogg")
+
+
+@contextlib.contextmanager
+def open_ffmpeg(view: View, part: Part) -> Iterator[FFmpegDecoder]:
+    """Opens a part. Raises UnreadableError if FFmpeg does not, and AudioError if there is no audio in it."""
+    assert part.format is not None
+    options = {}
+    if part.format.demuxer == "wav":  # FFmpeg would look for other codecs in a megabyte of PCM
+        options = {"ignore_length": str(int(not part.has_length)), "max_size": "65536", "probesize": "2048"}
+    try:
+        with av.open(cast(Any, view), format=part.format.demuxer, options=options, **_METADATA) as container:
+            yield FFmpegDecoder(view, part, container)
+    except FFmpegError as error:
+        view.check()
+        raise UnreadableError(f"is not {part.format.name} that can be read ({one_line(error.strerror)})") from error
+
+
+class FFmpegDecoder:
+    """Decodes the audio track of an open part, once. A `Decoder`; `codec` is FFmpeg's name of its codec."""
+
+    def __init__(self, view: View, part: Part, container: Any):
+        self._view, self._part, self._container = view, part, container
+        if not container.streams.audio:
+            raise AudioError("has no audio track")
+        self._track = container.streams.best("audio") or container.streams.audio[0]
+        if self._track.codec_context is None:
+            raise UnreadableError("has a codec that is not known")
+        self.codec: str = self._track.codec_context.name
+        if self.codec == "flac":  # whose frames have checksums
+            self._track.codec_context.options = {"err_detect": "crccheck+explode"}
+        if view.knows_end:
+            self._track.codec_context.options = {"flags2": "+skip_manual"}
+        self.is_lossy = not self.codec.startswith("pcm_")
+        self.num_tracks: int = len(container.streams.audio)
+        self.has_failed = False
+        self._lead, self._delay, self._rate, self.skipped = 0.0, 0, 0.0, 0.0
+        self._tick = float(self._track.time_base)
+
+    @property
+    def num_channels(self) -> int:
+        """The channels of the first frame: headers of AAC can tell half of them."""
+        for sound in self.sounds():
+            return sound.frames.shape[1]
+        raise AudioError("holds no samples")
+
+    @property
+    def seconds(self) -> float | None:
+        """When the track ends according to its header; None where that is missing or an estimate."""
+        container, track = self._container, self._track
+        if not self._part.has_length or container.format.name in _NO_LENGTH:
+            return None
+        is_filled_in = "matroska" in container.format.name  # from the whole file, whose picture can go on
+        if track.duration is not None and track.time_base is not None and not is_filled_in:
+            # Lengths of tracks in MP4 do not contain what is before their beginning.
+            return float(track.duration * track.time_base) + (self._lead if "mp4" in container.format.name else 0.0)
+        clock = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", track.metadata.get("DURATION", ""))
+        if clock is not None:
+            return int(clock[1]) * 3600 + int(clock[2]) * 60 + float(clock[3])
+        is_alone = len(container.streams) == 1
+        return container.duration / 1e6 if is_alone and container.duration is not None else None
+
+    def sounds(self, skip: float = 0.0, *, seek: bool = False) -> Iterator[Sound]:
+        """Decodes to the end, from a second before `skip` on."""
+        wanted, zero = skip - _PREROLL, None
+        if seek:
+            first = next(self._decoded(-1.0, None), None)
+            if first is None or first.time is None or wanted <= self._lead:
+                raise NoSeekError
+            zero = first.time - self._lead
+            try:
+                self._container.seek(int((wanted + zero) * 1e6))
+            except FFmpegError:
+                raise NoSeekError from None
+        is_first = True
+        for sound in _joined(self._decoded(wanted, zero)):
+            if sound.time is not None:
+                zero = sound.time - self._lead + self._delay / sound.rate if zero is None else zero
+                time = sound.time - zero
+                sound = _within(sound._replace(time=time), time, self._view.seconds(sound.rate))
+                if len(sound.frames) == 0 or time + sound.seconds < wanted:
+                    self.skipped = max(self.skipped, time + sound.seconds)
+                    continue  # a codec's padding, or only decoded to learn when the track begins
+            if is_first and seek and (sound.time is None or sound.time > skip):
+                raise NoSeekError
+            if is_first and not seek and wanted < self._lead:
+                yield from _silence(self._lead, sound)
+            is_first = False
+            yield sound
+        if is_first and seek:
+            raise NoSeekError  # it is not known how much is there
+        if self.skipped and (seconds := self._view.seconds(self._rate)) < math.inf:
+            self.skipped = seconds
+
+    def _decoded(self, wanted: float, zero: float | None) -> Iterator[Sound]:
+        """Decodes the first packet and what is not before `wanted`, counted from `zero`, which is the first's time."""
+        self.has_failed, is_first = False, zero is None
+        for packet in self._packets():
+            shift = self._shift(packet)
+            if not is_first and wanted > 0 and packet.pts is not None and zero is not None:
+                end = (packet.pts + (packet.duration or 0)) * self._tick + shift - zero
+                end += self._lead - self._delay / self._rate
+                if end < wanted:
+                    self.skipped = end
+                    continue
+            try:
+                decoded = packet.decode()
+            except FFmpegError:
+                self.has_failed = True
+                continue
+            for frame in decoded:
+                sound = self._sound(frame, shift)
+                if is_first:
+                    self._begin(sound)
+                    zero, is_first = sound.time, False
+                self.has_failed = False
+                yield sound
+            if packet.pts is None and packet.size and self._part.is_lossless:
+                self.has_failed = True  # FLAC that is damaged, with whole frames behind it in one packet
+
+    def _packets(self) -> Iterator[Any]:
+        """The packets of the track, whatever errors are between them."""
+        for _ in range(_MAX_ERRORS):
+            try:
+                yield from self._container.demux(self._track)
+                break
+            except FFmpegError:
+                self._view.check()
+                self.has_failed = True
+        self._view.check()
+
+    def _shift(self, packet: Any) -> float:
+        """What a packet's time lacks, where formats have no clock and FFmpeg counts what there is."""
+        if not self._view.has_clock or packet.pos is None or packet.pts is None:
+            return 0.0
+        time = self._view.time(packet.pos)
+        return 0.0 if time is None else time - packet.pts * self._tick
+
+    def _sound(self, frame: Any, shift: float) -> Sound:
+        dtype = _DTYPES.get(frame.format.packed.name)
+        if dtype is None:
+            raise AudioError(f"has samples of an unknown kind ({frame.format.name})")
+        num_channels = frame.layout.nb_channels
+        if frame.format.is_planar and num_channels > 1:
+            frames = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes], axis=1)
+        else:
+            size = frame.samples * num_channels
+            frames = np.frombuffer(frame.planes[0], dtype, size).reshape(-1, num_channels)
+        time = None if frame.pts is None else frame.pts * self._tick + shift
+        return Sound(time, frames, frame.sample_rate, self.has_failed)
+
+    def _begin(self, first: Sound) -> None:
+        """Learns from the first sound when the track begins, and what of it is only a codec's."""
+        self._rate = first.rate
+        self._delay = len(first.frames) if self._view.knows_end else self._view.delay
+        start, seconds = self._container.start_time, self._container.duration
+        if first.time is None or start is None or seconds is None or self._part.is_framed:
+            return
+        lead = first.time - start / 1e6
+        # What begins when the file has ended has a broken clock.
+        self._lead = lead if _MIN_LEAD <= lead < seconds / 1e6 else 0.0
+
+
+def _joined(sounds: Iterator[Sound]) -> Iterator[Sound]:
+    """Sounds that follow each other, as fewer ones."""
+    ready: list[Sound] = []
+    size = 0
+    for sound in sounds:
+        if ready and (size >= _JOINED or not _follows(ready, size, sound)):
+            yield _concatenated(ready)
+            ready, size = [], 0
+        ready.append(sound)
+        size += len(sound.frames)
+    if ready:
+        yield _concatenated(ready)
+
+
+def _concatenated(sounds: list[Sound]) -> Sound:
+    if len(sounds) == 1:
+        return sounds[0]
+    return sounds[0]._replace(frames=np.concatenate([each.frames for each in sounds]))
+
+
+def _follows(ready: list[Sound], size: int, sound: Sound) -> bool:
+    first = ready[0]
+    return (
+        not sound.follows_loss
+        and first.time is not None
+        and sound.time is not None
+        and abs(sound.time - first.time - size / first.rate) < _JITTER
+        and sound.rate == first.rate
+        and sound.frames.dtype == first.frames.dtype
+        and sound.frames.shape[1] == first.frames.shape[1]
+    )
+
+
+def _silence(seconds: float, like: Sound) -> Iterator[Sound]:
+    """Silence in front of sound, in blocks."""
+    left, position = round(seconds * like.rate), 0
+    while position < left:
+        frames = np.zeros((min(BLOCK_FRAMES, left - position), like.frames.shape[1]), np.float32)
+        yield Sound(position / like.rate, frames, like.rate)
+        position += len(frames)
+
+
+def _within(sound: Sound, time: float, end: float) -> Sound:
+    """What of a sound at `time` is between 0 and `end` seconds."""
+    if time >= 0.0 and time + sound.seconds <= end:
+        return sound
+    low = round(max(-time, 0.0) * sound.rate)
+    high = len(sound.frames) if end == math.inf else max(low, round((end - time) * sound.rate))
+    return sound._replace(time=max(time, 0.0), frames=sound.frames[low:high])

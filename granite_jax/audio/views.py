@@ -1,0 +1,276 @@
+"""A part of a file as a decoder reads it: without its name, by which FFmpeg would look for other files."""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+from collections.abc import Iterator
+from typing import BinaryIO, cast
+
+from granite_jax.audio import frames
+from granite_jax.audio.markers import find_marker, read
+from granite_jax.audio.parts import Part
+from granite_jax.audio.resample import one_line
+
+_DECODER_DELAY = 529  # samples of MP3
+_AROUND = 25  # frames, whose mean length says how much sound was in bytes that cannot be decoded
+_BLOCK = 1 << 17
+_PAGE = 27 + 255  # bytes of the header of an Ogg page
+_OVERLAP = 16  # bytes of a marker
+
+
+def view_of(file: BinaryIO, part: Part) -> View:
+    """The view for a part's format."""
+    views = {"flac": FlacView, "ogg": OggView, "mp3": FrameView, "aac": FrameView}
+    return views.get(part.format.demuxer if part.format else "", FileView)(file, part)
+
+
+class _SafeFile:
+    """A file whose errors are OSErrors, and are kept: decoders may hide them."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except Exception as error:  # a remote file raises what it likes
+            self.error = error if isinstance(error, OSError) else OSError(one_line(error))
+            raise self.error from error
+
+    def seek(self, position: int) -> None:
+        self._file.seek(position)
+
+
+class View:
+    """A part of a file.
+
+    Fields:
+      end: the byte of the file where the part ends; final when all was read.
+      is_truncated: whether its end is missing; final when all was read.
+      lost: seconds at which bytes were left out.
+      delay: samples at the beginning that are a codec's, and that FFmpeg does not leave out.
+      has_clock: whether `time` is to be asked, because FFmpeg's own count of frames is not the time any longer.
+      knows_end: whether `seconds` does, and FFmpeg need not leave out a codec's padding.
+    """
+
+    def __init__(self, file: BinaryIO, part: Part):
+        self.delay, self.knows_end, self.has_clock = 0, False, False
+        self._safe = _SafeFile(file)
+        self._file = cast(BinaryIO, self._safe)
+        self._start, self._size = part.start, part.end
+        self.end, self.is_truncated = part.end, part.is_truncated
+        self.lost: list[float] = []
+
+    def read(self, size: int) -> bytes:
+        """The next bytes; at most as many as asked for, and none at the end."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raises the error of a read that failed."""
+        if self._safe.error is not None:
+            raise self._safe.error
+
+    def time(self, position: int) -> float | None:
+        """Seconds at which the frame sounds that begins with this byte of what was read, if the view knows."""
+        return None
+
+    def seconds(self, rate: float) -> float:
+        """The length of all that was read: what is behind is a codec's padding. Infinite where FFmpeg knows it."""
+        return math.inf
+
+
+class FileView(View):
+    """A part that is read in any order."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        super().__init__(file, part)
+        self._offset = 0
+        self._limit = part.end if part.sound_end is None else part.sound_end
+
+    def read(self, size: int) -> bytes:
+        position = self._start + self._offset
+        data = read(self._file, position, max(0, min(size, self._limit - position)))
+        self._offset += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Goes to a byte, as files do."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._limit - self._start}
+        target = origin.get(whence, 0) + offset
+        if target >= 0:  # Damaged headers point to before the start.
+            self._offset = target
+        return self._offset
+
+    def tell(self) -> int:
+        """The next byte."""
+        return self._offset
+
+
+class _SequentialView(View):
+    """A part that is read once, from its beginning."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        super().__init__(file, part)
+        self._pieces, self._ready = self._read_pieces(), bytearray()
+
+    def read(self, size: int) -> bytes:
+        while len(self._ready) < size and (piece := next(self._pieces, None)) is not None:
+            self._ready += piece
+        data = bytes(self._ready[:size])
+        del self._ready[:size]
+        return data
+
+    def _read_pieces(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+
+class FlacView(_SequentialView):
+    """FLAC, up to the marker of another recording."""
+
+    def _read_pieces(self) -> Iterator[bytes]:
+        frames_start = self._frames_start()  # metadata can contain anything
+        position, size = self._start, 1 << 12
+        while position < self.end:
+            block = read(self._file, position, min(size + _OVERLAP, self._size - position))
+            marker = find_marker(block, max(0, frames_start - position))
+            if marker is not None:
+                self.end = min(self.end, position + marker)
+            yield block[: min(size, self.end - position)]
+            position, size = position + size, _BLOCK
+
+    def _frames_start(self) -> int:
+        position = self._start + 4
+        while len(head := read(self._file, position, 4)) == 4:
+            position += 4 + int.from_bytes(head[1:], "big")
+            if head[0] & 0x80:
+                break
+        return position
+
+
+class OggView(_SequentialView):
+    """Pages of Ogg, up to those of another recording. Interleaved ones begin together."""
+
+    def __init__(self, file: BinaryIO, part: Part):
+        super().__init__(file, part)
+        self._num_samples = math.inf
+        # FFmpeg takes too much from the end of Vorbis whose first page is its last.
+        head = read(file, part.start, _PAGE)
+        second = _page(head, 0)[0]
+        self.knows_end = head[28:35] == b"\x01vorbis" and _page(head, second)[1] & 2 == 0
+
+    def seconds(self, rate: float) -> float:
+        return self._num_samples / rate
+
+    def _read_pieces(self) -> Iterator[bytes]:
+        position, has_begun = self._start, False
+        while position < self._size:
+            block = read(self._file, position, min(_BLOCK, self._size - position))
+            is_last = position + len(block) == self._size
+            i = 0
+            while i < len(block) and (is_last or i + _PAGE <= len(block)):
+                length, flags = _page(block, i)
+                if flags & 2 and has_begun:
+                    yield block[:i]
+                    return
+                if length == 0:
+                    self.is_truncated |= is_last and block[i : i + 4] == b"OggS"[: len(block) - i]
+                    following = block.find(b"OggS\0", i + 1)
+                    i = following if following >= 0 else len(block) - 4 * (not is_last)
+                    continue
+                if i + length > len(block) and not is_last:
+                    break
+                # A page that lacks its end is followed by another within its length, or by nothing.
+                following = -1 if block.startswith(b"OggS", i + length) else block.find(b"OggS\0", i + 4, i + length)
+                self.is_truncated = following >= 0 or i + length > len(block)
+                if flags & 4 and self.knows_end:
+                    self._num_samples = int.from_bytes(block[i + 6 : i + 14], "little")
+                has_begun |= not flags & 2
+                i = following if following >= 0 else i + length
+                self.end = min(position + i, self._size)
+            yield block[:i]
+            position += i
+
+
+def _page(data: bytes, i: int) -> tuple[int, int]:
+    """Length and flags of the Ogg page that begins with byte `i`; 0 and 0 if none does."""
+    if not data.startswith(b"OggS\0", i) or i + 27 > len(data):
+        return 0, 0
+    segments = data[i + 26]
+    return 27 + segments + sum(data[i + 27 : i + 27 + segments]), data[i + 5]
+
+
+class FrameView(_SequentialView):
+    """The frames of an MP3 or of AAC as a file that is read once, without what lies between them.
+
+    Where bytes are left out that are no tags, as much time passes as they had sound.
+    """
+
+    def __init__(self, file: BinaryIO, part: Part):
+        super().__init__(file, part)
+        self.end = part.start
+        self._num_bytes, self._num_frames, self._seconds, self._padding = 0, 0, 0.0, 0
+        self._times: collections.deque[tuple[int, float]] = collections.deque()
+        self._lengths: collections.deque[tuple[int, float]] = collections.deque(maxlen=_AROUND)
+        self._declared: int | None = None
+
+    def _read_pieces(self) -> Iterator[bytes]:
+        for run in frames.runs(self._file, self._start, self._size):
+            self._add(run)
+            yield run.data
+
+    def time(self, position: int) -> float | None:
+        while self._times and self._times[0][0] < position:
+            self._times.popleft()
+        return self._times[0][1] if self._times and self._times[0][0] == position else None
+
+    def seconds(self, rate: float) -> float:
+        return self._seconds - self._padding / rate if self._num_frames == self._declared else math.inf
+
+    def _begin(self, data: bytes) -> None:
+        """Reads the header that the first frame may have."""
+        data = data[:512].ljust(512, b"\0")
+        self._declared = frames.declared_frames(data)
+        delays = frames.encoder_delay(data)
+        is_mp3 = data[1] & 6 == 2
+        if delays is not None:
+            self._padding = delays[0] + delays[1]
+        elif is_mp3:
+            self.delay = _DECODER_DELAY
+
+    def _add(self, run: frames.Run) -> None:
+        if self._num_bytes == 0:
+            self._begin(run.data)
+        if run.lost:
+            self._skip(run)
+        ends = [start for start, _ in run.frames[1:]] + [len(run.data)]
+        for (start, seconds), end in zip(run.frames, ends, strict=True):
+            self._times.append((self._num_bytes + start, self._seconds))
+            self._lengths.append((end - start, seconds))
+            has_sound = self._num_bytes + start > 0 or self._declared is None
+            self._seconds += seconds * has_sound
+            self._num_frames += has_sound
+        self.has_clock |= bool(run.lost) or len({seconds for _, seconds in [*self._lengths, *run.frames]}) > 1
+        self._num_bytes += len(run.data)
+        is_short = self._declared is not None and self._num_frames < self._declared - 1
+        self.is_truncated = run.end > self._size or (run.end == self._size and is_short)
+        self.end = min(run.end, self._size)
+
+    def _skip(self, run: frames.Run) -> None:
+        """Lets as much time pass as was in lost bytes: as far as the header knows the number of frames, exactly."""
+        self.lost.append(self._seconds)
+        ends = [start for start, _ in run.frames[1 : _AROUND + 1]]
+        behind = [(end - start, seconds) for (start, seconds), end in zip(run.frames, ends, strict=False)]
+        around = [*self._lengths, *behind] or [(len(run.data), run.frames[0][1])]
+        length, seconds = sum(each for each, _ in around), sum(each for _, each in around)
+        frame = seconds / len(around)
+        count = round(run.lost * len(around) / length)
+        if self._declared:
+            count = min(count, max(0, self._declared - self._num_frames - self._num_frames_from(run.start)))
+        self._seconds += count * frame
+        self._num_frames += count
+
+    def _num_frames_from(self, position: int) -> int:
+        return sum(len(run.frames) for run in frames.runs(self._file, position, self._size))
