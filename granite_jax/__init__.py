@@ -15,6 +15,11 @@ Names are imported when they are first used (PEP 562): `import granite_jax` itse
 """
 
 import importlib
+import os
+
+_HOME = os.path.dirname(__file__)
+if not os.path.isdir(_HOME):
+    raise ImportError(f"{_HOME}: is within an archive, and granite_jax reads files beside its modules: unpack it")
 
 TYPE_CHECKING = False  # but for type checkers; importing it would take most of the time that the package takes
 if TYPE_CHECKING:

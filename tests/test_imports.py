@@ -1,7 +1,10 @@
 """What importing loads: the command answers before JAX is there, and the programs need nothing but JAX and Flax."""
 
+import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -29,11 +32,15 @@ def test_help_loads_no_jax(command: str) -> None:
     assert "Usage:" in run("from granite_jax.cli import main; main()", HEAVY, *command.split(), "--help")
 
 
-def test_the_version_loads_no_jax() -> None:
-    # Given no JAX, when the version is asked for, then it is printed
+@pytest.mark.parametrize(
+    "code",
+    ["from granite_jax.cli import main; main()", "import runpy; runpy.run_module('granite_jax', {}, '__main__')"],
+)
+def test_the_version_loads_no_jax(code: str) -> None:
+    # Given no JAX, when the version is asked for, by `python -m granite_jax`, too, then it is printed
     import granite_jax
 
-    version = run("from granite_jax.cli import main; main()", HEAVY, "--version")
+    version = run(code, HEAVY, "--version")
     assert version == f"granite-jax {granite_jax.__version__}\n"
 
 
@@ -49,3 +56,15 @@ def test_what_is_not_there_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="module 'granite_jax' has no attribute 'nothing'"):
         _ = granite_jax.nothing
+
+
+def test_an_archive_on_the_path_is_refused(tmp_path: Path) -> None:
+    # Given a package within a ZIP archive, when it is imported, then one line says why it cannot be
+    import granite_jax
+
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        archive.write(granite_jax.__file__, "granite_jax/__init__.py")
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import granite_jax"
+    command = [sys.executable, "-c", code, str(tmp_path / "package.zip")]
+    error = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100).stderr.splitlines()[-1]
+    assert re.fullmatch(r"ImportError: .+package.zip.granite_jax: is within an archive, .+", error)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from granite_jax.errors import CheckpointError
 
-DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
-"""The embedded checkpoint."""
+_PACKAGE = Path(__file__).parents[1]
+DEMO = (_PACKAGE if (_PACKAGE / "checkpoints").is_dir() else _PACKAGE.parent) / "checkpoints" / "demo"
+"""The embedded checkpoint. In a clone without symbolic links, it is beside the package."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 

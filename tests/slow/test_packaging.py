@@ -1,5 +1,6 @@
 """Every way of installing gives the same package: with `granite_jax.convert`, without `convert`, and without torch."""
 
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -7,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -19,7 +19,7 @@ import soundfile
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["granite_jax", "convert", "checkpoints", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
+FILES = ["granite_jax", "convert", "checkpoints", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]
 HEAVY = {"torch", "torchaudio", "transformers", "tensorflow"}
 
 
@@ -29,82 +29,134 @@ def run(code: str, *arguments: str | Path, path: Path) -> str:
     program = (
         f"import site, sys; sys.path += {packages}; sys.path.insert(0, {str(path)!r}); site.addsitedir(sys.path[0])"
     )
-    command = [sys.executable, "-W", "error", "-P", "-S", "-c", f"{program}; {code}", *map(str, arguments)]
+    command = [sys.executable, "-I", "-S", "-W", "error", "-c", f"{program}; {code}", *map(str, arguments)]
     done = subprocess.run(command, cwd=path, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def build_automaton(kind: str, source: Path, destination: Path) -> Path:
-    """Calls setuptools as pip does."""
-    destination.mkdir()
-    code = f"from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
-    command = [sys.executable, "-c", f"import sys; {code}", str(destination)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False, timeout=120)
+def execute(*command: str | Path, directory: Path) -> str:
+    done = subprocess.run([*map(str, command)], cwd=directory, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    return destination / done.stdout.splitlines()[-1]
+    return done.stdout
+
+
+def call_setuptools(kind: str, tree: Path, destination: Path) -> Path:
+    """Makes an "sdist" or an "editable" wheel of a source tree, as pip does."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    return destination / execute(sys.executable, "-c", code, destination, directory=tree).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the source tree: building leaves files in it."""
-    tree = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__")
-    for name in SOURCES:
-        copy = tree / name
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with this source tree, in which nothing is built: building leaves files behind."""
+    tree = tmp_path_factory.mktemp("repository")
+    for name in FILES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy, symlinks=True, ignore=ignore)
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copyfile(ROOT / name, copy)
+            shutil.copyfile(ROOT / name, tree / name)
+    execute("git", "init", "--quiet", directory=tree)
+    execute("git", "add", "--all", directory=tree)
+    execute("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message=a", directory=tree)
     return tree
 
 
-def unpack(wheel: Path, destination: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(destination)
+def clone(repository: Path, destination: Path, has_links: bool = True) -> Path:
+    setting = f"core.symlinks={str(has_links).lower()}"  # false is the default on Windows
+    execute("git", "-c", setting, "clone", "--quiet", repository, destination, directory=repository)
+    assert (destination / "granite_jax" / "convert").is_dir() == has_links
     return destination
 
 
-@pytest.fixture(scope="module", params=["wheel", "sdist", "editable"])
-def installed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The place of packages after an installation from the tree, from a source distribution, or editable."""
-    work = tmp_path_factory.mktemp(request.param)
-    tree = source
-    if request.param == "sdist":
-        with tarfile.open(build_automaton("sdist", source, work / "sdist")) as archive:
-            archive.extractall(work, filter="data")
-        (tree,) = (path for path in work.glob("granite_jax-*") if path.is_dir())
-        assert not (tree / "tests").exists()
-    kind = "editable" if request.param == "editable" else "wheel"
-    return unpack(build_automaton(kind, tree, work / "dist"), work / "site")
+def archive(repository: Path, destination: Path) -> Path:
+    """What a forge's "Download ZIP" gives."""
+    execute("git", "archive", "--prefix=main/", "--output", destination, "HEAD", directory=repository)
+    return destination
 
 
-def test_an_installation_is_complete(installed: Path, source: Path) -> None:
-    # Given an installation, when the package is imported from elsewhere, then it is that one, convert and demo included
+# What pip is given to install, made from a repository in a directory.
+SOURCES = {
+    "clone": lambda repository, work: clone(repository, work / "tree"),
+    "clone without links": lambda repository, work: clone(repository, work / "tree", has_links=False),
+    "archive": lambda repository, work: archive(repository, work / "main.zip"),
+    "git": lambda repository, work: f"git+{repository.as_uri()}",
+    "sdist": lambda repository, work: call_setuptools("sdist", clone(repository, work / "tree"), work),
+}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def build_wheel(source: str | Path, work: Path) -> Path:
+    """Builds as `pip install SOURCE` does, with this environment's setuptools."""
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    execute(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", work / "dist", source, directory=work)
+    (wheel,) = (work / "dist").iterdir()
+    return wheel
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_way_of_installing_gives_the_whole_package_once(kind: str, repository: Path, tmp_path: Path) -> None:
+    # Given every file of the package, where it is installed
+    expected = [
+        (
+            str(Path("" if top == "granite_jax" else "granite_jax", file.relative_to(repository))),
+            digest(file.read_bytes()),
+        )
+        for top in ("granite_jax", "convert", "checkpoints")
+        for file in (repository / top).rglob("*")
+        if file.is_file()
+    ]
+    assert len(expected) > 400
+
+    # When pip builds the wheel that it installs
+    with zipfile.ZipFile(build_wheel(SOURCES[kind](repository, tmp_path), tmp_path)) as wheel:
+        files = [(name, digest(wheel.read(name))) for name in wheel.namelist() if ".dist-info/" not in name]
+
+    # Then these files are in it, each once, and no others
+    assert sorted(files) == sorted(expected)
+
+
+def test_a_source_without_a_directory_is_refused(repository: Path, tmp_path: Path) -> None:
+    # Given a clone in which a directory is missing, when it is built, then the error names it
+    tree = clone(repository, tmp_path / "tree", has_links=False)
+    shutil.rmtree(tree / "checkpoints")
+    with pytest.raises(AssertionError, match="package directory 'checkpoints' does not exist"):
+        build_wheel(tree, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable", "editable without links"])
+def installed(request: pytest.FixtureRequest, repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The place of packages after an installation. The source tree is beside it, where an editable one reads it."""
+    work = tmp_path_factory.mktemp("installed")
+    tree = clone(repository, work / "tree", has_links=request.param == "editable")
+    wheel = build_wheel(tree, work) if request.param == "wheel" else call_setuptools("editable", tree, work)
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(work / "site")
+    if request.param == "wheel":
+        shutil.rmtree(tree)
+    return work / "site"
+
+
+def test_an_installed_package_is_imported_and_transcribes(installed: Path) -> None:
+    # Given an installation, when the package is imported from elsewhere, then it is that one, with its version
     code = (
         "import json, granite_jax, granite_jax.convert, importlib.util as util;"
         "from granite_jax.checkpoint import source;"
-        "print(json.dumps([granite_jax.__file__, granite_jax.convert.__file__, str(source.DEMO.parent),"
+        "print(json.dumps([granite_jax.__file__, granite_jax.convert.__file__, str(source.DEMO),"
         "util.find_spec('convert') is None, granite_jax.__version__]))"
     )
-    package, convert, checkpoints, no_convert, version = json.loads(run(code, path=installed))
-    home = Path(package).parent
-    assert home in (installed / "granite_jax", source / "granite_jax")
-    assert Path(convert).parent == home / "convert"
-    assert Path(checkpoints) == home / "checkpoints"
+    *files, no_convert, version = json.loads(run(code, path=installed))
+    assert all(Path(file).is_relative_to(installed.parent) for file in files)
     assert no_convert, "convert must not install as a module of its own"
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
-    # And it has every file of the source tree
-    files = {
-        file.relative_to(ROOT)
-        for top in ("granite_jax", "convert", "checkpoints")
-        for file in (ROOT / top).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
-    }
-    assert len(files) > 30
-    inside = [path if path.parts[0] == "granite_jax" else "granite_jax" / path for path in sorted(files)]
-    assert [str(path) for path in inside if not (home.parent / path).is_file()] == []
+    # And the embedded checkpoint transcribes
+    clip = ROOT / "samples" / "request.wav"
+    code = "sys.argv[0] = 'granite-jax'; import runpy; runpy.run_module('granite_jax', run_name='__main__')"
+    assert run(code, "transcribe", clip, path=installed) == "i need you to turn on the screen in the main hall\n"
 
 
 def test_the_template_worker_works_where_it_is_installed(installed: Path) -> None:
