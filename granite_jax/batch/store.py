@@ -37,6 +37,10 @@ class Store(Protocol):
         """Writes a local file's content; replaces the file of this name if there is one."""
         ...
 
+    def remove(self, name: str) -> None:
+        """Deletes a file if that is possible."""
+        ...
+
     def names(self) -> set[str]:
         """Names of all files except those being written."""
         ...
@@ -109,6 +113,11 @@ class LocalStore:
             os.replace(partial, self.directory / name)
         self._flush()
 
+    def remove(self, name: str) -> None:
+        """As in `Store`."""
+        with contextlib.suppress(OSError):
+            (self.directory / name).unlink()
+
     def names(self) -> set[str]:
         """As in `Store`."""
         return {entry.name for entry in os.scandir(self.directory) if not entry.name.startswith(".")}
@@ -168,6 +177,11 @@ class ObjectStore:
     def replace(self, name: str, data: Path) -> None:
         """As in `Store`."""
         retried(lambda: self._files.put_file(str(data), self._path(name)))
+
+    def remove(self, name: str) -> None:
+        """As in `Store`."""
+        with contextlib.suppress(Exception):  # file systems can raise anything, as where deletion is forbidden
+            retried(lambda: self._files.rm_file(self._path(name)))
 
     def names(self) -> set[str]:
         """As in `Store`."""
