@@ -93,19 +93,15 @@ def _seconds(manifest: Manifest, access: AudioStorage) -> Iterator[float]:
     """Seconds of each entry, as far as they are known without opening files."""
     estimates = _estimates(manifest, access)
     mean = sum(estimates.values()) / len(estimates) if estimates else 0.0
-    for entry in manifest.scan_entries():
-        if entry.error is not None:
-            yield 0.0
-        elif entry.duration is not None:
-            yield entry.duration
-        else:
-            yield estimates.get(entry.index, mean)
+    for index, duration in enumerate(manifest.durations()):
+        yield estimates.get(index, mean) if duration is None else duration
 
 
 def _estimates(manifest: Manifest, access: AudioStorage) -> dict[int, float]:
     """Seconds of entries without a duration, by index: of all, or of a thousand of many; not of those out of reach."""
     step = math.ceil(manifest.entries / _MAX_LOOKUPS)
-    sample = [entry for entry in manifest.scan_entries(step) if entry.error is None and entry.duration is None]
+    sample = manifest.entries_at(range(0, manifest.entries, step))
+    sample = [entry for entry in sample if entry.error is None and entry.duration is None]
     protocols = {protocol for entry in sample if (protocol := scheme(entry.audio) or scheme(access.root))}
     # Remote file systems can raise anything, after minutes: one that fails is not asked again.
     failing = {protocol for protocol in protocols if not _is_reachable(access, protocol)}

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from granite_jax.audio.load import AccessError
-from granite_jax.batch.access import check_store, retried, scheme
+from granite_jax.batch.access import STORES, check_store, retried, scheme
 from granite_jax.errors import GraniteError
 
 _STALE = 3600.0  # seconds after which a temporary file counts as abandoned
 _LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # Object stores whose conditional put is atomic; "memory", in this process, is for tests.
-_STORES = ("gs", "s3", "memory")
+_STORES = (*STORES, "memory")
 
 
 class Store(Protocol):

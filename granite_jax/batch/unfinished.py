@@ -36,7 +36,7 @@ class StartedTask:
       kept: number of lines that are from former runs.
       unsaved: lines of this run that would be lost with the worker, but not errors, which the next one shall retry.
       waiting_since: when the first of these was finished, in seconds of the monotonic clock.
-      files: names of the files with lines of the task, which are being written.
+      files: names of the files with lines of this run, which are being written.
       audio_seconds: seconds of audio transcribed in this run.
     """
 
@@ -45,7 +45,7 @@ class StartedTask:
     kept: int = 0
     unsaved: list[bytes] = dataclasses.field(default_factory=list)
     waiting_since: float = 0.0
-    files: "list[Future[str]]" = dataclasses.field(default_factory=list)
+    files: list[Future[str]] = dataclasses.field(default_factory=list)
     audio_seconds: float = 0.0
 
     @property
@@ -95,7 +95,7 @@ class Committer:
 
     def start(self, task: Task) -> StartedTask | None:
         """Starts a task with the lines that former workers have left; None if another worker has committed it."""
-        names = self._files.get((task.part, task.retry), [])
+        names = self._files.get((task.part, task.retry), ())
         if self._store.exists(part_name(task.part, self._fingerprint, task.retry)):
             self.tasks_of_others += 1
             self._remove(names)
@@ -106,7 +106,6 @@ class Committer:
                 started.lines[line.fields["index"]] = line.data
         started.kept = len(started.lines)
         self.kept += started.kept
-        started.files = [_done(name) for name in names]
         self._started.append(started)
         self._commit_if_done(started)
         return started
@@ -143,13 +142,13 @@ class Committer:
 
     def _commit(self, started: StartedTask) -> bool:
         """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
-        files = [file.result() for file in started.files]  # of threads that began before this one
         task, lines = started.task, started.lines
+        saved = [file.result() for file in started.files]  # by threads that began before this one
         is_first = True
         if not task.retry or any(lines[index] != self._previous[index] for index in task.indices):
             data = b"".join(lines[index] for index in task.indices)
             is_first = self._store.create(part_name(task.part, self._fingerprint, task.retry), data)
-        self._remove(files)
+        self._remove((*self._files.get((task.part, task.retry), ()), *saved))
         return is_first
 
     def _save(self, task: Task, data: bytes) -> str:
@@ -161,9 +160,3 @@ class Committer:
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
             self._store.remove(name)
-
-
-def _done(name: str) -> "Future[str]":
-    file: Future[str] = Future()
-    file.set_result(name)
-    return file
