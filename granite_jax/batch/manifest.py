@@ -1,6 +1,6 @@
 """The input of a job: JSON lines, read in constant memory.
 
-Every kind of input becomes such a file (`manifest_files`, `listing`), of which a job keeps an offset for 1,024 entries.
+Every kind of input becomes such a file (`manifest_files`, `listing`), of which a job keeps every 1,024th offset.
 """
 
 import dataclasses

@@ -23,7 +23,7 @@ _PARTS = "parts.json"
 _MAX_LOOKUPS = 1024  # of sizes
 _LOOKUP_THREADS = 16
 _UNCOMPRESSED = (".wav", ".wave", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64")
-_UNCOMPRESSED_RATE, _COMPRESSED_RATE = 32_000, 8_000  # bytes a second, rather too few: then parts are too short
+_UNCOMPRESSED_RATE, _COMPRESSED_RATE = 32_000, 8_000  # bytes a second, rather too few: then parts are shorter
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,11 @@ def _estimates(manifest: Manifest, access: AudioStorage) -> dict[int, float]:
 
 
 def _is_reachable(access: AudioStorage, protocol: str) -> bool:
-    """Whether a store is one whose sizes can be asked for."""
-    try:
-        return protocol in STORES and access.filesystem(protocol) is not None
-    except Exception:
+    """Whether sizes can be asked for."""
+    if protocol not in STORES or protocol not in access.protocols:
         return False
+    try:
+        access.filesystem(protocol)
+    except Exception:  # packages of stores can raise anything
+        return False
+    return True
