@@ -111,7 +111,7 @@ print(f"said   {listed[0]['text']}\nheard  {first['text']}")
 # %% [markdown]
 # ## Interrupted, and resumed
 #
-# A worker that is stopped, killed or preempted loses the part it is in. The same command again does what is left.
+# A worker that is stopped or preempted keeps what it has finished. The same command again does what is left.
 
 # %%
 interrupted, _ = job(every, "interrupted", stop=lambda: any((work / "interrupted").glob("part-*")))

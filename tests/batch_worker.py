@@ -65,6 +65,14 @@ def run(manifest: Any, out: Any, seconds: float = 0.0, **options: Any) -> batch.
     return batch.run(manifest, out, transcriber=(asr, "stand-in"), **{"num_readers": 2, **options})
 
 
+def run_saving_at_once(*arguments: Any, **options: Any) -> batch.Summary:
+    """`run`, by a worker that saves each line when it is finished."""
+    from granite_jax.batch import job
+
+    job.SAVE_SECONDS = 0.0
+    return run(*arguments, **options)
+
+
 def in_process(directory: Path, target: Callable[..., Any], *arguments: Any, **options: Any) -> None:
     """Calls the target; its temporary files, which a kill would leave, go to the directory."""
     tempfile.tempdir = str(directory)

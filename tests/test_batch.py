@@ -166,6 +166,10 @@ def test_the_environment_says_which_shard() -> None:
     assert choose_shard(None, None, indexed) == Shard(3, 8)
     assert choose_shard(None, None, slurm) == Shard(3, 4)
     assert choose_shard(1, 2, indexed) == Shard(1, 2)
+    assert choose_shard(1, 2, slurm) == Shard(1, 2)
+    # And the number of shards says which of them the elements of an array are that is submitted again
+    gaps = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "5", "MIN": "2", "MAX": "5", "COUNT": "2"}.items()}
+    assert choose_shard(None, None, gaps | {"GRANITE_JAX_NUM_SHARDS": "8"}) == Shard(5, 8)
     # And what is missing or wrong is named
     with pytest.raises(GraniteError, match="GRANITE_JAX_NUM_SHARDS is not set"):
         choose_shard(None, None, {"JOB_COMPLETION_INDEX": "3"})
@@ -175,6 +179,29 @@ def test_the_environment_says_which_shard() -> None:
         choose_shard(8, 8, {})
     with pytest.raises(GraniteError, match="belong together"):
         choose_shard(1, None, {})
+    with pytest.raises(
+        GraniteError, match="SLURM_ARRAY_TASK_ID is 5, but shards are 0 to 4: GRANITE_JAX_NUM_SHARDS is 5"
+    ):
+        choose_shard(None, None, gaps | {"GRANITE_JAX_NUM_SHARDS": "5"})
+
+
+@pytest.mark.parametrize(
+    "array", [[2, 5], [1, 5, 7], [0, 1, 3], [0, 1, 2], [4, 5], [6], [1, 3, 5], [0, 3, 6]], ids=lambda array: str(array)
+)
+@pytest.mark.parametrize("step", [1, None, 2])
+def test_slurm_leaves_no_shard_out(array: list[int], step: int | None) -> None:
+    # Given the elements of an array, when they choose their shards, then they share everything, or all are refused
+    chosen: list[Shard | str] = []
+    for index in array:
+        values = {"ID": index, "MIN": array[0], "MAX": array[-1], "COUNT": len(array)} | (
+            {"STEP": step} if step else {}
+        )
+        try:
+            chosen.append(choose_shard(None, None, {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in values.items()}))
+        except GraniteError as error:
+            chosen.append("set GRANITE_JAX_NUM_SHARDS" if "or give --shard" in str(error) else str(error))
+    is_regular = array == list(range(array[0], array[-1] + 1, step or 1))
+    assert chosen == [Shard(i, len(array)) if is_regular else "set GRANITE_JAX_NUM_SHARDS" for i in range(len(array))]
 
 
 def test_results_of_different_jobs_are_never_mixed(corpus: Path, tmp_path: Path) -> None:
@@ -191,7 +218,10 @@ def test_results_of_different_jobs_are_never_mixed(corpus: Path, tmp_path: Path)
     with pytest.raises(GraniteError, match="weights was 'stand-in', is 'other'"):
         batch.run(manifest, tmp_path / "out", transcriber=(asr, "other"))
     write_lines(manifest, {"audio": "a/1.wav"}, {"audio": "a/5.wav"})
-    with pytest.raises(GraniteError, match="manifest.sha256 was "):
+    with pytest.raises(GraniteError, match="another job: manifest has other contents$"):
+        run(manifest, tmp_path / "out")
+    write_lines(manifest, *[{"audio": "a/1.wav"}] * 3)
+    with pytest.raises(GraniteError, match="another job: manifest had 2 entries, has 3$"):
         run(manifest, tmp_path / "out")
     assert sorted((tmp_path / "out").iterdir()) == before
     # And a part of another job that was copied there is found

@@ -33,7 +33,7 @@ def manifest(tmp_path: Path) -> Manifest:
         {"audio": "long.flac", "offset": 5.5, "duration": 20, "id": "part"},
         {"audio": "damaged.flac"},
     ]
-    return Manifest.scan(write_lines(tmp_path / "m.jsonl", *lines), 4, TranscribeOptions())
+    return Manifest.scan(write_lines(tmp_path / "m.jsonl", *lines), TranscribeOptions())
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -43,7 +43,7 @@ def test_entries_are_decoded_as_often_as_needed(tmp_path: Path, manifest: Manife
     # When entries are opened, then each can be decoded again
     whole = load_audio(tmp_path / "long.flac").samples
     with opening(reader, kind, 1) as open_entry:
-        short, long, part, damaged = map(open_entry, manifest.read(0))
+        short, long, part, damaged = map(open_entry, manifest.read(range(4)))
         for opened, expected in ((long, whole), (part, whole[11 * RATE // 2 :][: 20 * RATE])):
             for _ in range(2):
                 np.testing.assert_array_equal(np.concatenate([*opened.recording.blocks()]), expected)
@@ -61,12 +61,12 @@ def test_entries_are_decoded_as_often_as_needed(tmp_path: Path, manifest: Manife
 
 def test_long_audio_is_not_held_by_a_process(tmp_path: Path, manifest: Manifest) -> None:
     # Given a reader that holds 10 seconds, when a process loads a long entry, then it returns where to read it again
-    loaded = Reader(AudioStorage(str(tmp_path)), None, hold_seconds=10.0).load(manifest.read(0)[1])
+    loaded = Reader(AudioStorage(str(tmp_path)), None, hold_seconds=10.0).load(manifest.read(range(4))[1])
     assert isinstance(loaded.audio, Recording)
     whole = load_audio(tmp_path / "long.flac").samples
     np.testing.assert_array_equal(np.concatenate([*pickle.loads(pickle.dumps(loaded.audio)).blocks()]), whole)
     # And the limit holds for what is longer
-    loaded = Reader(AudioStorage(str(tmp_path)), 20.0, hold_seconds=10.0).load(manifest.read(0)[1])
+    loaded = Reader(AudioStorage(str(tmp_path)), 20.0, hold_seconds=10.0).load(manifest.read(range(4))[1])
     assert loaded.error == "is longer than 20 seconds"
 
 
@@ -93,7 +93,7 @@ def test_errors_that_pass_are_not_noticed(tmp_path: Path, manifest: Manifest, mo
     # Given a long file whose server fails again and again, later each time
     naps: list[float] = []
     monkeypatch.setattr("tenacity.nap.time.sleep", naps.append)
-    opened = Reader(FlakyStorage(str(tmp_path)), None).open(manifest.read(0)[1])
+    opened = Reader(FlakyStorage(str(tmp_path)), None).open(manifest.read(range(4))[1])
     # When it is decoded, then each sample is there once
     monkeypatch.setattr(FlakyStorage, "failures", 0)
     samples = np.concatenate([*opened.recording.blocks()])

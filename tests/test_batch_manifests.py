@@ -190,7 +190,7 @@ def test_boosts_of_a_manifest_reach_the_model(corpus: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["start", "end_time", "channel", "lang", "Language", "keyword", "promt", "durations"])
 def test_fields_that_should_change_results_are_named(tmp_path: Path, name: str) -> None:
     # Given a line with a field that is not understood, when it is scanned, then the field is named
-    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "a.wav", name: 1}), 1, TranscribeOptions())
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "a.wav", name: 1}), TranscribeOptions())
     assert manifest.ignored_fields == (name,)
 
 
@@ -198,4 +198,4 @@ def test_fields_of_others_are_no_matter(tmp_path: Path) -> None:
     # Given the fields of NeMo's and others' manifests that change no result, then none is named
     others = ["text", "pred_text", "wer", "uid", "audio_id", "sampling_rate", "num_samples", "speaker"]
     lines = [dict.fromkeys(FIELDS, 1) | dict.fromkeys(others, 1), "no object", "[1]", '"text"']
-    assert Manifest.scan(write_lines(tmp_path / "m.jsonl", *lines), 1, TranscribeOptions()).ignored_fields == ()
+    assert Manifest.scan(write_lines(tmp_path / "m.jsonl", *lines), TranscribeOptions()).ignored_fields == ()

@@ -24,6 +24,8 @@ from granite_jax.errors import AudioError, GraniteError
 
 PROTOCOLS = ("file", "gs", "s3")
 """Protocols that are allowed by default."""
+STORES = ("gs", "s3")
+"""Those of object stores."""
 KNOWN = (*PROTOCOLS, "https")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PERMANENT_ERRORS = (
@@ -97,6 +99,19 @@ class AudioStorage:
         if protocol == "https":
             check_address(url)
         return self.filesystem(protocol).open(path, "rb", cache_type="readahead", block_size=1 << 22)
+
+    def size(self, name: str) -> int:
+        """Bytes of a local file, or of an object of a store, without opening it.
+
+        Raises:
+          AudioError: the name is not allowed.
+          OSError: the file is missing or out of reach; remote file systems can raise other errors, too.
+        """
+        url = self.resolve(name)
+        if scheme(url) is None:
+            return os.stat(url).st_size
+        protocol, path = self._split(url)
+        return int(self.filesystem(protocol).info(path)["size"])
 
     def resolve(self, name: str) -> str:
         """The absolute path or URL of a name. Raises AudioError if it is not allowed."""

@@ -10,6 +10,7 @@ Nothing that is committed changes. An entry's result is its line in the latest o
 import contextlib
 import json
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from granite_jax.batch.store import Store
@@ -37,15 +38,18 @@ def part_name(part: int, fingerprint: str, retry: int = 0) -> str:
     return f"part-{part:06}-{fingerprint}{suffix}.jsonl"
 
 
-def committed_parts(store: Store, fingerprint: str) -> dict[int, int]:
+def committed_parts(names: Iterable[str], fingerprint: str) -> dict[int, int]:
     """The number of the last retry of every committed part, 0 for none.
+
+    Args:
+      names: of the files in the directory.
 
     Raises:
       GraniteError: a file belongs to another job.
     """
     retries: dict[int, int] = {}
     parts = set()
-    for name in store.names():
+    for name in names:
         match = _PART.fullmatch(name)
         if match is None:
             continue
@@ -86,17 +90,30 @@ def _read(store: Store, name: str) -> list[bytes]:
         return list(file)
 
 
+def intact_lines(store: Store, name: str) -> list[Line]:
+    """The lines of a file except those that are damaged; none if there is no such file."""
+    try:
+        return [line for data in _read(store, name) if (line := _parse(data)) is not None]
+    except FileNotFoundError:
+        return []
+
+
 def _checked(data: bytes, name: str, *expected: int | None) -> Line:
     """Parses a line. Raises GraniteError if it is damaged, or not of the `expected` entry, None for no entry."""
+    line = _parse(data)
+    position = "its end" if expected == (None,) else f"entry {expected[0]}" if expected else "an entry"
+    if line is None:
+        raise GraniteError(f"{name} is damaged where {position} should be{_ADVICE}")
+    if expected and line.fields["index"] != expected[0]:
+        raise GraniteError(f"{name} has entry {line.fields['index']} where {position} should be{_ADVICE}")
+    return line
+
+
+def _parse(data: bytes) -> Line | None:
+    """Parses a line; None if it is damaged."""
     try:
         fields = json.loads(data)
         is_valid = data.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
-        is_valid &= isinstance(fields["index"], int)
+        return Line(fields, data) if is_valid and isinstance(fields["index"], int) else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fields, is_valid = {}, False
-    position = "its end" if expected == (None,) else f"entry {expected[0]}" if expected else "an entry"
-    if not is_valid:
-        raise GraniteError(f"{name} is damaged where {position} should be{_ADVICE}")
-    if expected and fields["index"] != expected[0]:
-        raise GraniteError(f"{name} has entry {fields['index']} where {position} should be{_ADVICE}")
-    return Line(fields, data)
+        return None

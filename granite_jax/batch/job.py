@@ -4,37 +4,39 @@
     device              part 1, 2 ...    batches of utterances of similar length, of several parts where these meet
     commit                      part 1   each when its last utterance is done, while the device continues
 
-A part is committed as a whole or not at all; a worker that dies loses the parts that it has begun. The lines of a part
-depend only on its entries.
+A part is committed as a whole or not at all (`unfinished`); the next worker goes on with the lines that one has left
+that was stopped, or killed. The lines of a part depend only on its entries.
 """
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import queue
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import granite_jax
 from granite_jax.batch.access import PROTOCOLS, AudioStorage, check_protocols, scheme, without_file_scheme
-from granite_jax.batch.committed import committed_parts, part_name, read_part
+from granite_jax.batch.committed import committed_parts, read_part
 from granite_jax.batch.file_versions import ChangeDetector, Detection
 from granite_jax.batch.listing import identity_of, is_listing, root_of, split_tfds
 from granite_jax.batch.local_manifest import local_manifest
 from granite_jax.batch.manifest import Entry, Manifest
 from granite_jax.batch.manifest_files import to_json_lines
-from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, weights_identity
+from granite_jax.batch.partition import PART_SECONDS, PART_SIZE, Partition, agree_on_partition
+from granite_jax.batch.parts import Shard, choose_shard, claim_output_dir, has_unbounded_parts, weights_identity
 from granite_jax.batch.reader_processes import check_processes
 from granite_jax.batch.reading import EntryAudio, Kind, Reader, Task, opening
 from granite_jax.batch.store import Store, open_store
 from granite_jax.batch.transcription import submit_entry, transcript_of
+from granite_jax.batch.unfinished import SAVE_SECONDS, Committer, StartedTask, unfinished_files
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
 from granite_jax.keywords.options import Entry as Keyword
@@ -44,10 +46,18 @@ from granite_jax.results import segment_fields
 from granite_jax.transcriber import Transcriber, Transcript
 
 OpenEntry = Callable[[Entry], EntryAudio]
+_Finished = tuple[StartedTask, EntryAudio, Future[Transcript]]
 
-PART_SIZE = 1024
 _STOP_POLL_SECONDS = 0.1
 _MAX_ERRORS = 3  # in a summary
+_LONG_PART = 3600.0  # seconds of audio that are worth a note
+_LONG_PART_NOTE = (
+    "a part has more than an hour of audio, which one worker does; "
+    "one that is stopped keeps whole recordings of it, and the next one begins the others again"
+)
+_NOTHING_DONE = (
+    "nothing was done when this worker was stopped; a recording that takes longer than a worker has is never done"
+)
 _FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags", "damage")  # of a line's Transcript
 
 
@@ -58,7 +68,7 @@ class Progress:
     Fields:
       notes: what is odd about the manifest: sentences.
       entries: number of entries in its shard.
-      resumed: entries in parts that were committed before this run.
+      resumed: entries that were finished before this run, as far as it has come to them.
       done: entries finished in this run, including failed ones.
       failed: entries that failed in this run.
       audio_seconds: seconds of audio transcribed in this run.
@@ -90,6 +100,7 @@ class Summary:
       shard, num_shards: the worker's share.
       parts: number of parts in the share; `resumed_parts` of these were committed before this run, `parts_of_others` by
         another worker during it.
+      kept: number of entries that a former run had finished, in parts that were not committed.
       retried: number of entries of former runs that were tried again.
       changed: how many of these because their files have changed.
       entries, transcribed, failed: numbers of entries in the share, or in this run if it was stopped.
@@ -105,6 +116,7 @@ class Summary:
     parts: int
     resumed_parts: int
     parts_of_others: int
+    kept: int
     retried: int
     changed: int
     entries: int
@@ -123,14 +135,6 @@ class _Stopped(Exception):
     """The worker was asked to stop."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Started:
-    """A task in progress, with the lines that are there, by index."""
-
-    task: Task
-    lines: dict[int, bytes] = dataclasses.field(default_factory=dict)
-
-
 @accepts(ModelOptions, TranscribeOptions)
 def run(
     manifest: str | os.PathLike[str],
@@ -142,6 +146,7 @@ def run(
     shard: int | None = None,
     num_shards: int | None = None,
     part_size: int = PART_SIZE,
+    part_seconds: float = PART_SECONDS,
     root: str | os.PathLike[str] | None = None,
     allow: tuple[str, ...] = PROTOCOLS,
     readers: Kind = "threads",
@@ -164,8 +169,9 @@ def run(
     seconds), `confidence`, `ctc_text`, `stats`, `flags`, `damage`, or else `error` (and `transient`, if it was one of
     access);
     `segments` (as in a `Segment`, without tokens); lines of retries in files beside them (`committed`);
-    `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job. `merge` joins and checks
-    the parts.
+    `errors.jsonl`, only the failed ones; `summary.json`; `job.json`, which identifies the job; `parts.json`, which says
+    where parts begin; and `unfinished-*.jsonl` for what a worker has left (`unfinished`). `merge` joins and checks the
+    parts.
 
     Args:
       manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
@@ -178,7 +184,8 @@ def run(
       transcriber: replaces the checkpoint: a Transcriber, or a function that loads it and is called only if there is
         work, and a name for its weights and dtype.
       shard, num_shards: this worker's share; default from the environment (`parts.choose_shard`), or everything.
-      part_size: utterances in a part, which share batches and are lost together when a worker dies.
+      part_size: most utterances in a part. Each part is one file, and is done by one worker.
+      part_seconds: most seconds of audio in a part of several utterances, estimated where the manifest does not say.
       root: directory that local files must be below; default the manifest's directory.
       allow: protocols that audio may use, out of "file", "gs", "s3", "https".
       readers, num_readers: threads, or processes, which survive files that crash a decoder.
@@ -188,7 +195,7 @@ def run(
       detect_changes: how a local file is recognized that has changed since a former run read it, and is read again: by
         size and time of modification, by a "hash" of its bytes, which that run must have been told to record, or "off".
       progress: called when some utterances are done.
-      stop: polled often; True ends the run and drops the parts that are begun.
+      stop: polled often; True ends the run, which keeps the utterances that are done.
       fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
 
     Raises:
@@ -199,8 +206,9 @@ def run(
     check_mixed(job_options)
     source, share = without_file_scheme(os.fspath(manifest)), choose_shard(shard, num_shards)
     check_protocols(allow)
-    if num_readers < 1:
-        raise GraniteError(f"num_readers is {num_readers}, not a positive number")
+    for name, value in (("num_readers", num_readers), ("part_size", part_size), ("part_seconds", part_seconds)):
+        if not 0 < value < math.inf:
+            raise GraniteError(f"{name} is {value}, not a positive number")
     if readers == "processes":
         check_processes()
     storage = storage_options or {}
@@ -211,7 +219,7 @@ def run(
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-")))
         local, notes = local_manifest(source, access, store, work)
-        scanned = Manifest.scan(to_json_lines(local, source, work), part_size, job_options, source)
+        scanned = Manifest.scan(to_json_lines(local, source, work), job_options, source)
         if scanned.ignored_fields:
             names = ", ".join(scanned.ignored_fields)[:200]
             notes.append(f"the manifest has fields that are not understood, and change nothing: {names}")
@@ -226,15 +234,20 @@ def run(
             "root": access.resolved_root,
             "allow": sorted(access.protocols),
         }
+        if part_seconds != PART_SECONDS or not has_unbounded_parts(store):
+            description["part_seconds"] = part_seconds
         if keyword_lists:
             if len(keyword_lists) != scanned.entries:
                 raise GraniteError(f"{len(keyword_lists)} keyword_lists for {scanned.entries} entries")
             text = json.dumps([None if keywords is None else list(keywords) for keywords in keyword_lists])
             description["keyword_lists"] = hashlib.sha256(text.encode()).hexdigest()
+        fingerprint = claim_output_dir(store, description)
+        partition = agree_on_partition(store, description, scanned, access)
         worker = _Worker(
             scanned,
+            partition,
             store,
-            claim_output_dir(store, description),
+            fingerprint,
             share,
             job_options,
             work,
@@ -272,6 +285,7 @@ def _reading_with(asr: Transcriber, num_readers: int) -> Iterator[None]:
 @dataclasses.dataclass
 class _Worker:
     manifest: Manifest
+    partition: Partition
     store: Store
     fingerprint: str
     shard: Shard
@@ -285,26 +299,33 @@ class _Worker:
     progress: Progress
     _changed: int = dataclasses.field(default=0, init=False)  # entries whose files have changed since they were read
     _started: float = dataclasses.field(default=0.0, init=False)
-    _parts_of_others: int = dataclasses.field(default=0, init=False)
     _previous: dict[int, bytes] = dataclasses.field(default_factory=dict, init=False)  # lines of retried entries
 
     def run(
         self, load: Callable[[], Transcriber], reader: Callable[[Transcriber], Reader], kind: Kind, num_readers: int
     ) -> Summary:
-        share = self.shard.parts(self.manifest.parts)
-        retries = committed_parts(self.store, self.fingerprint)
-        pending = [Task(part, self.manifest.indices(part)) for part in share if part not in retries]
+        share = self.shard.parts(len(self.partition))
+        names = self.store.names()
+        retries, files = committed_parts(names, self.fingerprint), unfinished_files(names, self.fingerprint)
+        for (part, retry), left in files.items():  # by a worker that has committed the part, or lost a race for it
+            if part in share and retry <= retries.get(part, -1):
+                for name in left:
+                    self.store.remove(name)
+        pending = [Task(part, self.partition.indices(part)) for part in share if part not in retries]
         tasks = pending + [task for part in share if part in retries for task in self._retries(part, retries[part])]
-        self.progress.entries = sum(len(self.manifest.indices(part)) for part in share)
+        self.progress.entries = sum(len(self.partition.indices(part)) for part in share)
         self.progress.resumed = self.progress.entries - sum(len(task.indices) for task in tasks)
-        parts_of_others, stopped = 0, False
+        committer = Committer(self.store, self.fingerprint, files, self.has_changed, self._previous)
+        stopped = False
         if tasks:
             asr = load()
             try:
                 with opening(reader(asr), kind, num_readers) as open_entry, _reading_with(asr, num_readers):
-                    parts_of_others = self._transcribe_tasks(asr, tasks, open_entry)
+                    self._transcribe_tasks(asr, tasks, open_entry, committer)
             except _Stopped:
                 stopped = True
+                if not self.progress.done:
+                    self._note(_NOTHING_DONE)
         failed, errors = self._write_errors(share) if not stopped else (self.progress.failed, [])
         summary = Summary(
             fingerprint=self.fingerprint,
@@ -312,7 +333,8 @@ class _Worker:
             num_shards=self.shard.count,
             parts=len(share),
             resumed_parts=len(share) - len(pending),
-            parts_of_others=parts_of_others,
+            parts_of_others=committer.tasks_of_others,
+            kept=committer.kept,
             retried=sum(len(task.indices) for task in tasks if task.retry),
             changed=self._changed,
             entries=self.progress.entries,
@@ -335,7 +357,7 @@ class _Worker:
 
     def _retries(self, part: int, retries: int) -> list[Task]:
         """The next retry of a committed part, if entries of it failed, or have changed, that are to be tried again."""
-        lines = read_part(self.store, self.fingerprint, part, retries, self.manifest.indices(part))
+        lines = read_part(self.store, self.fingerprint, part, retries, self.partition.indices(part))
         indices = []
         for line in lines:
             changed = self.has_changed(line.fields)
@@ -345,27 +367,23 @@ class _Worker:
                 self._changed += changed
         return [Task(part, indices, retries + 1)] if indices else []
 
-    def _commit(self, task: Task, lines: Mapping[int, bytes]) -> bool:
-        """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
-        if task.retry and all(lines[index] == self._previous[index] for index in task.indices):
-            return True
-        data = b"".join(lines[index] for index in task.indices)
-        return self.store.create(part_name(task.part, self.fingerprint, task.retry), data)
-
-    def _transcribe_tasks(self, asr: Transcriber, tasks: list[Task], open_entry: OpenEntry) -> int:
-        """Transcribes and commits tasks; returns how many another worker committed first."""
+    def _transcribe_tasks(
+        self, asr: Transcriber, tasks: list[Task], open_entry: OpenEntry, committer: Committer
+    ) -> None:
+        """Transcribes and commits tasks; if it is stopped, keeps what is done of them."""
         # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
         self._started, idle_before = time.monotonic(), asr.idle_seconds
-        finished: queue.SimpleQueue[tuple[_Started, EntryAudio, Future[Transcript]]] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
         futures: set[Future[Transcript]] = set()
-        entries, commits = self._entries(tasks), collections.deque[Future[bool]]()
-        following = next(entries, None)
-        with ThreadPoolExecutor(1) as committer, contextlib.ExitStack() as expecting:
+        entries = self._entries(tasks, committer)
+        with contextlib.ExitStack() as expecting:
             expecting.enter_context(asr.expecting())
             try:
+                following = next(entries, None)
                 while following or futures:
                     self._check_stop()
+                    committer.save(SAVE_SECONDS)
                     if following is None:
                         expecting.close()
                     if following and finished.empty() and len(futures) < 2 * asr.read_ahead:
@@ -378,34 +396,57 @@ class _Worker:
                         following = next(entries, None)
                         continue
                     try:
-                        started, audio, future = finished.get(timeout=_STOP_POLL_SECONDS)
+                        done = finished.get(timeout=_STOP_POLL_SECONDS)
                     except queue.Empty:
                         continue
-                    futures.remove(future)
-                    started.lines[audio.entry.index] = self._line(audio, transcript_of(audio.entry, future))
-                    if len(started.lines) == len(started.task.indices):
-                        commits.append(committer.submit(self._commit, started.task, started.lines))
-                    while commits and commits[0].done():
-                        self._parts_of_others += not commits.popleft().result()
-                    self.progress.done += 1
+                    futures.remove(done[-1])
+                    self._finish(committer, *done)
                     self.progress.read_seconds = asr.idle_seconds - idle_before
                     self._report()
+            except (_Stopped, KeyboardInterrupt):
+                while not finished.empty():
+                    self._finish(committer, *finished.get())
+                committer.save(0.0)
+                raise
             finally:
                 for future in futures:
                     future.cancel()
-        return self._parts_of_others + sum(not commit.result() for commit in commits)
+                committer.close()
 
-    def _entries(self, tasks: list[Task]) -> Iterator[tuple[_Started, Entry]]:
-        """The entries of tasks, except those that another worker has committed in the meantime."""
+    def _entries(self, tasks: list[Task], committer: Committer) -> Iterator[tuple[StartedTask, Entry]]:
+        """The entries of tasks, except those that another worker has done."""
         for task in tasks:
-            if self.store.exists(part_name(task.part, self.fingerprint, task.retry)):
-                self._parts_of_others += 1
+            started = committer.start(task)
+            if started is None:
                 continue
-            indices, started = set(task.indices), _Started(task)
-            entries = [entry for entry in self.manifest.read(task.part) if entry.index in indices]
+            self.progress.resumed += started.kept
+            indices = set(task.indices)
+            entries = [e for e in self.manifest.read(self.partition.indices(task.part)) if e.index in indices]
             if len(entries) < len(indices):
                 raise RuntimeError(f"part {task.part}: only {len(entries)} entries were read")
-            yield from ((started, entry) for entry in entries)
+            self._note_length(sum(entry.duration or 0.0 for entry in entries))
+            kept = set(started.lines)
+            yield from ((started, entry) for entry in entries if entry.index not in kept)
+
+    def _finish(
+        self, committer: Committer, started: StartedTask, audio: EntryAudio, future: Future[Transcript]
+    ) -> None:
+        """Takes an entry's result."""
+        transcript = transcript_of(audio.entry, future)
+        line, failed = self._line(audio, transcript), transcript.error is not None
+        committer.add(started, audio.entry.index, line, failed=failed)
+        self.progress.done += 1
+        started.audio_seconds += transcript.duration
+        self._note_length(started.audio_seconds)
+
+    def _note_length(self, seconds: float) -> None:
+        """Notes that a part is long."""
+        if seconds > _LONG_PART:
+            self._note(_LONG_PART_NOTE)
+
+    def _note(self, note: str) -> None:
+        if note not in self.progress.notes:
+            self.progress.notes += (note,)
 
     def _line(self, audio: EntryAudio, transcript: Transcript) -> bytes:
         """An utterance's line; nothing in it depends on the run."""
@@ -437,10 +478,10 @@ class _Worker:
     def _write_errors(self, share: range) -> tuple[int, list[tuple[str, str]]]:
         """Writes the failed entries of a share's parts; returns their number, and ids and errors of the first."""
         failed, first, path = 0, [], self.work / "errors.jsonl"
-        retries = committed_parts(self.store, self.fingerprint)
+        retries = committed_parts(self.store.names(), self.fingerprint)
         with open(path, "wb") as errors:
             for part in share:
-                indices = self.manifest.indices(part)
+                indices = self.partition.indices(part)
                 for line in read_part(self.store, self.fingerprint, part, retries.get(part, 0), indices):
                     if line.failed:
                         errors.write(line.data)

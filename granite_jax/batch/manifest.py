@@ -1,6 +1,6 @@
 """The input of a job: JSON lines, read in constant memory.
 
-Every kind of input becomes such a file (`manifest_files`, `listing`), of which a job keeps one offset for each part.
+Every kind of input becomes such a file (`manifest_files`, `listing`), of which a job keeps every 1,024th offset.
 """
 
 import dataclasses
@@ -47,6 +47,8 @@ _FOREIGN_FIELDS = (
     *("language", "lang", "context", "hotwords", "max_new_tokens", "speculative", "keyword_boost", "keyword_gate"),
 )
 _SAMPLED_LINES, _SAMPLED_FIELDS, _MAX_NAME = 1000, 100, 40
+_MAX_SECONDS = 1e9
+_INDEXED = 1024  # of so many entries one can be sought
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A local file of JSON lines, cut into parts of `part_size` entries."""
+    """A local file of JSON lines."""
 
     path: Path
-    part_size: int
     options: TranscribeOptions  # of entries without their own
     entries: int
     sha256: str
     ignored_fields: tuple[str, ...]  # of the first lines, which look as if they should change results
-    offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every part's first entry
+    offsets: tuple[int, ...] = field(repr=False)  # in bytes, of every `_INDEXED`-th entry
     signatures: set[tuple[int, ...]] = field(repr=False)  # of the file, with these contents
 
     @classmethod
-    def scan(cls, path: Path, part_size: int, options: TranscribeOptions, name: str | None = None) -> "Manifest":
+    def scan(cls, path: Path, options: TranscribeOptions, name: str | None = None) -> "Manifest":
         """Reads the file once. Raises GraniteError, with the `name`, if it cannot be read or has no entries."""
         name = printable(name or str(path))
-        if part_size < 1:
-            raise GraniteError(f"part_size is {part_size}, not a positive number")
         offsets, entries, ignored = [], 0, dict[str, None]()
         try:
             with open(path, "rb") as file:
@@ -99,7 +98,7 @@ class Manifest:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 file.seek(0)
                 for offset, line in _lines(file):
-                    if entries % part_size == 0:
+                    if entries % _INDEXED == 0:
                         offsets.append(offset)
                     if entries < _SAMPLED_LINES:
                         ignored |= dict.fromkeys(ignored_fields(line))
@@ -108,30 +107,43 @@ class Manifest:
             raise GraniteError(f"{name}: cannot be read ({error.strerror or error})") from error
         if not entries:
             raise GraniteError(f"{name}: has no entries")
-        return cls(path, part_size, options, entries, digest, tuple(ignored), tuple(offsets), {signature})
+        return cls(path, options, entries, digest, tuple(ignored), tuple(offsets), {signature})
 
-    @property
-    def parts(self) -> int:
-        """Number of parts."""
-        return len(self.offsets)
+    def read(self, indices: range) -> list[Entry]:
+        """Consecutive entries, grouped by options. Raises GraniteError if the file has changed."""
+        entries = list(self.entries_at(indices))
+        order = {options: rank for rank, options in enumerate(dict.fromkeys(entry.options for entry in entries))}
+        return sorted(entries, key=lambda entry: order[entry.options])
 
-    def indices(self, part: int) -> range:
-        """Indices of a part's entries."""
-        return range(part * self.part_size, min(self.entries, (part + 1) * self.part_size))
+    def entries_at(self, indices: range) -> Iterator[Entry]:
+        """Some entries. Raises GraniteError if the file has changed."""
+        return (parse_line(line, index, self.options) for index, line in self._lines_at(indices))
 
-    def read(self, part: int) -> list[Entry]:
-        """A part's entries, grouped by options. Raises GraniteError if the file has changed."""
-        entries = []
+    def durations(self) -> Iterator[float | None]:
+        """The `duration` of every line that has one, read as fast as possible; GraniteError as `entries_at`."""
+        return (_duration(line) for _, line in self._lines_at(range(self.entries)))
+
+    def _lines_at(self, indices: range) -> Iterator[tuple[int, bytes | None]]:
         with open(self.path, "rb") as file:
             if _signature(file) not in self.signatures:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
                     raise GraniteError(f"{self.path}: has changed while the job runs")
                 self.signatures.add(_signature(file))  # it was only touched
-            file.seek(self.offsets[part])
-            for index, (_, line) in zip(self.indices(part), _lines(file), strict=False):
-                entries.append(parse_line(line, index, self.options))
-        order = {options: rank for rank, options in enumerate(dict.fromkeys(entry.options for entry in entries))}
-        return sorted(entries, key=lambda entry: order[entry.options])
+            indexed = indices.start // _INDEXED
+            file.seek(self.offsets[indexed])
+            for index, (_, line) in enumerate(_lines(file), start=indexed * _INDEXED):
+                if index >= indices.stop:
+                    return
+                if index in indices:
+                    yield index, line
+
+
+def _duration(line: bytes | None) -> float | None:
+    try:
+        duration = json.loads(line or b"").get("duration")
+        return float(duration) if isinstance(duration, int | float) and 0 < duration < _MAX_SECONDS else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def parse_line(line: bytes | None, index: int, options: TranscribeOptions) -> Entry:
@@ -256,7 +268,7 @@ def _seconds(fields: dict[str, Any], key: str) -> float | None:
     value = fields.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MAX_SECONDS:
         raise GraniteError(f"{key} must be a number of seconds, not {value!r:.40}")
     return float(value)
 

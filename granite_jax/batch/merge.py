@@ -8,6 +8,7 @@ from typing import Any
 
 from granite_jax.batch.access import scheme
 from granite_jax.batch.committed import committed_parts, read_part
+from granite_jax.batch.partition import read_partition
 from granite_jax.batch.parts import fingerprint_of, read_job
 from granite_jax.batch.store import Store, open_store
 from granite_jax.errors import GraniteError
@@ -40,11 +41,9 @@ def merge(
 
 def _merge(store: Store) -> dict[str, int | float | str]:
     job = read_job(store)
-    fingerprint, entries, size = fingerprint_of(job), job.get("entries"), job.get("part_size")
-    if not isinstance(entries, int) or not isinstance(size, int) or entries < 1 or size < 1:
-        raise GraniteError("job.json does not say how many entries there are")
-    parts = range(-(-entries // size))
-    retries = committed_parts(store, fingerprint)
+    fingerprint, partition = fingerprint_of(job), read_partition(store, job)
+    entries, parts = partition.entries, range(len(partition))
+    retries = committed_parts(store.names(), fingerprint)
     missing = [part for part in parts if part not in retries]
     if missing:
         shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
@@ -58,8 +57,7 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         )
         with open(transcripts_path, "wb") as transcripts, open(errors_path, "wb") as errors:
             for part in parts:
-                indices = range(part * size, min(entries, (part + 1) * size))
-                for line in read_part(store, fingerprint, part, retries[part], indices):
+                for line in read_part(store, fingerprint, part, retries[part], partition.indices(part)):
                     (errors if line.failed else transcripts).write(line.data)
                     failed += line.failed
                     seconds += line.fields.get("duration", 0.0)

@@ -1,4 +1,4 @@
-"""Parts, shards, and the fingerprint that keeps results of different jobs apart."""
+"""Shards, and the fingerprint that keeps results of different jobs apart."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ from granite_jax.checkpoint.tree import flatten
 from granite_jax.errors import GraniteError
 
 JOB = "job.json"
+_NUM_SHARDS = "GRANITE_JAX_NUM_SHARDS"
 _MAX_JOB = 1 << 20
 # Files besides the weights that affect transcripts.
 _COMPANIONS = (
@@ -47,25 +48,43 @@ class Shard:
 def choose_shard(index: int | None, count: int | None, environment: Mapping[str, str] = os.environ) -> Shard:
     """The shard given, or else that of the environment, or else everything.
 
-    Kubernetes' Indexed Jobs set JOB_COMPLETION_INDEX; the job must set GRANITE_JAX_NUM_SHARDS, too. Slurm's
-    arrays set SLURM_ARRAY_TASK_ID, _MIN, _STEP and _COUNT.
+    Kubernetes' Indexed Jobs set JOB_COMPLETION_INDEX; the job must set GRANITE_JAX_NUM_SHARDS, too. Slurm's arrays set
+    SLURM_ARRAY_TASK_ID, which counts from 0 if GRANITE_JAX_NUM_SHARDS is set. Without that, the elements of the array
+    (SLURM_ARRAY_TASK_MIN, _MAX, _STEP and _COUNT) share the whole job, and an array with gaps is refused: it can be
+    what is submitted again of a larger one.
 
     Raises:
-      GraniteError: one of the two is missing, not a number or out of range.
+      GraniteError: one of the two is missing, not a number or out of range, or the array has gaps.
     """
     if index is None and count is None:
-        if "JOB_COMPLETION_INDEX" in environment:
-            index = _number(environment, "JOB_COMPLETION_INDEX")
-            count = _number(environment, "GRANITE_JAX_NUM_SHARDS")
-        elif "SLURM_ARRAY_TASK_ID" in environment:
-            first, step = (_number(environment, f"SLURM_ARRAY_TASK_{key}", 0) for key in ("MIN", "STEP"))
-            index = (_number(environment, "SLURM_ARRAY_TASK_ID") - first) // (step or 1)
-            count = _number(environment, "SLURM_ARRAY_TASK_COUNT")
-        else:
-            return Shard()
+        for variable in ("JOB_COMPLETION_INDEX", "SLURM_ARRAY_TASK_ID"):
+            if variable not in environment:
+                continue
+            if variable == "SLURM_ARRAY_TASK_ID" and _NUM_SHARDS not in environment:
+                return _slurm_shard(environment)
+            index, count = _number(environment, variable), _number(environment, _NUM_SHARDS)
+            if index >= count:
+                raise GraniteError(f"{variable} is {index}, but shards are 0 to {count - 1}: {_NUM_SHARDS} is {count}")
+            return Shard(index, count)
+        return Shard()
     if index is None or count is None:
         raise GraniteError("a shard's number and the number of shards belong together")
     return Shard(index, count)
+
+
+def _slurm_shard(environment: Mapping[str, str]) -> Shard:
+    """The shard of an element of an array, which has as many shards as elements."""
+    index, count = (_number(environment, f"SLURM_ARRAY_TASK_{key}") for key in ("ID", "COUNT"))
+    first, step = (_number(environment, f"SLURM_ARRAY_TASK_{key}", 0) for key in ("MIN", "STEP"))
+    position, rest = divmod(index - first, step or 1)
+    last = first + (count - 1) * (step or 1)
+    if rest or not 0 <= position < count or _number(environment, "SLURM_ARRAY_TASK_MAX", last) != last:
+        raise GraniteError(
+            f"SLURM_ARRAY_TASK_ID is {index} in an array with gaps (SLURM_ARRAY_TASK_MIN {first}, "
+            f"SLURM_ARRAY_TASK_COUNT {count}), which does not tell how many shards the job has: set {_NUM_SHARDS} to "
+            "that number, of shards from 0 on, or give --shard and --num-shards"
+        )
+    return Shard(position, count)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -99,13 +118,22 @@ def claim_output_dir(store: Store, description: Mapping[str, Any]) -> str:
     text = json.dumps(description, indent=1, sort_keys=True)
     if not store.create(JOB, (text + "\n").encode()):
         existing, requested = flatten(read_job(store)), flatten(json.loads(text))
+        changes = list[str]()
         different = [key for key in sorted(existing | requested) if existing.get(key) != requested.get(key)]
-        if different:
-            changes = "; ".join(
-                f"{key} was {existing.get(key)!r:.200}, is {requested.get(key)!r:.200}" for key in different
-            )
-            raise GraniteError(f"the output directory holds results of another job: {changes}")
+        if "manifest.sha256" in different:  # its hashes say nothing to a reader
+            grown = existing.get("entries") != requested.get("entries")
+            sizes = f"had {existing.get('entries')} entries, has {requested.get('entries')}"
+            changes.append(f"manifest {sizes if grown else 'has other contents'}")
+            different = [key for key in different if key not in ("manifest.sha256", "entries")]
+        changes += [f"{key} was {existing.get(key)!r:.200}, is {requested.get(key)!r:.200}" for key in different]
+        if changes:
+            raise GraniteError(f"the output directory holds results of another job: {'; '.join(changes)}")
     return fingerprint_of(description)
+
+
+def has_unbounded_parts(store: Store) -> bool:
+    """Whether a directory has a job of a version whose parts had any number of seconds."""
+    return store.exists(JOB) and "part_seconds" not in read_job(store)
 
 
 def fingerprint_of(description: Mapping[str, Any]) -> str:

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from granite_jax.audio.load import AccessError
-from granite_jax.batch.access import check_store, retried, scheme
+from granite_jax.batch.access import STORES, check_store, retried, scheme
 from granite_jax.errors import GraniteError
 
 _STALE = 3600.0  # seconds after which a temporary file counts as abandoned
 _LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # Object stores whose conditional put is atomic; "memory", in this process, is for tests.
-_STORES = ("gs", "s3", "memory")
+_STORES = (*STORES, "memory")
 
 
 class Store(Protocol):
@@ -35,6 +35,10 @@ class Store(Protocol):
 
     def replace(self, name: str, data: Path) -> None:
         """Writes a local file's content; replaces the file of this name if there is one."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Deletes a file if that is possible."""
         ...
 
     def names(self) -> set[str]:
@@ -109,6 +113,11 @@ class LocalStore:
             os.replace(partial, self.directory / name)
         self._flush()
 
+    def remove(self, name: str) -> None:
+        """As in `Store`."""
+        with contextlib.suppress(OSError):
+            (self.directory / name).unlink()
+
     def names(self) -> set[str]:
         """As in `Store`."""
         return {entry.name for entry in os.scandir(self.directory) if not entry.name.startswith(".")}
@@ -168,6 +177,11 @@ class ObjectStore:
     def replace(self, name: str, data: Path) -> None:
         """As in `Store`."""
         retried(lambda: self._files.put_file(str(data), self._path(name)))
+
+    def remove(self, name: str) -> None:
+        """As in `Store`."""
+        with contextlib.suppress(Exception):  # file systems can raise anything, as where deletion is forbidden
+            retried(lambda: self._files.rm_file(self._path(name)))
 
     def names(self) -> set[str]:
         """As in `Store`."""

@@ -47,7 +47,8 @@ def run(
         int | None, typer.Option(min=0, help="this worker's number; default: from the environment", show_default=False)
     ] = None,
     num_shards: Annotated[int | None, typer.Option(min=1, help="number of workers", show_default=False)] = None,
-    part_size: Annotated[int, typer.Option(min=1, help="utterances that are committed together")] = 1024,
+    part_size: Annotated[int, typer.Option(min=1, help="most utterances that are committed together")] = 1024,
+    part_seconds: Annotated[float, typer.Option(min=1, help="most seconds of audio of these, estimated")] = 3600.0,
     root: Annotated[
         str | None, typer.Option(help="directory that local files must be below; default: the manifest's directory")
     ] = None,
@@ -75,7 +76,7 @@ def run(
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
     errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
     failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after
-    SIGTERM (130 after Ctrl-C), which abandons the parts that are begun: run again; 2 if the job cannot be run.
+    SIGTERM (130 after Ctrl-C), which keeps the utterances that are done: run again; 2 if the job cannot be run.
     """
     from granite_jax import batch
 
@@ -96,6 +97,7 @@ def run(
                 shard=share.index,
                 num_shards=share.count,
                 part_size=part_size,
+                part_seconds=part_seconds,
                 root=root,
                 allow=tuple(allow or ("file", "gs", "s3")),
                 readers=readers,

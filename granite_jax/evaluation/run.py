@@ -110,7 +110,7 @@ def evaluate(
       keyword_lists: files in the format of the LibriSpeech biasing lists, for B-WER.
       bias: whether the model is told each utterance's list: that of `keyword_lists`, or else the set's own.
       root: directory that the manifests' local files must be below; default each manifest's directory.
-      part_size: utterances that are lost together when a run is killed.
+      part_size: most utterances that are committed together.
       progress: called when some utterances are done.
       stop: polled often; True ends the run, which a later one can continue.
       fields: `ModelOptions` and `TranscribeOptions` fields that override `model` and `options`.

@@ -159,7 +159,8 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
     options = {"part_size": PART, "allow": ALLOW, "readers": readers}
     while True:
         before = count(out)
-        worker = start(batch_worker.run, corpus.manifest, out, seconds=0.003, **options)
+        save = batch_worker.run_saving_at_once if kills % 3 else batch_worker.run
+        worker = start(save, corpus.manifest, out, seconds=0.003, **options)
         if kills % 2:  # from its start on, or when it has done something, so that there is an end
             wait_for(lambda: count(out) > before or not worker.is_alive())  # noqa: B023
         worker.join(moments.uniform(0, 0.05 if kills % 2 else 0.3))
@@ -174,6 +175,7 @@ def test_a_job_killed_again_and_again_ends_as_if_undisturbed(
     assert worker.exitcode == 0
     assert kills >= 10
     assert parts(out) == undisturbed
+    assert not list(out.glob("unfinished-*"))
     assert [line["index"] for line in lines(undisturbed)] == list(range(corpus.entries))
     assert batch.merge(out)["transcribed"] == 302
 
