@@ -201,6 +201,7 @@ class Transcriber:
         """The recognizer that options ask for."""
         return self._intake.recognizer(options)
 
+    @jax.transfer_guard("allow")  # as in `Engine`
     def warmup(
         self,
         buckets: Sequence[Bucket] | None = None,
@@ -424,6 +425,7 @@ class Transcriber:
         """While inputs are submitted one after another: full batches wait for them."""
         return self._engine.expecting()
 
+    @jax.transfer_guard("allow")  # as in `Engine`
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
         samples = self._intake.load(audio, sampling_rate, name_of(audio, 0)).samples
