@@ -93,12 +93,16 @@ def test_a_guard_against_transfers_is_for_those_of_the_program(random_asr: gj.Tr
 
 @pytest.mark.parametrize("name", ["jax_debug_infs", "jax_no_tracing", "jax_no_execution"])
 def test_settings_with_which_no_model_runs_are_named(checkpoint: Path, name: str) -> None:
-    with setting(name, True), pytest.raises(BackendError, match=rf"^JAX's setting {name} \({name.upper()}\) is on, but"):
+    with (
+        setting(name, True),
+        pytest.raises(BackendError, match=rf"^JAX's setting {name} \({name.upper()}\) is on, but"),
+    ):
         gj.load(checkpoint)
 
 
 def test_a_model_that_is_not_compiled_is_warned_of(checkpoint: Path) -> None:
-    with setting("jax_disable_jit", True), pytest.warns(UserWarning, match="^JAX_DISABLE_JIT is on: nothing is compiled"):
+    message = "^JAX_DISABLE_JIT is on: nothing is compiled"
+    with setting("jax_disable_jit", True), pytest.warns(UserWarning, match=message):
         gj.load(checkpoint)
 
 

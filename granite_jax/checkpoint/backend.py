@@ -7,7 +7,6 @@ import jax
 from granite_jax.audio.resample import one_line
 from granite_jax.errors import BackendError
 
-
 _REFUSED = {
     "jax_debug_infs": "the model's masks and limits are infinite",
     "jax_no_tracing": "the model's programs are traced",
