@@ -203,8 +203,7 @@ class _StreamDecoder:
                     num_samples += len(block)
                     yield block
         assert self._end is not None
-        flags = (*self._end.flags, "one-channel") if mixer.took_one_channel else self._end.flags
-        return self._end._replace(flags=flags, num_samples=num_samples)
+        return self._end._replace(flags=(*self._end.flags, *mixer.flags), num_samples=num_samples)
 
     def _frames(self, *, seek: bool = True) -> Generator[np.ndarray, None, None]:
         """The wanted frames behind those that were yielded before, `[n, channels]`; sets `_format` and `_end`."""

@@ -67,7 +67,7 @@ class Audio:
     Fields:
       name: for messages and output.
       samples: float32 `[n]` at 16 kHz, mono, roughly in [-1, 1].
-      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply.
+      flags: of a `Transcript`, those of `Blocks` that apply.
     """
 
     name: str
@@ -84,8 +84,7 @@ class RecordingBlocks(Iterator[np.ndarray]):
     """The blocks of a recording, float32 `[n]` at 16 kHz, mono. Its AudioErrors name the recording.
 
     Fields:
-      flags: of a `Transcript`, "truncated-input", "one-channel" and "one-track" where they apply; known when all blocks
-        were read.
+      flags: of a `Transcript`, those of `Blocks` that apply; known when all blocks were read.
     """
 
     def __init__(self, name: str, blocks: Blocks):
@@ -464,7 +463,7 @@ def decode_array(source: Any, rate: float, limit: float, channel: int | None = N
     mixer = Mixer(channel)
     mono = mixer(scale(frames[start : start + BLOCK_FRAMES]) for start in starts)
     yield from resample(mono, rate, limit)
-    return ("one-channel",) if mixer.took_one_channel else ()
+    return mixer.flags
 
 
 def _frames_of(source: Any) -> np.ndarray:

@@ -143,7 +143,7 @@ class _Decoder(NamedTuple):
             for block in resample(mixer(_cut(blocks, skip, take)), rate, self.limit):
                 num_samples += len(block)
                 yield block
-            flags = ("one-channel",) if mixer.took_one_channel else ()
+            flags = mixer.flags
             flags += ("one-track",) if len(container.streams.audio) > 1 else ()
             if take is not None and blocks.num_frames >= skip + take:
                 return flags
