@@ -482,7 +482,7 @@ def _transcripts(
                     raise
                 stats = {"transient": True} if isinstance(error, AccessError) else {}
                 number = None if each.channel is None else each.channel + 1
-                transcript = Transcript(each.name, error=str(error), stats=stats, channel=number)
+                transcript = Transcript(each.name, error=str(error), stats=stats, flags=error.flags, channel=number)
             yield transcript
 
 
