@@ -26,7 +26,7 @@ from granite_jax.engine.sharding import DeviceList, DeviceMesh
 from granite_jax.engine.streams import Notify, results
 from granite_jax.errors import CheckpointError, GraniteError
 from granite_jax.keywords.lists import lists_by_input
-from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
+from granite_jax.keywords.options import KeywordList, keyword_entries
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
@@ -310,7 +310,7 @@ class Transcriber:
         options: TranscribeOptions | None = None,
         *,
         sampling_rate: int | None = None,
-        keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+        keyword_lists: Iterable[KeywordList | None] | None = None,
         drafts: Iterable[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         ordered: bool = True,

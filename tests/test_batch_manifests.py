@@ -159,6 +159,7 @@ def test_cuts_and_recordings_of_lhotse_are_understood(
     [
         (CUT | {"recording": STEREO}, "is a cut of channel 0 of [0, 1]: write it to a file of its own"),
         (RECORDING | {"sources": [{"type": "command", "source": "sox"}]}, "that is not one file or URL"),
+        (CUT | {"channel": [{}, None], "recording": RECORDING}, "is a cut of channel [{}, None] of [0]"),
         (RECORDING | {"sources": []}, "that is not one file or URL"),
         (CUT | {"recording": RECORDING | {"transforms": [{"name": "Speed"}]}}, "with transforms"),
         (CUT | {"type": "MixedCut", "tracks": []}, "its fields are id, start, duration, channel, type, supervisions"),

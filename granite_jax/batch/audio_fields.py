@@ -78,9 +78,13 @@ def _lhotse(fields: Mapping[str, Any]) -> dict[str, Any]:
     audio = text_field("source", source.get("source"))
     start, duration = fields.get("start"), fields.get("duration")
     if recording is not fields:
-        chosen, channels = fields.get("channel", 0), source.get("channels") or [0]
-        if sorted(chosen if isinstance(chosen, list) else [chosen]) != sorted(channels):
+        chosen, channels = fields.get("channel", 0), source.get("channels", [0])
+        if _as_set(chosen) != _as_set(channels):
             raise GraniteError(f"is a cut of channel {chosen} of {channels}: write it to a file of its own")
     if not start and duration == recording.get("duration"):
         duration = None  # which may be rounded
     return {"audio": audio, "offset": start, "duration": duration}
+
+
+def _as_set(channels: Any) -> set[str]:
+    return set(map(repr, channels if isinstance(channels, list) else [channels]))

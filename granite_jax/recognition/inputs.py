@@ -1,13 +1,13 @@
 """What a caller gives, as inputs one after another: with their names, channels, keywords and drafts."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any, NamedTuple
 
 from granite_jax.audio.load import is_encoded, num_channels, path_of, read_stream
 from granite_jax.errors import AudioError, GraniteError
-from granite_jax.keywords.options import Entry
+from granite_jax.keywords.options import KeywordList
 from granite_jax.options import Channels
 
 
@@ -25,14 +25,14 @@ class Input(NamedTuple):
     name: str
     source: Any
     channel: int | None = None
-    keywords: Sequence[Entry] | None = None
+    keywords: KeywordList | None = None
     draft: str | None = None
 
 
 def inputs_of(
     audio: Iterable[Any],
     channels: Channels,
-    keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+    keyword_lists: Iterable[KeywordList | None] | None = None,
     drafts: Iterable[str | None] | None = None,
 ) -> Iterator[Input]:
     """Each input under its name, once for each of its channels if these are split.

@@ -159,7 +159,8 @@ def text_width(text: str) -> int:
 
 def _segments(timed: Timed) -> list[Segment]:
     """The segments of what is given. Raises GraniteError if it has none."""
-    segments: Any = timed.get("segments") if isinstance(timed, Mapping) else getattr(timed, "segments", timed)
+    given: Any = timed
+    segments = given.get("segments") if isinstance(given, Mapping) else getattr(given, "segments", given)
     if isinstance(segments, str | bytes) or not isinstance(segments, Iterable):
         kind = type(timed).__name__
         raise GraniteError(f"a {kind} has no times: give one Transcript, or segments with text, start and end")
