@@ -171,7 +171,8 @@ def encode_once(asr: Transcriber) -> None:
             encoded = encode(bucket, plain)
             found = encoded.audio, encoded.labels, encoded.entropy, encoded.speech_frames
             found = (*found, ctc_logits(asr.params, samples, lengths))
-            kept.update(zip(names, zip(*map(np.asarray, found), strict=True), strict=True))
+            # The rows behind those of utterances are padding, of which `encode` makes nothing.
+            kept.update(zip(names[: len(utterances)], zip(*map(np.asarray, found), strict=True), strict=False))
         audio, labels, entropy, speech_frames, logits = (
             np.stack(parts) for parts in zip(*(kept[name] for name in names), strict=True)
         )
@@ -332,8 +333,10 @@ def invented_lists(seed: int) -> Iterator[list[tuple[str, None]]]:
 
 def cost(asr: Transcriber, batch: int, turns: int) -> None:
     """Prints decode steps and encodings with and without keywords, by time and compiled bytes; and recompilations."""
-    config, params = asr.config, asr.params
-    programs: Any = asr.recognizer().programs
+    # A token that is never written as the end of text: there is a step to time, regardless of what the model hears.
+    decoder = dataclasses.replace(asr.config.decoder, eos_token_id=asr.config.audio_token_id)
+    config, params = dataclasses.replace(asr.config, decoder=decoder), asr.params
+    programs: Any = Transcriber(config, params, asr.tokenizer, batch_size=batch).recognizer().programs
     bucket = make_bucket(config, batch, 5.0)
     lists = invented_lists(seed=0)
     make = functools.partial(prepare, tokenizer=asr.tokenizer, num_labels=config.encoder.output_dim)

@@ -9,6 +9,7 @@ from granite_jax.array_types import Shape
 from granite_jax.checkpoint import files, orbax
 from granite_jax.checkpoint.backend import start_jax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
+from granite_jax.checkpoint.lora import ALONE
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.convert import adapter as adapters
 from granite_jax.convert.reader import (
@@ -53,10 +54,12 @@ def open_directory(directory: Path) -> Checkpoint:
     """
     start_jax()
     path = files.find(directory, CONFIG)
-    if path is None:
-        raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
     is_orbax = (directory / orbax.PARAMS).is_dir()
     is_hf = any((directory / name).is_file() for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
+    if not is_orbax and not is_hf and files.find(directory, adapters.CONFIG) is not None:
+        raise CheckpointError(f"{directory}: {ALONE}")
+    if path is None:
+        raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
     if is_orbax == is_hf:
         contents = "both params/ and" if is_orbax else "neither params/ nor"
         raise CheckpointError(f"{directory}: holds {contents} {WEIGHTS}")

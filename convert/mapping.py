@@ -2,7 +2,7 @@
 
 Three spellings of names exist: `released` (`encoder.*`, `language_model.model.*`), which the tables use; `new`
 (`model.encoder.*`), of transformers since 5.10; and `nested` (`language_model.model.model.*`), which transformers about
-5.19 saved.
+5.19 saved. Each of them is known, too, as wrapped modules of PyTorch have it (`_orig_mod.*`, `module.*`).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 
 from granite_jax.array_types import Shape
 from granite_jax.checkpoint.tree import raise_named
+from granite_jax.errors import CheckpointError
 from granite_jax.variants.tensors import Rule, TensorTable
 
 HFTensor = tuple[str, Shape, str, Callable[[Any], np.ndarray]]  # name, shape, path of its leaf, leaf -> tensor
@@ -33,12 +34,19 @@ _SPELLINGS: Mapping[Spelling, tuple[tuple[str, str], ...]] = {
     "released": (),
 }
 SPELLINGS: tuple[Spelling, ...] = tuple(_SPELLINGS)
+# What torch.compile, DataParallel, FSDP, activation checkpointing and peft add to names when a wrapped model is saved.
+_WRAPPERS = re.compile(
+    r"^(module\.|base_model\.model\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OF_ADAPTER = (".base_layer.", ".lora_A.", ".lora_B.", ".lora_magnitude_vector")
 _LAYER = re.compile(r"\.(layers?)\.(0|[1-9][0-9]{0,5})\.")
 _TILE = 16
 
 
 def released_name(name: str) -> str:
-    """The released spelling of a name in any spelling."""
+    """The released spelling of a name in any spelling, without what wrappers add to it."""
+    while (unwrapped := _WRAPPERS.sub("", name)) != name:
+        name = unwrapped
     for prefixes in _SPELLINGS.values():
         for released, other in prefixes:
             if name.startswith(other):
@@ -80,7 +88,8 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
       A `Leaf` for every path, and the name of an `lm_head` that repeats a tied embedding, or None.
 
     Raises:
-      CheckpointError: naming tensors that have no leaf, appear in several spellings, or are missing.
+      CheckpointError: naming tensors that have no leaf, appear in several spellings, or are missing; the tensors are
+        those of an adapter that is not merged.
     """
     rules = {rule.hf: rule for rule in table.rules}
     head = table.tied and table.tied[0]
@@ -109,6 +118,11 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
         if (rule.path, layer) not in matched
     )
     total = sum(len(_layers(rule, shapes)) for rule in rules_of_model)
+    if any(part in name for name in unmatched for part in _OF_ADAPTER):
+        raise CheckpointError(
+            "the weights are of a peft model whose adapter is not merged: save merge_and_unload() of it, or its base "
+            "model and its adapter as files of their own"
+        )
     raise_named("no place in the model for", unmatched)
     raise_named("more than one tensor for the same place:", duplicate)
     raise_named("missing:", missing, total - len(matched))

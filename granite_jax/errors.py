@@ -2,7 +2,13 @@
 
 
 class GraniteError(ValueError):
-    """Base of every error about something the caller passed in."""
+    """Base of every error about something the caller passed in.
+
+    Fields:
+      flags: what else is known of an input that failed, from `results.FLAGS`.
+    """
+
+    flags: tuple[str, ...] = ()
 
 
 class AudioError(GraniteError):

@@ -12,6 +12,7 @@ FLAGS = {
     "truncated-input": "the file lacks its end",
     "damaged-input": "some of the file could not be decoded, and is silent",
     "one-channel": "the channels cancel each other out, so one of them was taken instead of their mean",
+    "duplicate-channel": "the channel is the same as an earlier one of the file, so its text says the same",
     "one-track": "the file has several audio tracks, and only the one that is its default, or its best, was read",
     "prompt-fallback": "the model was not trained with the prompt, so this is the raw transcript",
     "retried": "what was written first repeated itself, stopped early or left something out, so this was decoded again",

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from typing import Any, Literal, overload
@@ -15,10 +15,7 @@ from typing import Any, Literal, overload
 import jax
 import numpy as np
 
-from granite_jax.audio.load import (
-    AccessError,
-    is_encoded,
-)
+from granite_jax.audio.load import AccessError
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.checkpoint.files import cache_directory
 from granite_jax.engine.compilation import keep_compiled_programs
@@ -29,7 +26,7 @@ from granite_jax.engine.sharding import DeviceList, DeviceMesh
 from granite_jax.engine.streams import Notify, results
 from granite_jax.errors import CheckpointError, GraniteError
 from granite_jax.keywords.lists import lists_by_input
-from granite_jax.keywords.options import Entry, KeywordList, keyword_entries
+from granite_jax.keywords.options import KeywordList, keyword_entries
 from granite_jax.model import granite_speech
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
@@ -45,7 +42,7 @@ from granite_jax.options import (
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import Bucket, default_buckets
 from granite_jax.recognition.encoding import ALIGN, ENCODE_WITH_LOGITS
-from granite_jax.recognition.inputs import Input, inputs_of, name_of
+from granite_jax.recognition.inputs import Input, inputs_of, is_one_input, name_of
 from granite_jax.recognition.intake import Intake
 from granite_jax.recognition.jobs import LONG_PASS
 from granite_jax.recognition.partition import param_shardings
@@ -201,6 +198,7 @@ class Transcriber:
         """The recognizer that options ask for."""
         return self._intake.recognizer(options)
 
+    @jax.transfer_guard("allow")  # as in `Engine`
     def warmup(
         self,
         buckets: Sequence[Bucket] | None = None,
@@ -312,7 +310,7 @@ class Transcriber:
         options: TranscribeOptions | None = None,
         *,
         sampling_rate: int | None = None,
-        keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+        keyword_lists: Iterable[KeywordList | None] | None = None,
         drafts: Iterable[str | None] | None = None,
         on_error: Literal["raise", "return"] = "raise",
         ordered: bool = True,
@@ -341,11 +339,13 @@ class Transcriber:
         """
         if on_error not in ("raise", "return"):
             raise GraniteError(f'on_error is "raise" or "return", not {on_error!r}')
-        if is_encoded(audio) or not isinstance(audio, Iterable) or isinstance(audio, np.ndarray):
+        if not isinstance(audio, Iterable) or is_one_input(audio):
             kind = type(audio).__name__
-            raise GraniteError(
-                f"stream takes a list or an iterator of inputs, not {kind}: transcribe takes a single one"
-            )
+            raise GraniteError(f"stream takes a list or an iterator of inputs, not one {kind}: transcribe takes that")
+        for name, values in (("keyword_lists", keyword_lists), ("drafts", drafts)):
+            if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable | None):
+                kind = type(values).__name__
+                raise GraniteError(f"{name} is a list or an iterator with an entry for each input, not a {kind}")
         lists = {"has_keyword_lists": keyword_lists is not None, "has_drafts": drafts is not None}
         plan = self._intake.plan(options, fields, **lists)
         inputs = inputs_of(audio, plan.options.channels, keyword_lists, drafts)
@@ -424,6 +424,7 @@ class Transcriber:
         """While inputs are submitted one after another: full batches wait for them."""
         return self._engine.expecting()
 
+    @jax.transfer_guard("allow")  # as in `Engine`
     def ctc_emissions(self, audio: Any, *, sampling_rate: int | None = None) -> Emissions:
         """Features and CTC logits of one input in any form that `transcribe` takes. Raises AudioError, ContextError."""
         samples = self._intake.load(audio, sampling_rate, name_of(audio, 0)).samples
@@ -481,7 +482,7 @@ def _transcripts(
                     raise
                 stats = {"transient": True} if isinstance(error, AccessError) else {}
                 number = None if each.channel is None else each.channel + 1
-                transcript = Transcript(each.name, error=str(error), stats=stats, channel=number)
+                transcript = Transcript(each.name, error=str(error), stats=stats, flags=error.flags, channel=number)
             yield transcript
 
 

@@ -11,7 +11,7 @@ import soundfile as sf
 import soxr
 
 from granite_jax.audio.ffmpeg import FFmpegDecoder
-from granite_jax.audio.load import SAMPLE_RATE, load_audio
+from granite_jax.audio.load import SAMPLE_RATE, load_audio, open_recording
 from granite_jax.errors import AudioError, GraniteError
 
 
@@ -156,6 +156,21 @@ def test_resampling_block_by_block_equals_resampling_at_once(rate):
     expected = soxr.resample(samples, rate, SAMPLE_RATE)
     for read in (as_array, as_pair, as_file):
         np.testing.assert_allclose(read, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["file", "array"])
+def test_a_channel_that_is_the_same_as_an_earlier_one_is_flagged(source):
+    # Given channels of which the third is the first, and the fourth is that except for its last sample
+    frames = np.stack([tone(9), tone(9, hertz=880), tone(9), tone(9)], 1).astype(np.float32)
+    frames[-1, 3] += 0.1
+    given = encode(frames, subtype="FLOAT") if source == "file" else frames
+    # When each is read, then the third is flagged
+    flags = []
+    for channel in range(4):
+        blocks = open_recording(given, channel=channel).blocks()
+        assert sum(map(len, blocks)) == 9 * SAMPLE_RATE
+        flags.append(blocks.condition.flags)
+    assert flags == [(), (), ("duplicate-channel",), ()]
 
 
 def test_long_stereo_files_are_mixed_and_resampled():

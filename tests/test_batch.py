@@ -72,7 +72,7 @@ def test_lines_that_are_no_entries_fail_alone(corpus: Path, tmp_path: Path) -> N
         "[1]": "line of entry 1: not a JSON object",
         "[" * 100_000: "line of entry 2: nested too deeply",
         '{"audio": "' + MAX_LINE * "x" + '"}': "line of entry 3: longer than",
-        '{"id": "x"}': "entry 4: has neither",
+        '{"id": "x"}': "entry 4: names no audio by audio or path",
         '{"audio": 3}': "entry 5: audio must be a short string",
         '{"audio": "a", "audio_filepath": "b"}': "entry 6: has both",
         '{"audio": "a/1.wav", "offset": "1"}': "entry 7: offset must be",

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def _table(delimiter: str, column: str = "audio") -> str:
         'audio|text\na/1.wav|"hello\na/3.wav|hi\nb/2.wav|ho\n',
         "Audio,Text\n" + "".join(f"{name},x\n" for name in NAMES),
         'audio,text\na/1.wav,"hello, \nthere"\na/3.wav,"a ""b"""\nb/2.wav,x\n',
+        "client_id\tpath\tsentence\n" + "".join(f"x\t{name}\thello\n" for name in NAMES),
+        "file_name,transcription\n" + "".join(f"{name},hello\n" for name in NAMES),
+        "ID,Wav,spk_id\n" + "".join(f"{i},{name},x\n" for i, name in enumerate(NAMES)),
+        "# made by hand\n\naudio,text\n" + "".join(f"{name},x\n" for name in NAMES),
+        "#EXTM3U\n" + "".join(f"#EXTINF:1,x\n{name}\n" for name in NAMES) + "# the end\n#\n",
+        "".join(json.dumps({"file": name, "text": "x"}) + "\n" for name in NAMES),
+        "".join(json.dumps({"audio": {"path": name, "bytes": None}}) + "\n" for name in NAMES),
     ],
 )
 @pytest.mark.parametrize("form", ["plain", "gzip", "utf-16", "utf-16 and gzip"])
@@ -85,6 +93,88 @@ def test_lists_of_any_names_are_lists(tmp_path: Path, name: str) -> None:
     assert [json.loads(line) for line in lines] == [{"audio": name}] * 2
 
 
+def test_a_table_of_kaldi_is_known_by_its_name(corpus: Path, tmp_path: Path) -> None:
+    # Given Kaldi's table of ids and files, when it is run, then results have its ids
+    (corpus / "wav.scp").write_text("utt1 a/1.wav\nutt2  a/3.wav\n\n")
+    run(corpus / "wav.scp", tmp_path / "out")
+    assert [(line["id"], line["audio"]) for line in results(tmp_path / "out")] == [
+        ("utt1", "a/1.wav"),
+        ("utt2", "a/3.wav"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("utt1 sox a.wav -t wav - |", "wav.scp: line 2 is a command, which is not run: write what it prints to a file"),
+        ("utt1", "wav.scp: line 2 is not an id and the name of a file, but 'utt1'"),
+    ],
+)
+def test_what_a_table_of_kaldi_has_besides_files_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "wav.scp").write_text(f"utt0 a.wav\n{line}\n")
+    with pytest.raises(GraniteError, match=re.escape(message)):
+        to_json_lines(tmp_path / "wav.scp", "wav.scp", tmp_path)
+
+
+def test_what_looks_like_a_comment_can_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("# a comment\n#1.wav\n")
+    lines = to_json_lines(tmp_path / "list", "list", tmp_path).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"audio": "#1.wav"}]
+
+
+RECORDING: dict[str, Any] = {
+    "id": "rec",
+    "sources": [{"type": "file", "channels": [0], "source": "a.wav"}],
+    "sampling_rate": 16000,
+    "num_samples": 80000,
+    "duration": 5.0,
+}
+CUT: dict[str, Any] = {"id": "cut", "start": 1.5, "duration": 2.0, "channel": 0, "type": "MonoCut", "supervisions": []}
+STEREO: dict[str, Any] = RECORDING | {"sources": [{"type": "file", "channels": [0, 1], "source": "a.wav"}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "identity", "excerpt"),
+    [
+        (RECORDING, "rec", (0.0, None)),
+        (CUT | {"recording": RECORDING}, "cut", (1.5, 2.0)),
+        (CUT | {"start": 0, "duration": 5.0, "recording": RECORDING}, "cut", (0.0, None)),
+        (CUT | {"channel": [0, 1], "type": "MultiCut", "recording": STEREO}, "cut", (1.5, 2.0)),
+    ],
+)
+def test_cuts_and_recordings_of_lhotse_are_understood(
+    tmp_path: Path, fields: dict[str, Any], identity: str, excerpt: tuple[float, float | None]
+) -> None:
+    # Given an entry of Lhotse, when it is parsed, then it is the file, or the excerpt of it
+    entry = parse_entry(fields, 0, TranscribeOptions())
+    assert (entry.error, entry.id, entry.audio) == (None, identity, "a.wav")
+    assert (entry.offset, entry.duration) == excerpt
+    # And none of its fields is named as one that should change results
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", fields), 1, TranscribeOptions())
+    assert manifest.ignored_fields == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (CUT | {"recording": STEREO}, "is a cut of channel 0 of [0, 1]: write it to a file of its own"),
+        (RECORDING | {"sources": [{"type": "command", "source": "sox"}]}, "that is not one file or URL"),
+        (CUT | {"channel": [{}, None], "recording": RECORDING}, "is a cut of channel [{}, None] of [0]"),
+        (RECORDING | {"sources": []}, "that is not one file or URL"),
+        (CUT | {"recording": RECORDING | {"transforms": [{"name": "Speed"}]}}, "with transforms"),
+        (CUT | {"type": "MixedCut", "tracks": []}, "its fields are id, start, duration, channel, type, supervisions"),
+        ({"path": "a.wav", "file": "b.wav"}, "has both path and file"),
+        ({"audio": {"path": "a.wav", "bytes": "UklGRg"}}, "audio holds the samples or bytes themselves"),
+        ({"audio": {"path": None}}, "audio must be a short string that is not empty, not None"),
+        ({"sentence": "hello", "clip": "a.wav"}, "names no audio by audio or path; its fields are sentence, clip"),
+        ({}, "its fields are none"),
+    ],
+)
+def test_what_names_no_file_is_refused_by_what_is_there(fields: dict[str, Any], message: str) -> None:
+    error = parse_entry(fields, 3, TranscribeOptions()).error
+    assert error is not None and error.startswith("entry 3: ") and message in error
+
+
 def test_a_bad_line_fails_alone_in_utf_16_too(corpus: Path, tmp_path: Path) -> None:
     (corpus / "m.jsonl").write_text('{"audio": "a/1.wav"}\n{"audio": \n', encoding="utf-16")
     summary, _ = run(corpus / "m.jsonl", tmp_path / "out")
@@ -109,7 +199,10 @@ def _wav(path: Path) -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "is a Git LFS pointer"),
         (bytes(range(256)), "is binary data, not a manifest"),
         (b'{\n "audio": "a/1.wav"\n}\n', "is one JSON object over several lines"),
-        (b"name,path\nx,a/1.wav\n", "its first line is not a JSON object, a header with a column named audio"),
+        (
+            b"name,clip\nx,a/1.wav\n",
+            "not a JSON object, a header with a column such as audio or path",
+        ),
         (b"transcripts of Monday\n", "its first line is not a JSON object"),
         (b"[1, 2", "is not a readable JSON array"),
         (b'audio,text\na.wav,"no end\nb.wav,x\n', "unexpected end of data"),

@@ -1,5 +1,6 @@
 """The command line: results on stdout, one line each; errors on stderr, one line each; an exit status that tells."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -475,6 +476,35 @@ def test_output_that_cannot_be_written_is_one_line(output: str, unbuffered: str,
             env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )
     assert (done.returncode, done.stderr) == (1, error)
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "status", "error"),
+    [
+        (">&-", "--version", 1, "granite-jax: standard output cannot be written: Bad file descriptor\n"),
+        ("<&-", "transcribe -", 1, "granite-jax: -: cannot be read ([Errno 9] Bad file descriptor)\n"),
+        (">&- 2>&-", "--version", 1, ""),
+        ("2>&-", "--version", 0, ""),
+    ],
+)
+def test_a_closed_stream_is_one_line(closed: str, arguments: str, status: int, error: str) -> None:
+    # Given a standard stream that is closed, when a command needs it, then a line and the exit status say so
+    command = f"exec '{sys.executable}' -m granite_jax.cli {arguments} {closed}"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (status, error)
+
+
+def test_messages_that_cannot_be_written_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a full disk for messages
+    full = open("/dev/full", "w")
+    monkeypatch.setattr(sys, "stderr", full)
+    # When there are some, then nothing is raised, and Python's end has nothing to write there
+    terminal.fail("nope.wav: no such file")
+    terminal.fail("nope.wav: no such file")
+    assert sys.stderr is not full
+    sys.stderr.close()
+    with contextlib.suppress(OSError):
+        full.close()
 
 
 def test_a_picture(loaded: list, recordings: list[str], tmp_path: Path) -> None:

@@ -149,6 +149,29 @@ def test_names_translate_both_ways() -> None:
             assert mapping.released_name(hf_fixture.spell(name, names)) == name
 
 
+def test_wrapped_models_are_read(source: Path, tmp_path: Path) -> None:
+    # Given the weights as compiled, distributed and wrapped models save them
+    expected, weights = read(source), all_tensors(source)
+    for wrapped in ("_orig_mod.{}", "module.{}", "module._orig_mod.{}", "_orig_mod.module.{}", "base_model.model.{}"):
+        save_file({wrapped.format(name): x for name, x in weights.items()}, source / "model.safetensors")
+        # When they are read, then they are the model's
+        found = read(source)
+        assert all(np.array_equal(x, flatten(found)[path]) for path, x in flatten(expected).items())
+    # And so they are where a wrapper is within the model
+    assert (
+        mapping.released_name("encoder._fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.attn.to_q.weight") == Q0
+    )
+
+
+def test_an_adapter_that_is_not_merged_is_named(source: Path) -> None:
+    # Given the weights of a peft model, when they are read, then the error says what they are and what to save
+    weights = all_tensors(source)
+    weights[Q0.replace("to_q.", "to_q.base_layer.")] = weights.pop(Q0)
+    save_file({f"base_model.model.{name}": x for name, x in weights.items()}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="hf: the weights are of a peft model whose adapter is not merged: save"):
+        read(source)
+
+
 def test_one_option_writes_any_spelling(source: Path, tmp_path: Path) -> None:
     # Given a checkpoint, when it is written in any spelling, then the names are that spelling, and the bits the same
     expected = all_tensors(source)

@@ -22,7 +22,7 @@ from granite_jax.evaluation.keyword_lists import read_keyword_lists
     [
         ({"audio": "b.wav"}, "entry 1: text must be a string, not None"),
         ({"audio": "b.wav", "text": ["no"]}, "entry 1: text must be a string, not \\['no'\\]"),
-        ({"text": "no audio"}, "entry 1: has neither audio nor audio_filepath"),
+        ({"text": "no audio"}, "entry 1: names no audio by audio or path; its fields are text"),
         ({"audio": "a.wav", "text": "again"}, "entry 1: has the audio of entry 0, and would count twice"),
         ({"audio": "b.wav", "id": "x", "text": "again"}, "entry 1: has the id 'x' of entry 0, and would count twice"),
         ("no json", "line of entry 1: Expecting"),

@@ -177,6 +177,15 @@ def test_an_announced_adapter_must_be_there(hf: Path, tmp_path: Path) -> None:
     load(hf, adapter=False)
 
 
+@pytest.mark.parametrize("names", [["model.safetensors"], ["model.safetensors", "config.json"]])
+def test_an_adapter_alone_is_no_checkpoint(hf: Path, names: list[str]) -> None:
+    # Given a directory as peft saves one, when it is loaded, then the error says what it is, and what to do
+    for name in names:
+        (hf / name).unlink()
+    with pytest.raises(CheckpointError, match="hf: is a LoRA adapter without its base model: put its files into"):
+        load(hf)
+
+
 def test_a_tree_with_an_adapter_can_be_saved(hf: Path, tmp_path: Path) -> None:
     # Given parameters with an adapter, when they are saved with its configuration, then they load; without, they do not
     opened = open_checkpoint(hf)

@@ -221,6 +221,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monke
         (["x/a/talk.wav", "y/a/talk.wav"], ["x-a-talk", "y-a-talk"]),
         (["talk.wav", "b/talk.wav"], ["talk", "b-talk"]),
         (["talk.wav", "./talk.wav", "talk.wav"], ["talk", "talk-2", "talk-3"]),
+        (["a/1.wav", "b/1.wav", "a/1.wav"], ["a-1", "b-1", "a-1-2"]),
         # Letter case and composition make no difference on some file systems.
         (["Talk.wav", "talk.wav"], ["Talk", "talk-2"]),
         (["é.wav", "e\u0301.mp3"], ["é.wav", "e\u0301.mp3"]),

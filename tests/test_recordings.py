@@ -13,6 +13,7 @@ import pytest
 from granite_jax.audio.load import Audio
 from granite_jax.audio.segment import AudioSegment
 from granite_jax.engine.stages import Reply
+from granite_jax.errors import CheckpointError
 from granite_jax.model import ctc
 from granite_jax.options import TranscribeOptions
 from granite_jax.recognition.policy import ACCEPT, Again, Decision, Split
@@ -362,11 +363,13 @@ def test_a_segment_that_is_not_finite_fails_the_recording() -> None:
     engine = Engine(words(100))
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(("truncated-input",))
     decoded = engine.decode(0, engine.utterances[0])
-    broken = dataclasses.replace(decoded.transcript, error="a: NaN")
+    broken = dataclasses.replace(decoded.transcript, error="a: NaN", flags=("prompt-fallback",))
     engine.reply(0, dataclasses.replace(decoded, transcript=broken))
-    assert str(recording.result.exception()) == "a: NaN"
+    error = recording.result.exception()
+    assert isinstance(error, CheckpointError) and str(error) == "a: NaN"
+    assert error.flags == ("truncated-input", "prompt-fallback")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,19 @@ def test_an_unfamiliar_prompt_falls_back_to_the_raw_transcript(asr: Transcriber)
         assert "prompt-fallback" in transcript.flags and "prompt-fallback" not in raw.flags
 
 
+def test_the_warning_is_of_the_callers_line(asr: Transcriber) -> None:
+    # Given calls that take different ways to the prompt, when it falls back, then the warning names their file
+    options = TranscribeOptions(prompt="Sing.")
+    for call in (
+        lambda: list(Transcriber.stream(asr, [], options)),
+        lambda: Transcriber.submit(asr, SOUND, options, max_new_tokens=1).result(),
+        lambda: asr.segment_seconds(options),
+    ):
+        with pytest.warns(UserWarning, match=FALLBACK) as warned:
+            call()
+        assert [Path(warning.filename) for warning in warned] == [Path(__file__)]
+
+
 def test_a_prompt_of_the_models_own_is_the_task_it_stands_for(asr: Transcriber) -> None:
     # Given the model's own prompts, in any case and with any spaces, when they are passed, then they are their tasks
     pairs: list[tuple[str, dict[str, Any]]] = [

@@ -206,7 +206,7 @@ def test_several_recognizers_share_the_device(bench: Bench) -> None:
     assert len(bench.replies.values) == 16
 
 
-def test_what_is_cancelled_does_not_go(bench: Bench) -> None:
+def test_what_is_canceled_does_not_go(bench: Bench) -> None:
     # Given nine requests of which one is canceled, when they are run, then the others go
     tickets = bench.submit(*words(9))
     assert bench.scheduler.cancel(tickets[4]) and not bench.scheduler.cancel(tickets[4])

@@ -1,5 +1,6 @@
 """Streams of inputs: when they are taken and read, in what order results come, what is lost of what fails: nothing."""
 
+import io
 import itertools
 import os
 import queue
@@ -13,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError, wait
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -226,10 +228,46 @@ def test_longer_lists_are_an_error(asr: gj.Transcriber) -> None:
     assert taken == ["audio[0]"]
 
 
-@pytest.mark.parametrize("single", ["a.wav", b"RIFF", np.zeros(9, np.float32), {"path": "a.wav"}, 3, sys.stdin])
+@pytest.mark.parametrize(
+    "single",
+    [
+        *("a.wav", Path("a.wav"), b"RIFF", io.BytesIO(), 3, None, Audio("a", sound())),
+        *(sound(), jax.numpy.zeros(3), (sound(), SECOND), (sound(), np.int64(SECOND))),
+        *({"array": sound(), "sampling_rate": SECOND}, {"path": "a.wav"}),
+    ],
+)
 def test_a_single_input_is_no_stream(asr: gj.Transcriber, single: Any) -> None:
-    with pytest.raises(gj.GraniteError, match="transcribe takes a single one"):
+    message = f"^stream takes a list or an iterator of inputs, not one {type(single).__name__}: transcribe takes that"
+    with pytest.raises(gj.GraniteError, match=message):
         asr.stream(single)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"drafts": "no"}, "^drafts is a list or an iterator with an entry for each input, not a str"),
+        ({"keyword_lists": "Zoe"}, "^keyword_lists is a list or an iterator with an entry for each input, not a str"),
+        ({"keyword_lists": {"Zoe": 2.0}}, "^keyword_lists is a list .*, not a dict"),
+        ({"keyword_lists": ["Zoe", "Kai"]}, "^keywords must be a list of strings, not 'Zoe'"),
+    ],
+)
+def test_one_list_for_all_inputs_is_not_one_for_each(asr: gj.Transcriber, lists: dict[str, Any], message: str) -> None:
+    with pytest.raises(gj.GraniteError, match=message):
+        list(asr.stream([sound()] * 3, **lists))
+
+
+def test_keywords_of_an_input_can_have_boosts(asr: gj.Transcriber) -> None:
+    # Given a mapping from keywords to boosts for an input, when it is streamed, then the boosts are those
+    (transcript,) = asr.stream([sound()], keyword_lists=[{"Zoe": 99.0}], on_error="return")
+    assert transcript.error is not None and "boost of keyword 'Zoe' is 99.0" in transcript.error
+
+
+def test_an_array_of_names_is_a_stream(asr: gj.Transcriber, tmp_path: Path) -> None:
+    # Given names of files in an array, as columns of tables are, when they are streamed, then each is an input
+    soundfile.write(tmp_path / "a.wav", sound(), SECOND)
+    names = np.array([str(tmp_path / "a.wav")] * 2)
+    for column in (names, names.astype(object)):
+        assert [transcript.audio for transcript in asr.stream(column)] == list(names)
 
 
 def test_segments_are_given_to_the_caller_who_may_use_the_transcriber(asr: gj.Transcriber) -> None:

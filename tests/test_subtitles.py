@@ -2,8 +2,10 @@
 
 # ruff: noqa: RUF001 (punctuation of many scripts)
 
+import dataclasses
 import html
 import io
+import json
 import math
 import unicodedata
 from typing import Any
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from subtitle_rules import violations
 
 import granite_jax as gj
+from granite_jax import GraniteError
 from granite_jax.results import Segment, Transcript, Word
 from granite_jax.text.subtitles import Cue, cues, text_width
 
@@ -337,3 +340,34 @@ def test_a_transcript_is_its_segments() -> None:
     segments = [spoken("Hello there."), spoken("And again.", 5.0)]
     for write in (cues, gj.to_srt, gj.to_vtt, gj.to_tsv):
         assert write(Transcript("a", segments=tuple(segments))) == write(segments) != write([])
+
+
+@pytest.mark.parametrize("write", [gj.to_srt, gj.to_vtt, gj.to_tsv])
+def test_what_json_has_is_written_as_the_transcript_is(write: Any) -> None:
+    # Given a transcript with words and a speaker, and what its JSON is read as
+    transcript = Transcript("a.wav", "one two", segments=(spoken("one two", 1.0, speaker="A"),))
+    read = json.loads(json.dumps(dataclasses.asdict(transcript)))
+    # When it, or its segments, are written, then the file is the transcript's
+    assert write(read) == write(read["segments"]) == write(transcript) != write([])
+
+
+@pytest.mark.parametrize("write", [gj.to_srt, gj.to_vtt, gj.to_tsv])
+@pytest.mark.parametrize(
+    ("timed", "what"),
+    [
+        ("one two", "a str"),
+        (None, "a NoneType"),
+        ({"text": "one two"}, "a dict"),
+        ([Transcript("a.wav", "one")], "item 0, a Transcript,"),
+        (["one", "two"], "item 0, a str,"),
+        ([Segment(0, 1, "one"), {"text": "two", "start": 1}], "item 1, a dict,"),
+        ([{"text": "two", "start": 1, "end": None}], "item 0, a dict,"),
+        ([{"text": None, "start": 1, "end": 2}], "item 0, a dict,"),
+        ([{"text": "two", "start": 1, "end": 2, "words": ["two"]}], "item 0, a dict,"),
+        ([Word("one", 0, 1)], "item 0, a Word,"),
+    ],
+)
+def test_what_has_no_segments_is_named(write: Any, timed: Any, what: str) -> None:
+    # When something else is written, then the error says what it is, and what to give
+    with pytest.raises(GraniteError, match=f"^{what} .*: give one Transcript, or .*segments"):
+        write(timed)

@@ -67,19 +67,17 @@ def decode(
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
     parts = _Parts(file, _Excerpt(sampling_rate, limit, offset, duration))
-    num_samples, took_one_channel = 0, False
+    mixer, num_samples = Mixer(channel), 0
     with contextlib.closing(parts.pieces()) as pieces:
         for (_, rate, _), run in itertools.groupby(pieces, key=_Piece.kind):
-            mixer = Mixer(channel)
             for block in resample(mixer(piece.frames for piece in run), rate, limit):
                 num_samples += len(block)
                 if num_samples > limit * SAMPLE_RATE + 1:  # resampling rounds lengths up
                     raise_too_long(limit)
                 yield block
-            took_one_channel |= mixer.took_one_channel
     if offset and num_samples == 0:
         raise AudioError(f"has no audio at {offset:g} seconds")
-    return parts.condition(took_one_channel)
+    return parts.condition(mixer.flags)
 
 
 def num_channels(file: BinaryIO) -> int:
@@ -171,14 +169,14 @@ class _Parts:
         if not self._has_sound and self._damage:
             raise AudioError("is damaged: nothing of it can be decoded")
 
-    def condition(self, took_one_channel: bool) -> Condition:
-        """Flags and damage of the excerpt."""
+    def condition(self, flags: Iterable[str]) -> Condition:
+        """Damage of the excerpt; its flags, together with those of channels."""
         offset, duration = self._excerpt.offset, self._excerpt.duration
         last = self._seconds - offset if duration is None else duration
         damage = [(max(a - offset, 0.0), min(b - offset, last)) for a, b in self._damage if b >= offset]
         damage = joined_spans([(round(a, 3), round(b, 3)) for a, b in damage if a <= last])
-        flags = {*self._flags, *(["damaged-input"] if damage else []), *(["one-channel"] if took_one_channel else [])}
-        order = ("truncated-input", "damaged-input", "one-channel", "one-track")
+        flags = {*self._flags, *flags, *(["damaged-input"] if damage else [])}
+        order = ("truncated-input", "damaged-input", "one-channel", "duplicate-channel", "one-track")
         return Condition(tuple(flag for flag in order if flag in flags), tuple(damage))
 
     def _next_part(self, position: int, number: int) -> Generator[_Piece, None, int | None]:

@@ -465,7 +465,7 @@ def decode_array(source: Any, rate: float, limit: float, channel: int | None = N
     mixer = Mixer(channel)
     mono = mixer(checked(scale(frames[start : start + BLOCK_FRAMES])) for start in starts)
     yield from resample(mono, rate, limit)
-    return Condition(("one-channel",) if mixer.took_one_channel else ())
+    return Condition(mixer.flags)
 
 
 def _frames_of(source: Any) -> np.ndarray:

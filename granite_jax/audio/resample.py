@@ -32,7 +32,8 @@ class Condition:
     Fields:
       flags: "truncated-input" if the file lacks its end, "damaged-input" if some of it could not be decoded,
         "one-channel" if the channels cancel each other out somewhere, and the samples there are those of the loudest,
-        and "one-track" if there are other audio tracks.
+        "duplicate-channel" if the channel that was asked for is the same as an earlier one, and "one-track" if there
+        are other audio tracks.
       damage: the seconds, from and to, that could not be decoded and are silent.
     """
 
@@ -86,13 +87,20 @@ class Mixer:
     chunk by chunk: a chunk has up to `CHUNK_VALUES` values.
 
     Fields:
-      took_one_channel: whether the loudest channel was taken instead of the mean in any chunk so far.
+      flags: of what was mixed so far: "one-channel" if the loudest channel was taken instead of the mean in any chunk,
+        "duplicate-channel" if the one that was asked for is the same as an earlier one.
     """
 
     def __init__(self, channel: int | None = None):
         """Takes the mean over the channels, or `channel` alone, counted from 0."""
         self._channel = channel
-        self.took_one_channel = False
+        self._took_one_channel = False
+        self._equal_channels = list(range(channel or 0))  # those before it that do not differ so far
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        flags = {"one-channel": self._took_one_channel, "duplicate-channel": bool(self._equal_channels)}
+        return tuple(flag for flag, is_set in flags.items() if is_set)
 
     def __call__(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Blocks float32 `[n, channels]` -> blocks float32 `[n]`, of at most `BLOCK_FRAMES` frames.
@@ -107,11 +115,10 @@ class Mixer:
                 num_channels = frames.shape[1]
                 if self._channel is not None and self._channel >= num_channels:
                     raise AudioError(f"has {num_channels} channels, and no channel {self._channel} (the first is 0)")
-                if num_channels == 1:
-                    yield frames[:, 0]
-                    continue
-                if self._channel is not None:
-                    yield frames[:, self._channel].copy()
+                if num_channels == 1 or self._channel is not None:
+                    own = frames[:, self._channel or 0]
+                    self._equal_channels = [i for i in self._equal_channels if np.array_equal(frames[:, i], own)]
+                    yield own.copy() if num_channels > 1 else own
                     continue
                 if num_values + frames.size > CHUNK_VALUES:
                     yield from self._mixed(chunk)
@@ -126,7 +133,7 @@ class Mixer:
         energies = sum((np.einsum("nc,nc->c", frames, frames, dtype=np.float64) for frames in chunk), np.zeros(1))
         energy = sum(float(np.dot(block, block)) for block in mixed)
         if energy < 0.1 * energies.sum() / len(energies) ** 2:
-            self.took_one_channel = True
+            self._took_one_channel = True
             loudest = int(energies.argmax())
             mixed = [frames[:, loudest].copy() for frames in chunk]
         chunk.clear()

@@ -174,7 +174,7 @@ def run(
     parts.
 
     Args:
-      manifest: JSON lines (`audio` or `audio_filepath`; optional `id`, `offset` and `duration` in seconds, `task`,
+      manifest: JSON lines (`audio`, or as in `audio_fields`; optional `id`, `offset` and `duration` in seconds, `task`,
         `target_language` or `to`, `keywords`, `prompt`) or the same in another form (`manifest_files`), a directory, a
         glob, or `tfds:DIRECTORY#SPLIT`; all but the last may be URLs.
       out: directory, or URL of gs or s3.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from granite_jax.audio.load import printable
+from granite_jax.batch.audio_fields import MAX_TEXT, audio_fields, is_lhotse, text_field
 from granite_jax.errors import GraniteError
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.keywords.options import check_boost, keyword_entries
@@ -23,8 +24,6 @@ from granite_jax.options import TranscribeOptions
 
 MAX_LINE = 1 << 20
 """Bytes; a longer line is no entry."""
-MAX_TEXT = 8192
-"""Characters of an audio name, an id, a prompt or a keyword."""
 FIELDS = (
     *(
         "id",
@@ -166,7 +165,7 @@ def ignored_fields(line: bytes | None) -> list[str]:
         fields = json.loads((line or b"").decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return []
-    keys = itertools.islice(fields, _SAMPLED_FIELDS) if isinstance(fields, dict) else []
+    keys = itertools.islice(fields, _SAMPLED_FIELDS) if isinstance(fields, dict) and not is_lhotse(fields) else []
     return [key for key in keys if key not in FIELDS and _looks_decisive(key[:_MAX_NAME].lower())]
 
 
@@ -186,11 +185,8 @@ def parse_entry(fields: dict[str, Any], index: int, options: TranscribeOptions) 
     try:
         if identity is not None and name != str(identity):
             raise GraniteError(f"id must be a short string or a number, not {identity!r:.40}")
-        if "audio" in fields and "audio_filepath" in fields:
-            raise GraniteError("has both audio and audio_filepath")
-        audio = _text(fields, "audio" if "audio" in fields else "audio_filepath")
-        if audio is None:
-            raise GraniteError("has neither audio nor audio_filepath")
+        fields |= audio_fields(fields)
+        audio = fields["audio"]
         offset, duration = _seconds(fields, "offset"), _seconds(fields, "duration")
         if duration == 0:
             raise GraniteError("duration is 0")
@@ -258,10 +254,7 @@ def _keywords(fields: dict[str, Any]) -> tuple[Keyword, ...] | None:
 
 
 def _text(fields: dict[str, Any], key: str) -> str | None:
-    value = fields.get(key)
-    if value is not None and (not isinstance(value, str) or not value or len(value) > MAX_TEXT or "\0" in value):
-        raise GraniteError(f"{key} must be a short string that is not empty, not {value!r:.40}")
-    return value
+    return None if fields.get(key) is None else text_field(key, fields[key])
 
 
 def _seconds(fields: dict[str, Any], key: str) -> float | None:

@@ -5,15 +5,17 @@
 | a JSON array | an object, or the name of an audio file |
 | CSV or TSV with a header | a row; `keywords` are separated by semicolons, or a JSON list |
 | Parquet (extra `parquet`) | a row |
-| lines of text | the name of an audio file |
+| lines of text | the name of an audio file; lines that begin with `# ` or `#EXT` are comments |
+| Kaldi's table, called `NAME.scp` | an id and the name of an audio file |
 
-Any of them can be compressed by gzip, or be in UTF-16.
+Columns that name the audio are those of `audio_fields`. Any of them can be compressed by gzip, or be in UTF-16.
 """
 
 import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -26,11 +28,11 @@ from granite_jax import git_lfs
 from granite_jax.audio.load import printable
 from granite_jax.audio.parts import looks_like_audio, media_format
 from granite_jax.batch.access import scheme
+from granite_jax.batch.audio_fields import NAMES, OTHER_NAMES, name_of_audio
 from granite_jax.errors import GraniteError
 
-_AUDIO_COLUMNS = ("audio", "audio_filepath")
 _NUMBERS = ("offset", "duration")
-_COLUMNS = (*_AUDIO_COLUMNS, *_NUMBERS, "id", "task", "target_language", "to", "prompt", "keywords", "text")
+_COLUMNS = (*NAMES, *OTHER_NAMES, *_NUMBERS, "id", "task", "target_language", "to", "prompt", "keywords", "text")
 _HEAD = 1 << 16  # bytes by which content is recognized
 _MAX_BYTES = 1 << 34  # of a compressed manifest's content
 _MAX_JSON = 1 << 31  # bytes of a JSON array, which is read as a whole
@@ -80,6 +82,8 @@ def to_json_lines(path: Path, name: str, work: Path) -> Path:
                 text.seek(0)
                 return _write_lines(text, work)
             text.seek(0)
+            if name.removesuffix(".gz").endswith(".scp"):
+                return _write(_kaldi(text), work)
             return _write(_entries(text, path.stat().st_size), work)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise GraniteError(f"{printable(name)}: is damaged ({error})") from None
@@ -128,22 +132,38 @@ def _is_one_object(head: bytes, path: Path) -> bool:
 
 def _entries(text: TextIO, size: int) -> Iterator[Any]:
     """The entries of a JSON array, a table, or a list of names."""
-    head = text.read(_HEAD)
-    lines = io.StringIO(head).readlines()
-    first = next((line.strip() for line in lines if line.strip()), "")
+    head = io.StringIO(text.read(_HEAD)).readlines()
     text.seek(0)
+    first = next((line.strip() for line in head if not _is_comment(line)), "")
     is_name = re.fullmatch(r".*\.[A-Za-z0-9]{2,5}", first) is not None or scheme(first) is not None
     if first.startswith("[") and not is_name:
         yield from _array(text, size)
     elif (delimiter := _delimiter(first)) is not None:
-        yield from _table_rows(text, delimiter)
+        yield from _table_rows(itertools.dropwhile(_is_comment, text), delimiter)
     elif is_name:
-        yield from ({"audio": line.strip()} for line in text if line.strip())
+        yield from ({"audio": line.strip()} for line in text if not _is_comment(line))
     elif first:
         raise GraniteError(
-            "is not a manifest: its first line is not a JSON object, a header with a column named audio or "
-            f"audio_filepath, or the name of an audio file, but {first!a:.60}"
+            "is not a manifest: its first line is not a JSON object, a header with a column such as audio or path, "
+            f"or the name of an audio file, but {first!a:.60}"
         )
+
+
+def _is_comment(line: str) -> bool:
+    """Whether a line of text is blank or a comment; `#1.wav` is the name of a file."""
+    return re.match(r"\s*($|#(\s|EXT|$))", line) is not None
+
+
+def _kaldi(text: TextIO) -> Iterator[dict[str, Any]]:
+    """The entries of Kaldi's `wav.scp`."""
+    for number, line in enumerate(text, start=1):
+        identity, _, audio = line.strip().partition(" ")
+        if audio.endswith("|"):
+            raise GraniteError(f"line {number} is a command, which is not run: write what it prints to a file")
+        if audio:
+            yield {"id": identity, "audio": audio.strip()}
+        elif identity:
+            raise GraniteError(f"line {number} is not an id and the name of a file, but {identity!a:.60}")
 
 
 def _array(text: TextIO, size: int) -> Iterator[dict[str, Any]]:
@@ -160,7 +180,7 @@ def _array(text: TextIO, size: int) -> Iterator[dict[str, Any]]:
 def _delimiter(header: str) -> str | None:
     """What separates the columns of a table with this header; None if it is not the header of a manifest."""
     for delimiter in [mark for mark in "\t,;|" if mark in header] or [","]:
-        if any(_column(name.strip().strip('"')) in _AUDIO_COLUMNS for name in header.split(delimiter)):
+        if name_of_audio(_column(name.strip().strip('"')) for name in header.split(delimiter)) is not None:
             return delimiter
     return None
 
@@ -170,7 +190,7 @@ def _column(name: str) -> str:
     return name.strip().lower() if name.strip().lower() in _COLUMNS else name.strip()
 
 
-def _table_rows(text: TextIO, delimiter: str) -> Iterator[dict[str, Any]]:
+def _table_rows(text: Iterable[str], delimiter: str) -> Iterator[dict[str, Any]]:
     # Quotation marks are text where tabs or bars separate, as in the tables of speech corpora.
     quoting = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL
     rows = csv.DictReader(text, delimiter=delimiter, skipinitialspace=True, quoting=quoting, strict=True)
@@ -207,8 +227,8 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             columns = list(file.schema_arrow.names)
-            if not any(column in _AUDIO_COLUMNS for column in columns):
-                raise GraniteError(f"has no column named audio or audio_filepath, only {', '.join(columns)[:200]}")
+            if name_of_audio(columns) is None:
+                raise GraniteError(f"has no column such as audio or path, only {', '.join(columns)[:200]}")
             for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:

@@ -71,8 +71,6 @@ class Transcribe:
         for i, row in enumerate(fields):
             if contents is not None:
                 row.setdefault("audio", row.get("path") or f"bytes[{i}]")
-            if row.get("id") is None:
-                row["id"] = row.get("audio") or row.get("audio_filepath")
         entries = [parse_entry(row, i, self._options) for i, row in enumerate(fields)]
         data = [None] * count if contents is None else list(contents)
         opened = [self._reader.open(entry, contents) for entry, contents in zip(entries, data, strict=True)]
@@ -81,7 +79,10 @@ class Transcribe:
         wait(futures)
         transcripts = [transcript_of(entry, future) for entry, future in zip(entries, futures, strict=True)]
         return {
-            "id": [entry.id for entry in entries],
+            "id": [
+                (entry.audio or entry.id) if row.get("id") is None else entry.id
+                for row, entry in zip(fields, entries, strict=True)
+            ],
             "audio": [entry.audio for entry in entries],
             "text": [each.text for each in transcripts],
             "tokens": [list(each.tokens) for each in transcripts],

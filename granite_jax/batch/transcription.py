@@ -46,4 +46,4 @@ def transcript_of(entry: Entry, future: "Future[Transcript]") -> Transcript:
         return future.result()
     except GraniteError as error:
         stats: dict[str, Any] = {"transient": True} if isinstance(error, AccessError) else {}
-        return Transcript(entry.audio, error=str(error), stats=stats)
+        return Transcript(entry.audio, error=str(error), stats=stats, flags=error.flags)

@@ -84,6 +84,7 @@ class Checkpoint(abc.ABC):
     def stored(self) -> dict[str, tuple[Shape, str]]:
         """Shape and dtype of every leaf by dotted path; no weights are read. Raises as `load_params`."""
 
+    @jax.transfer_guard("allow")  # as in `Engine`
     def load_params(
         self, dtype: Any = None, sharding: Any = None, verify: bool = True, *, adapter: bool = True
     ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from granite_jax.checkpoint.lora import ALONE
 from granite_jax.checkpoint.orbax import PARAMS, TENSORS
 from granite_jax.checkpoint.save import CONFIG
 from granite_jax.errors import CheckpointError
@@ -51,7 +52,8 @@ def snapshot(repo_id: str, revision: str | None, companions: Iterable[str]) -> P
         raise CheckpointError(f"{prefix} it cannot be downloaded ({_reason(error)})") from error
     names = needed(files, companions)
     if CONFIG not in names:
-        raise CheckpointError(f"{prefix} it is no checkpoint, {CONFIG} is missing")
+        is_adapter = "adapter_config.json" in names
+        raise CheckpointError(f"{prefix} it {ALONE if is_adapter else f'is no checkpoint, {CONFIG} is missing'}")
     try:
         # By name, not by commit: the client then records the name's commit, for use without a network.
         return Path(

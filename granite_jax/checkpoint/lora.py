@@ -15,6 +15,7 @@ import numpy as np
 from granite_jax.array_types import Shape
 
 LORA = "lora"
+ALONE = "is a LoRA adapter without its base model: put its files into a directory with that model's"
 
 
 @dataclasses.dataclass(frozen=True)

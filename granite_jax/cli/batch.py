@@ -72,7 +72,7 @@ def run(
 
     It also retries audio that was out of reach, and transcribes anew what has changed since.
 
-    Lines of the manifest are JSON objects with audio or audio_filepath, and optionally offset, duration, id, task,
+    Lines of the manifest are JSON objects with audio (or path, or the like), and optionally offset, duration, id, task,
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
     errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
     failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after

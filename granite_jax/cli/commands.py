@@ -51,11 +51,9 @@ def options(
 
 def run() -> None:
     """Runs the command that `sys.argv` names, and ends the process."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed
-            setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper):
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
             # File names need not be valid Unicode; escapes are, in JSON, too.
             stream.reconfigure(errors="backslashreplace")
     for package in ("gcsfs", "s3fs", "botocore", "aiobotocore", "google.auth"):  # which log tracebacks of their own
@@ -77,3 +75,13 @@ def run() -> None:
             if error.errno != errno.EPIPE:  # as by `| head`
                 fail(f"standard output cannot be written: {error.strerror}")
             raise SystemExit(1) from None
+
+
+def _open_closed_streams() -> None:
+    """Opens those of the standard streams that are closed, or the next file would become one of them.
+
+    Using standard input and output then fails, as if they were closed; messages on standard error are lost.
+    """
+    for name, mode, flags in (("stdin", "r", os.O_WRONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, flags), mode))

@@ -56,12 +56,12 @@ def output_stems(inputs: Sequence[str]) -> list[str]:
 
 
 def _distinct(group: Sequence[Sequence[str]]) -> list[str]:
-    """Names of inputs that share a stem: distinct, or their stems if no way tells them apart."""
+    """Names of inputs that share a stem: different for different inputs, or their stems if no way tells them apart."""
     names = [_name(parts, 0, extension=False) for parts in group]
     for directories in range(max(map(len, group))):
         for extension in (False, True):
             longer = [_name(parts, directories, extension) for parts in group]
-            if len(set(map(_key, longer))) == len(group):
+            if len(set(map(_key, longer))) == len(set(map(tuple, group))):
                 return longer
     return names
 

@@ -1,6 +1,7 @@
 """What commands print besides results: progress and errors, on stderr."""
 
 import contextlib
+import os
 import sys
 import time
 import unicodedata
@@ -79,12 +80,15 @@ class ProgressDisplay:
                 seconds = (total - done) * (now - self._began) / (done - self._first)
                 left = f"{timedelta(seconds=round(seconds))} left"
             text = ", ".join(filter(None, (f"{done} of {total}", note, left)))
-            print(line(f"granite-jax: {self._action}: {text}"), file=console.file, flush=True)
+            fail(f"{self._action}: {text}")
 
 
 def fail(message: str) -> None:
-    """Prints an error, as one line."""
-    print(line(f"granite-jax: {message}"), file=sys.stderr)
+    """Prints an error, as one line. Where standard error cannot be written, this and later messages are lost."""
+    try:
+        print(line(f"granite-jax: {message}"), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def line(text: str) -> str:

@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
+import jax
+
 from granite_jax.engine.scheduler import Scheduler
 from granite_jax.engine.stages import Reply, Request, Ticket
 
@@ -85,6 +87,7 @@ class Engine:
         if thread is not None:
             thread.join()
 
+    @jax.transfer_guard("allow")  # what a program has set is for its own transfers
     def _run(self) -> None:
         while True:
             with self._lock:

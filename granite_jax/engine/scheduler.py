@@ -6,7 +6,7 @@
 At most two batches of first stages are on the device: the host works on the results of one while the next is computed.
 What goes on from there does so in order. All recognizers share the device, so that their batches share this order.
 
-Requests are submitted and cancelled by any thread; one thread at a time calls `advance`. Replies are given by that
+Requests are submitted and canceled by any thread; one thread at a time calls `advance`. Replies are given by that
 thread, while it holds no lock.
 """
 
@@ -56,7 +56,7 @@ class Scheduler:
         return self._unfinished
 
     def submit(self, request: Request, reply: Callable[[Reply], None]) -> Ticket:
-        """Admits a request. It gets one final reply, unless it is cancelled before its batch goes."""
+        """Admits a request. It gets one final reply, unless it is canceled before its batch goes."""
         with self._changed:
             ticket = Ticket(request, self._admitted, self._clock(), reply)
             self._admitted += 1

@@ -1,12 +1,13 @@
 """What a caller gives, as inputs one after another: with their names, channels, keywords and drafts."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
-from granite_jax.audio.load import num_channels, path_of, read_stream
+from granite_jax.audio.load import is_encoded, num_channels, path_of, read_stream
 from granite_jax.errors import AudioError, GraniteError
-from granite_jax.keywords.options import Entry
+from granite_jax.keywords.options import KeywordList
 from granite_jax.options import Channels
 
 
@@ -24,14 +25,14 @@ class Input(NamedTuple):
     name: str
     source: Any
     channel: int | None = None
-    keywords: Sequence[Entry] | None = None
+    keywords: KeywordList | None = None
     draft: str | None = None
 
 
 def inputs_of(
     audio: Iterable[Any],
     channels: Channels,
-    keyword_lists: Iterable[Sequence[Entry] | None] | None = None,
+    keyword_lists: Iterable[KeywordList | None] | None = None,
     drafts: Iterable[str | None] | None = None,
 ) -> Iterator[Input]:
     """Each input under its name, once for each of its channels if these are split.
@@ -43,6 +44,15 @@ def inputs_of(
         name = name_of(source, index)
         for content, channel in _channels(source, channels):
             yield Input(name, content, channel, keywords, draft)
+
+
+def is_one_input(audio: Any) -> bool:
+    """Whether this is one input though it can be iterated: a file, a dict, an array, or a pair (array, rate)."""
+    if isinstance(audio, tuple):
+        return len(audio) == 2 and isinstance(audio[1], Real)
+    # An array or a column of a table can also hold names of files.
+    is_array = hasattr(audio, "__array__") and getattr(getattr(audio, "dtype", None), "kind", "f") not in "OSTU"
+    return is_array or is_encoded(audio) or isinstance(audio, Mapping)
 
 
 def name_of(source: Any, index: int) -> str:

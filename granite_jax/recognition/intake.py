@@ -15,6 +15,7 @@ from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
 from granite_jax.engine.stages import Request
 from granite_jax.errors import ContextError, GraniteError, PromptError
+from granite_jax.keywords.options import keyword_entries
 from granite_jax.model.config import Config
 from granite_jax.model.features import SAMPLING_RATE
 from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
@@ -120,7 +121,7 @@ class Intake:
         options, prepared = plan.options, plan.prepared
         try:
             if each.keywords is not None:
-                prepared = self._preparation.prepare(options, each.keywords)
+                prepared = self._preparation.prepare(options, keyword_entries(each.keywords))
         except GraniteError as error:
             failed: Future[Transcript] = Future()
             failed.set_exception(error)

@@ -31,7 +31,7 @@ class RecordingJob:
     """Reads a recording's segments for a `RecordingDecoder`, as a `Job` of `Readers`.
 
     Fields:
-      result: the transcript, or the error. Cancelling it withdraws what waits, and ends reading.
+      result: the transcript, or the error. Canceling it withdraws what waits, and ends reading.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class RecordingJob:
         return self._engine.submit(self._make_request(utterance), reply)
 
     def _end(self, result: Any) -> None:
-        """Withdraws what is unfinished, because the result is there without it: cancelled, or an error."""
+        """Withdraws what is unfinished, because the result is there without it: canceled, or an error."""
         if result.cancelled():
             result.set_running_or_notify_cancel()  # or concurrent.futures.wait would wait for ever
         if result.cancelled() or result.exception() is not None:

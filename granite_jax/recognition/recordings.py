@@ -193,8 +193,10 @@ class RecordingDecoder:
             waits = not self._is_closed if not following else following[0].decoded is None
             if part.decoded is None or waits:
                 return
-            if (error := part.decoded.transcript.error) is not None:
-                self.fail(CheckpointError(error))
+            if (message := part.decoded.transcript.error) is not None:
+                error = CheckpointError(message)
+                error.flags = _ordered([*self._condition.flags, *part.decoded.transcript.flags])
+                self.fail(error)
                 return
             seam = _seam(part, following[0], self._seam) if following else max(part.end, self._seam)
             segment, ctc_text = self._segment(part, self._seam, seam)
@@ -208,7 +210,7 @@ class RecordingDecoder:
             self._set_result(self._transcript())
 
     def _set_result(self, transcript: Transcript) -> None:
-        with contextlib.suppress(InvalidStateError), self._settling():  # or cancelled by another thread
+        with contextlib.suppress(InvalidStateError), self._settling():  # or canceled by another thread
             self.result.set_result(transcript)
 
     def _segment(self, part: _Part, start: float, end: float) -> tuple[Segment, str]:

@@ -1,6 +1,7 @@
 """The safeguard of the model cards: a prompt that the model does not know falls back to plain transcription."""
 
 import dataclasses
+import inspect
 import warnings
 
 from granite_jax.errors import GraniteError, PromptError
@@ -29,13 +30,21 @@ def safeguarded(options: TranscribeOptions, capabilities: Capabilities) -> tuple
             warnings.warn(
                 f"the model was not trained with the prompt {options.prompt!r:.60}: the speech is transcribed instead "
                 "(allow_custom_prompt sends it nevertheless)",
-                stacklevel=5,  # of Transcriber.transcribe
+                stacklevel=_levels_to_caller(),
             )
             return _replaced(options, RecognizedPrompt()), (FALLBACK,)
         options = _replaced(options, recognized)
     if options.prompt is None:
         capabilities.check(options.task, options.target_language, options.language)
     return options, ()
+
+
+def _levels_to_caller() -> int:
+    """The `stacklevel`, in the function that calls this, of the first function outside this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("granite_jax."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _recognized(options: TranscribeOptions, capabilities: Capabilities) -> RecognizedPrompt | None:

@@ -12,8 +12,11 @@ import itertools
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from granite_jax.errors import GraniteError
+from granite_jax.results import Segment, Transcript, Word
 
 MAX_WIDTH = 42
 """Columns of a line; East Asian wide characters and emoji take two."""
@@ -30,40 +33,8 @@ MAX_SPEED = 20
 _SLOT_MS = 250  # of cues whose words have no usable times
 
 
-class TimedWord(Protocol):
-    """A word and its times in seconds."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
-
-
-class TimedSegment(Protocol):
-    """A part of a transcript and its times in seconds; with or without words, and a speaker."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def end(self) -> float: ...
-    @property
-    def words(self) -> Sequence[TimedWord]: ...
-    @property
-    def speaker(self) -> str | None: ...
-
-
-class TimedTranscript(Protocol):
-    """What has segments."""
-
-    @property
-    def segments(self) -> Sequence[TimedSegment]: ...
-
-
-Timed = TimedTranscript | Iterable[TimedSegment]
+Timed = Transcript | Mapping[str, Any] | Iterable[Segment | Mapping[str, Any]]
+"""A transcript or its segments; as objects, or as `granite-jax` writes them in JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +76,12 @@ def cues(segments: Timed, *, label_speakers: bool = False) -> list[Cue]:
     time last 250 ms each, and later ones are delayed as far as necessary.
 
     Args:
-      segments: in order of time, or a `Transcript`, which has them. Those without text are left out.
+      segments: in order of time, or a `Transcript`, which has them; or either of these as JSON has it. Those without
+        text are left out.
       label_speakers: whether the first cue of each speaker's turn begins with "Name: ".
+
+    Raises:
+      GraniteError: it is neither a transcript nor segments with a text and times.
     """
     runs = list(_runs(_segments(segments), label_speakers))
     spans: list[tuple[int, int, tuple[str, ...], str | None]] = []
@@ -130,7 +105,7 @@ def cues(segments: Timed, *, label_speakers: bool = False) -> list[Cue]:
 
 
 def to_srt(segments: Timed) -> str:
-    """A `Transcript`, or segments, as SubRip (.srt), cue by cue as `cues` splits them; "" without text.
+    """One `Transcript`, or segments, as SubRip (.srt), cue by cue as `cues` splits them; "" without text.
 
         Path("talk.srt").write_text(gj.to_srt(transcript), encoding="utf-8", newline="\\n")
 
@@ -150,7 +125,7 @@ def to_srt(segments: Timed) -> str:
 
 
 def to_vtt(segments: Timed) -> str:
-    """A `Transcript`, or segments, as WebVTT (.vtt), cue by cue as `cues` splits them; the header alone without text.
+    """One `Transcript`, or segments, as WebVTT (.vtt), cue by cue as `cues` splits them; the header alone without text.
 
     The characters `&`, `<` and `>` of the text are escaped. Each cue of a speaker begins with a voice tag, `<v Name>`.
     """
@@ -163,7 +138,7 @@ def to_vtt(segments: Timed) -> str:
 
 
 def to_tsv(segments: Timed) -> str:
-    """A `Transcript`, or segments, as Whisper's tab-separated values: start, end and text, a line a segment with text.
+    """One `Transcript`, or segments, as Whisper's tab-separated values: start, end, text, a line a segment with text.
 
     The first line is a header. Times are whole milliseconds. Tabs, line breaks and control characters of the text
     become spaces or are removed; quotes are not special (`csv.QUOTE_NONE`). Speakers are left out.
@@ -182,9 +157,34 @@ def text_width(text: str) -> int:
     return sum(map(_cluster_width, _clusters(text)))
 
 
-def _segments(timed: Timed) -> Iterable[TimedSegment]:
-    segments: Any = getattr(timed, "segments", timed)
-    return segments
+def _segments(timed: Timed) -> list[Segment]:
+    """The segments of what is given. Raises GraniteError if it has none."""
+    given: Any = timed
+    segments = given.get("segments") if isinstance(given, Mapping) else getattr(given, "segments", given)
+    if isinstance(segments, str | bytes) or not isinstance(segments, Iterable):
+        kind = type(timed).__name__
+        raise GraniteError(f"a {kind} has no times: give one Transcript, or segments with text, start and end")
+    return [_segment(segment, number) for number, segment in enumerate(segments)]
+
+
+def _segment(segment: Any, number: int) -> Segment:
+    if isinstance(segment, Segment):
+        return segment
+    try:
+        words = tuple(Word(*_text_and_times(word)) for word in segment.get("words") or ())
+        text, start, end = _text_and_times(segment)
+        return Segment(start, end, text, words=words, speaker=segment.get("speaker"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        kind = type(segment).__name__
+        raise GraniteError(
+            f"item {number}, a {kind}, is not a segment with text, start and end: give one Transcript, or its segments"
+        ) from None
+
+
+def _text_and_times(fields: Mapping[str, Any]) -> tuple[str, float, float]:
+    if not isinstance(fields["text"], str):
+        raise TypeError
+    return fields["text"], float(fields["start"]), float(fields["end"])
 
 
 # Formats.
@@ -308,7 +308,7 @@ def _milliseconds(seconds: float, latest: int) -> int:
     return max(latest, round(seconds * 1000)) if math.isfinite(seconds) else latest
 
 
-def _runs(segments: Iterable[TimedSegment], label_speakers: bool) -> Iterator[_Run]:
+def _runs(segments: Iterable[Segment], label_speakers: bool) -> Iterator[_Run]:
     atoms: list[_Atom] = []
     speaker = labeled = None
     latest = 0
@@ -334,7 +334,7 @@ def _runs(segments: Iterable[TimedSegment], label_speakers: bool) -> Iterator[_R
         yield _Run(atoms, speaker)
 
 
-def _pieces(segment: TimedSegment, latest: int) -> Iterator[tuple[str, int, int, bool]]:
+def _pieces(segment: Segment, latest: int) -> Iterator[tuple[str, int, int, bool]]:
     """Texts of a segment with their times, and whether a space is before each: its words, or all of its text."""
     text = _clean(segment.text)
     if not text:
