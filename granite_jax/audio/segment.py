@@ -29,7 +29,7 @@ _LOCAL, _STEP = 400, 40  # hops among which the background is looked for, and af
 _CONTRAST = 19  # dB between speech and background below which nothing is a pause
 _CLEAR = 30  # dB above which the background hides nothing of a word
 _FLOOR, _SILENCE = 1e-10, -90  # mean square, and dB that are less than a step of 16 bits
-_RUMBLE, _HUM = 4, 13  # coefficients of a hop's polynomial that hold what is no speech, and the hum's harmonics, too
+_RUMBLE, _HUM = 4, 17  # coefficients of a hop's polynomial that hold what is no speech, and the hum's harmonics, too
 _POLYNOMIALS = np.linalg.qr(np.polynomial.legendre.legvander(np.linspace(-1, 1, _HOP), _HUM - 1))[0].astype(np.float32)
 
 
@@ -158,13 +158,13 @@ def _power(samples: np.ndarray) -> np.ndarray:
     """The mean square of each hop without offset, rumble and hum, float32 `[hops]`, smoothed over three.
 
     Within 10 ms a polynomial of degree n follows what is below some 25 (n + 1) Hz, and little above. What the cubic
-    follows is an offset, rumble or the hum of 50 or 60 Hz, and goes. What higher degrees add, up to some 300 Hz, can be
+    follows is an offset, rumble or the hum of 50 or 60 Hz, and goes. What higher degrees add, up to some 400 Hz, can be
     speech or harmonics of the hum: of its power, what is nearly always there goes.
     """
     hops = samples[: len(samples) // _HOP * _HOP].reshape(-1, _HOP)
     low, high = np.empty((2, len(hops)), np.float32)
-    for start in range(0, len(hops), 100):  # products so small that BLAS starts no threads for them
-        part = slice(start, start + 100)
+    for start in range(0, len(hops), 80):  # products so small that BLAS starts no threads for them
+        part = slice(start, start + 80)
         shares = hops[part] @ _POLYNOMIALS
         high[part] = np.square(hops[part] - shares @ _POLYNOMIALS.T).mean(axis=1)
         low[part] = np.square(shares[:, _RUMBLE:]).sum(axis=1) / _HOP
