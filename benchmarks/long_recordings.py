@@ -3,10 +3,15 @@
     python benchmarks/long_recordings.py [--checkpoint demo] [--corpus DIR] [--minutes 10] [--segment-seconds auto]
     python benchmarks/long_recordings.py memory [--minutes 10]     peak memory of one process
     python benchmarks/long_recordings.py noise [--minutes 3]       silence, hum, tones, noise, clicks, repetition
+    python benchmarks/long_recordings.py cuts [--minutes 10]       cuts within words, with offset, hum and noise
 
 A recording is made of utterances in random order, with pauses of 0.2 to 3 s between most of them and none in a tenth,
 room noise that changes, silences of up to 20 s, and hum. `--corpus` is a directory of `recipes.demo.recipe`; the
 default are the held-out clips. Every utterance is also transcribed alone, with the noise that it has in the recording.
+
+`cuts` joins clean held-out clips, with gaps of 0 to 1.5 s, and counts the sharp cuts that are within a word (40 ms or
+more from its ends) for segments of 7 and 30 s. The voices are every second one; with `--tune`, the others, which the
+thresholds were chosen on.
 
 Letters at a cut are lost, or doubled, if the recording's text has three letters less there, or more, than the text of
 the same utterances one by one. Spaces do not count, because the model often writes words together.
@@ -15,6 +20,7 @@ the same utterances one by one. Spaces do not count, because the model often wri
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import resource
 import subprocess
@@ -33,12 +39,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
 from granite_jax.audio.resample import SAMPLE_RATE
+from granite_jax.audio.segment import cut
 from granite_jax.evaluation.heldout import CLIPS
+from granite_jax.recognition.words import locate_words
 from granite_jax.training.recipes.demo import noise
 
 _FULL_SCALE = 32768.0
 _WINDOW = 5  # words on both sides of a cut that are compared
 _NEAR, _LETTERS = 2, 3
+_SPEECH = 0.05  # RMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +111,10 @@ def seams(alone: list[str], together: str, cuts: list[int]) -> tuple[int, int]:
         )
     before[-1] = len(reference)
     lost = doubled = 0
-    for cut in cuts:
-        first, last = max(0, cut - _WINDOW), min(len(hypothesis), cut + _WINDOW)
+    for seam in cuts:
+        first, last = max(0, seam - _WINDOW), min(len(hypothesis), seam + _WINDOW)
         heard, said = "".join(hypothesis[first:last]), "".join(reference[before[first] : before[last]])
-        letter = len("".join(hypothesis[first:cut]))
+        letter = len("".join(hypothesis[first:seam]))
         for _, i, j, k, end in difflib.SequenceMatcher(None, said, heard, autojunk=False).get_opcodes():
             if k - _NEAR <= letter <= end + _NEAR:
                 lost += (j - i) - (end - k) >= _LETTERS
@@ -191,20 +200,105 @@ def _print_noises(arguments: argparse.Namespace) -> None:
         print(f"| {name} | {len(samples) / SAMPLE_RATE / 60:.1f} | {words} | {', '.join(guarded.flags)} |")
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """Speech, float32 `[n]` at 16 kHz, from its first word to its last, and each word's start and end in samples."""
+
+    samples: np.ndarray
+    words: np.ndarray
+
+
+def timed_clips(asr: gj.Transcriber, tune: bool) -> list[Timed]:
+    """The clean held-out clips of half of the voices, at one level, with word times by alignment of their text."""
+    lines = map(json.loads, (CLIPS / "heldout.jsonl").read_text(encoding="utf-8").splitlines())
+    clean = [line for line in lines if line["snr_db"] is None and line["kind"] != "joined"]
+    voices = sorted({line["voice"] for line in clean})[0 if tune else 1 :: 2]
+    clips = []
+    for line in clean:
+        if line["voice"] in voices:
+            samples = soundfile.read(CLIPS / line["audio"], dtype="float32")[0]
+            logits = asr.ctc_emissions(samples, sampling_rate=SAMPLE_RATE).ctc_logits
+            words = locate_words(
+                logits, line["text"], duration=len(samples) / SAMPLE_RATE, offsets=asr.capabilities.word_offsets
+            )
+            times = (SAMPLE_RATE * np.array([(word.start, word.end) for word in words])).astype(int)
+            first, last = max(times[0, 0] - 480, 0), times[-1, 1] + 960
+            speech = samples[first:last] * np.float32(_SPEECH / np.sqrt(np.mean(samples[first:last] ** 2)))
+            clips.append(Timed(speech, times - first))
+    return clips
+
+
+def join(clips: list[Timed], seconds: float, rng: np.random.Generator) -> Timed:
+    """A recording of at least `seconds`: a third of the gaps is below 0.15 s, a fifth above 0.5 s."""
+    pieces, words, size, order = [], [], 0, []
+    while size < seconds * SAMPLE_RATE:
+        order = order or list(rng.permutation(len(clips)))
+        clip = clips[order.pop()]
+        low, high = [(0, 0.15), (0.15, 0.5), (0.5, 1.5)][rng.choice(3, p=[0.35, 0.45, 0.2])]
+        gap = int(SAMPLE_RATE * rng.uniform(low, high))
+        pieces += [clip.samples * np.float32(10 ** (rng.normal(0, 3) / 20)), np.zeros(gap, np.float32)]
+        words.append(clip.words + size)
+        size += len(clip.samples) + gap
+    return Timed(_in_room(rng, np.concatenate(pieces), 3e-4), np.concatenate(words))
+
+
+def disturbances(clips: list[Timed], size: int, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """What is added to a recording whose speech has an RMS of 0.05, float32 `[size]` each, by kind."""
+    seconds = np.arange(size) / SAMPLE_RATE
+    hums = {"hum, 50 and 60 Hz": [], "hum with harmonics to 300 Hz": []}
+    for mains, level in itertools.product((50, 60), (0.03, 0.1, 0.3)):
+        waves = [np.sin(2 * np.pi * mains * k * seconds + k * k) for k in range(1, 300 // mains + 1)]
+        hums["hum, 50 and 60 Hz"].append(level * waves[0])
+        for power in (0, 1):
+            wave = np.sum([wave / k**power for k, wave in enumerate(waves, 1)], axis=0)
+            hums["hum with harmonics to 300 Hz"].append(level / np.sqrt(2) * wave / wave.std())
+    walk = np.cumsum(rng.standard_normal(size)) * 5e-4
+    drifts = [walk, np.linspace(-0.3, 0.3, size), 0.2 * np.sin(2 * np.pi * 0.1 * seconds)]
+    sounds = {"nothing": [np.zeros(size)], "offset": [np.full(size, level) for level in (0.02, 0.05, 0.1, 0.3)]}
+    sounds |= {"offset that drifts": drifts} | hums
+    babble = noise.babble(rng, size, [clip.samples for clip in clips])
+    for name, wave in {"white": noise.white(rng, size), "pink": noise.pink(rng, size), "babble": babble}.items():
+        for ratios in ((30,), (20, 15), (10, 5, 0)):
+            scales = [_SPEECH / wave.std() / 10 ** (ratio / 20) for ratio in ratios]
+            sounds[f"{name} noise, {', '.join(map(str, ratios))} dB"] = [wave * scale for scale in scales]
+    return {name: [np.asarray(wave, np.float32) for wave in waves] for name, waves in sounds.items()}
+
+
+def count_cuts(samples: np.ndarray, words: np.ndarray, seconds: float) -> np.ndarray:
+    """How many cuts there are, how many of these are sharp, and how many of these are within a word: int `[3]`."""
+    segments = list(cut([samples], seconds))
+    sharp = np.array([s.end for s in segments[:-1] if s.offset + len(s.samples) == s.end], int)[:, None]
+    margin = SAMPLE_RATE // 25
+    within = ((words[:, 0] + margin < sharp) & (sharp < words[:, 1] - margin)).any(axis=1)
+    return np.array([len(segments) - 1, len(sharp), within.sum()])
+
+
+def _print_cuts(arguments: argparse.Namespace) -> None:
+    asr = gj.Transcriber.from_pretrained(arguments.checkpoint, dtype="float32")
+    clips, rng = timed_clips(asr, arguments.tune), np.random.default_rng(arguments.seed)
+    recording = join(clips, 60 * arguments.minutes, rng)
+    print("| added | cuts at 7 s | sharp | within words | at 30 s | sharp | within words |\n" + "| --- " * 7 + "|")
+    for name, waves in disturbances(clips, len(recording.samples), rng).items():
+        counts = [sum(count_cuts(recording.samples + w, recording.words, s) for w in waves) for s in (7, 30)]
+        print(f"| {name} |", " | ".join(map(str, np.concatenate(counts))), "|", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=["compare", "memory", "peak", "noise"], default="compare")
+    parser.add_argument("command", nargs="?", choices=["compare", "memory", "peak", "noise", "cuts"], default="compare")
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--file", type=Path)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--segment-seconds", type=float, nargs="*", default=[])
+    parser.add_argument("--tune", action="store_true", help="cuts: the other voices")
     parser.add_argument("--no-guards", action="store_true")
     parser.add_argument("--ctc", action="store_true", help="the encoder's text alone")
     arguments = parser.parse_args()
     if arguments.command != "compare":
-        return {"memory": _measure_memory, "peak": _print_peak, "noise": _print_noises}[arguments.command](arguments)
+        commands = {"memory": _measure_memory, "peak": _print_peak, "noise": _print_noises, "cuts": _print_cuts}
+        return commands[arguments.command](arguments)
     asr = gj.Transcriber.from_pretrained(arguments.checkpoint, dtype="float32")
     pieces = list(compose(utterances(arguments.corpus), 60 * arguments.minutes, arguments.seed))
     options: dict[str, Any] = {"guards": not arguments.no_guards}

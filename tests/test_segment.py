@@ -71,6 +71,65 @@ def test_cuts_are_in_pauses() -> None:
         assert any(start < segment.end / SAMPLE_RATE < end for start, end in pauses)
 
 
+def talk(seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Words of a loud vowel and a weak consonant, ten before each pause of 0.5 s; and whether a sample is in a word."""
+    rng, vowel, consonant = np.random.default_rng(2), round(0.2 * SAMPLE_RATE), round(0.25 * SAMPLE_RATE)
+    level = np.concatenate([np.full(vowel, 0.1), np.full(consonant, 0.01)] * 10 + [np.zeros(SAMPLE_RATE // 2)])
+    level = np.resize(level, round(seconds * SAMPLE_RATE))
+    return (level * rng.standard_normal(len(level)) + silence(seconds)).astype(np.float32), level > 0
+
+
+def sharp_cuts(samples: np.ndarray, seconds: float) -> list[int]:
+    """The samples at which neither side hears the other's."""
+    segments = list(cut([samples], seconds))
+    check_tiles(samples, segments, seconds)
+    return [s.end for s in segments[:-1] if s.end == s.offset + len(s.samples)]
+
+
+_TIME = np.arange(120 * SAMPLE_RATE) / SAMPLE_RATE
+
+
+def mains(hertz: float, harmonics: int) -> np.ndarray:
+    return np.sum([np.sin(2 * np.pi * hertz * k * _TIME + k) for k in range(1, harmonics + 1)], axis=0)
+
+
+@pytest.mark.parametrize("seconds", [7.0, 30.0])
+@pytest.mark.parametrize(
+    "added",
+    [
+        0 * _TIME,
+        np.full(len(_TIME), 0.3),
+        np.linspace(-0.5, 0.5, len(_TIME)),
+        0.3 * np.sin(2 * np.pi * 0.2 * _TIME),
+        0.3 * mains(50, 1),
+        0.3 * mains(60, 1),
+        0.05 * mains(50, 6),
+        0.05 * mains(60, 5),
+    ],
+    ids=["nothing", "offset", "ramp", "drift", "50 Hz", "60 Hz", "harmonics of 50 Hz", "harmonics of 60 Hz"],
+)
+def test_offset_and_hum_move_no_cut_into_a_word(added: np.ndarray, seconds: float) -> None:
+    # Given speech with pauses, and an offset or a hum
+    samples, is_word = talk(120)
+    # When cut, then all cuts are sharp, and none is within a word
+    cuts = sharp_cuts((samples + added).astype(np.float32), seconds)
+    assert len(cuts) >= 120 / seconds - 1 and not is_word[cuts].any()
+
+
+@pytest.mark.parametrize("level", [0.005, 0.01, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("seconds", [7.0, 30.0])
+def test_words_that_noise_hides_are_no_pauses(level: float, seconds: float) -> None:
+    # Given speech in noise that is as loud as its consonants, or as its vowels
+    samples, is_word = talk(120)
+    samples += level * np.random.default_rng(3).standard_normal(len(samples)).astype(np.float32)
+    # When cut, then no sharp cut is within a word
+    assert not is_word[sharp_cuts(samples, seconds)].any()
+
+
+def test_digital_silence_is_cut_sharply() -> None:
+    assert len(sharp_cuts(np.full(100 * SAMPLE_RATE, 0.1, np.float32), 30.0)) >= 3
+
+
 def test_offsets_are_those_of_the_cuts() -> None:
     # Given 65 s with pauses at 29 and 58 s, when cut at 30 s, then the segments begin there, not at 30 and 60
     samples = speech(65)

@@ -25,8 +25,12 @@ _HOP = SAMPLE_RATE // 100
 _PAUSE = 30  # hops, 0.3 s: shorter gaps can be part of a word
 _OVERLAP = SAMPLE_RATE  # samples on both sides of a cut through speech
 _LAST = SAMPLE_RATE  # the fewest samples of a recording's last segment
-_LOCAL = 400  # hops among which the local noise level is looked for
-_FLOOR = 1e-10  # mean square of digital silence
+_LOCAL, _STEP = 400, 40  # hops among which the background is looked for, and after which it is looked for again
+_CONTRAST = 19  # dB between speech and background below which nothing is a pause
+_CLEAR = 30  # dB above which the background hides nothing of a word
+_FLOOR, _SILENCE = 1e-10, -90  # mean square, and dB that are less than a step of 16 bits
+_RUMBLE, _HUM = 4, 17  # coefficients of a hop's polynomial that hold what is no speech, and the hum's harmonics, too
+_POLYNOMIALS = np.linalg.qr(np.polynomial.legendre.legvander(np.linspace(-1, 1, _HOP), _HUM - 1))[0].astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,25 +111,23 @@ def _first(
     samples: np.ndarray, offset: int, begin: int, limit: int, low: int, high: int, overlap: bool
 ) -> tuple[AudioSegment, int]:
     """The first segment of `samples`, cut between `low` and `high`; and how many samples the rest does without."""
-    position, is_pause = _choose(samples[: max(limit, high)], low, high)
+    power = _power(samples[:limit])
+    pauses = _pauses(power)
+    position, is_pause = _choose(power, pauses, low, high)
     reach = 0 if is_pause or not overlap else _OVERLAP
     if reach and position + reach > limit:  # the cut moves, so that the segment is not longer than it may be
-        position, _ = _choose(samples[:limit], min(low, limit - reach), limit - reach)
+        position, _ = _choose(power, pauses, min(low, limit - reach), limit - reach)
     last, next_start = position + reach, max(position - reach, 0)
     return AudioSegment(offset, samples[:last].copy(), begin, offset + position, is_last=False), next_start
 
 
-def _choose(samples: np.ndarray, low: int, high: int) -> tuple[int, bool]:
+def _choose(power: np.ndarray, pauses: list[tuple[int, int, float]], low: int, high: int) -> tuple[int, bool]:
     """Where to cut, and whether that is a pause: the middle of a long pause, or else the quietest place."""
     low, high = low // _HOP, max(high // _HOP, low // _HOP + 1)
-    hops = len(samples) // _HOP
-    power = np.square(samples[: hops * _HOP], dtype=np.float32).reshape(hops, _HOP).mean(axis=1)
-    level = 10 * np.log10(_smooth(power, 3) + _FLOOR)  # dB
-    quiet = np.flatnonzero(np.diff(np.concatenate([[False], level < _threshold(level), [False]]).astype(np.int8)))
     best, position = 0.0, None
-    for start, end in zip(quiet[::2], quiet[1::2], strict=True):
-        start, end = max(int(start), low), min(int(end), high)
-        if end - start >= _PAUSE:
+    for start, end, shortest in pauses:
+        start, end = max(start, low), min(end, high)
+        if end - start >= shortest:
             score = min(end - start, 100) / 100 + end / (2 * high)  # long pauses, and late ones
             if score > best:
                 best, position = score, max((start + end) // 2, end - _PAUSE)
@@ -135,14 +137,46 @@ def _choose(samples: np.ndarray, low: int, high: int) -> tuple[int, bool]:
     return (low + int(len(window) - 1 - np.argmin(window[::-1]))) * _HOP, False
 
 
-def _threshold(level: np.ndarray) -> np.ndarray:
-    """The level in dB below which a hop is quiet, between the noise around it and the speech of the whole."""
-    top = np.percentile(level, 95)
-    centers = np.arange(0, len(level), 10)
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(level, _LOCAL // 2, mode="edge"), _LOCAL)[centers]
-    noise = np.percentile(around, 10, axis=1)
-    above = np.maximum(noise + np.clip(0.3 * (top - noise), 3, 12), top - 35)
-    return np.repeat(above, 10)[: len(level)]
+def _pauses(power: np.ndarray) -> list[tuple[int, int, float]]:
+    """The first hop of each quiet stretch, that after its last one, and the hops it must have to be a pause.
+
+    A hop is quiet below a level between the background around it and the speech of the whole. The closer these are, the
+    more of a word the background hides. So a pause must then be longer, and below `_CONTRAST` there is none.
+    """
+    level = 10 * np.log10(power + _FLOOR)
+    top, background = np.percentile(level, 95), _background(level)
+    contrast = top - background
+    threshold = np.maximum(background + np.clip(0.3 * contrast, 3, 12), top - 35)
+    silent = level < _SILENCE
+    quiet = silent | (contrast >= _CONTRAST) & (level < threshold)
+    shortest = _PAUSE + np.where(silent, 0, 1.5 * np.maximum(_CLEAR - contrast, 0))
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8))).tolist()
+    return [(i, j, float(shortest[(i + j) // 2])) for i, j in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _power(samples: np.ndarray) -> np.ndarray:
+    """The mean square of each hop without offset, rumble and hum, float32 `[hops]`, smoothed over three.
+
+    Within 10 ms a polynomial of degree n follows what is below some 25 (n + 1) Hz, and little above. What the cubic
+    follows is an offset, rumble or the hum of 50 or 60 Hz, and goes. What higher degrees add, up to some 400 Hz, can be
+    speech or harmonics of the hum: of its power, what is nearly always there goes.
+    """
+    hops = samples[: len(samples) // _HOP * _HOP].reshape(-1, _HOP)
+    low, high = np.empty((2, len(hops)), np.float32)
+    for start in range(0, len(hops), 80):  # products so small that BLAS starts no threads for them
+        part = slice(start, start + 80)
+        shares = hops[part] @ _POLYNOMIALS
+        high[part] = np.square(hops[part] - shares @ _POLYNOMIALS.T).mean(axis=1)
+        low[part] = np.square(shares[:, _RUMBLE:]).sum(axis=1) / _HOP
+    low = _smooth(low, 3)
+    return _smooth(high, 3) + np.maximum(low - 2 * _background(low), 0)
+
+
+def _background(values: np.ndarray) -> np.ndarray:
+    """The tenth percentile of the four seconds around each hop."""
+    padded = np.pad(values, _LOCAL // 2, mode="edge")
+    around = np.lib.stride_tricks.sliding_window_view(padded, _LOCAL)[: len(values) : _STEP]
+    return np.repeat(np.percentile(around, 10, axis=1), _STEP)[: len(values)]
 
 
 def _smooth(power: np.ndarray, width: int) -> np.ndarray:
