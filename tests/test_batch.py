@@ -55,6 +55,7 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
         "ctc_text",
         "stats",
         "flags",
+        "damage",
         "segments",
     }
     assert (summary.parts, summary.entries, summary.transcribed, summary.failed) == (2, 3, 3, 0)

@@ -50,9 +50,11 @@ def test_entries_are_decoded_as_often_as_needed(tmp_path: Path, manifest: Manife
             assert opened.recording.name == "long.flac"
             assert opened.file["bytes"] == (tmp_path / "long.flac").stat().st_size
         assert len(load_audio(short.recording).samples) == RATE
-        # And damage is noticed where it is, or by the process before anything is given
-        with pytest.raises(AudioError, match=r"^damaged\.flac: is damaged"):
-            list(damaged.recording.blocks())
+        # And damage is silence of its length
+        blocks = damaged.recording.blocks()
+        assert sum(map(len, blocks)) == 30 * RATE
+        ((start, end),) = blocks.condition.damage
+        assert blocks.condition.flags == ("damaged-input",) and 29 < start < end < 30
         # And a file that is gone by then is out of reach
         (tmp_path / "long.flac").unlink()
         with pytest.raises(AccessError, match=r"^long\.flac: no such file"):

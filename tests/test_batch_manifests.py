@@ -150,7 +150,7 @@ def test_cuts_and_recordings_of_lhotse_are_understood(
     assert (entry.error, entry.id, entry.audio) == (None, identity, "a.wav")
     assert (entry.offset, entry.duration) == excerpt
     # And none of its fields is named as one that should change results
-    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", fields), 1, TranscribeOptions())
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", fields), TranscribeOptions())
     assert manifest.ignored_fields == ()
 
 

@@ -10,7 +10,6 @@ from retraces import retraces
 from typer.testing import CliRunner
 
 import granite_jax as gj
-from benchmarks.keywords import encode_once
 from granite_jax.cli import app
 from granite_jax.keywords.automaton import FullError, batch_automata
 from granite_jax.options import TranscribeOptions
@@ -54,18 +53,6 @@ def test_speculative_is_greedy_with_keywords_and_nothing_more_is_compiled(pipeli
     assert tokens_of(gated) == tokens_of(pipeline.run(speculative=False, **options | {"keyword_gate": -8.0}))
     assert retraces(pipeline.asr.recognizer().programs, 1) == []
     assert pipeline.asr.compilations == 3
-
-
-def test_the_benchmark_keeps_the_encoding_of_every_input(
-    pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Given inputs that do not fill their batch, and encodings that are kept
-    recognizer = pipeline.asr.recognizer()
-    monkeypatch.setattr(recognizer, "_encode", recognizer._encode)
-    encode_once(pipeline.asr)
-    # When they are transcribed twice, then each has its own text
-    for _ in range(2):
-        assert tokens_of(pipeline.run()) == tokens_of(pipeline.plain)
 
 
 def test_no_keywords_change_nothing(pipeline: SimpleNamespace) -> None:

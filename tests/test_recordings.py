@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from granite_jax.audio.load import Audio
+from granite_jax.audio.resample import WHOLE, Condition
 from granite_jax.audio.segment import AudioSegment
 from granite_jax.engine.stages import Reply
 from granite_jax.errors import CheckpointError
@@ -130,7 +131,7 @@ def test_no_word_at_a_seam_is_lost_or_doubled(cut: float, slip: float) -> None:
     recording = decoder(engine)
     recording.submit(segment(0, 0, cut, cut + 1))
     recording.submit(segment(cut - 1, cut, 16.5, 16.5, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     # When both sides are decoded, then the text is that of the whole
     engine.finish_all()
     transcript = recording.result.result()
@@ -166,7 +167,7 @@ def joined_at_ten(left: list[Timed], right: list[Timed], space: str = " ") -> st
     recording = decoder(engine := Engine([]))
     recording.submit(segment(0, 0, 10, 11))
     recording.submit(segment(9, 10, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     for number, (heard, offset) in enumerate(zip((left, right), (0, 9), strict=True)):
         text = space.join(word for word, _, _ in heard)
         transcript = dataclasses.replace(engine.decode(0, engine.utterances[number]).transcript, text=text)
@@ -181,7 +182,7 @@ def test_times_are_those_of_the_recording() -> None:
     recording = decoder(engine, word_timestamps=True)
     for start in (0, 20, 40):
         recording.submit(segment(start, start, start + 20, start + 20, last=start == 40))
-    recording.close(("truncated-input",))
+    recording.close(Condition(("truncated-input",)))
     engine.finish_all()
     transcript = recording.result.result()
     # Then words and segments have the recording's times, from the first word to the last one
@@ -209,7 +210,7 @@ def test_segments_without_word_times_have_the_same_offsets(
     engine = Engine([word])
     recording = decoder(engine, word_offsets=offsets)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     engine.finish_all()
     # Then it begins and ends where the head hears characters, but for the offsets, and within its own part
     (part,) = recording.result.result().segments
@@ -230,7 +231,7 @@ def test_segments_are_told_in_order_and_early() -> None:
     assert len(told) == 1
     engine.finish(2)
     assert len(told) == 2 and not recording.result.done()
-    recording.close(())
+    recording.close(WHOLE)
     assert recording.result.done() and [name for name, _ in told] == ["a"] * 3
     np.testing.assert_allclose([start for _, start in told], [0.05, 20.05, 40.05], atol=0.02)
 
@@ -240,7 +241,7 @@ def test_segments_tell_their_channel() -> None:
     told: list[Segment] = []
     recording = decoder(engine := Engine(words(10)), lambda _, part: told.append(part), channel=2)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     engine.finish_all()
     assert [part.channel for part in told] == [recording.result.result().channel] == [2]
 
@@ -256,7 +257,7 @@ def test_a_recording_is_silent_if_nothing_is_heard_in_any_segment(heard: str, fl
         own = ("low-agreement",) if ctc_text else ("silence",)
         transcript = dataclasses.replace(decoded.transcript, ctc_text=ctc_text, flags=own)
         engine.reply(number, dataclasses.replace(decoded, transcript=transcript))
-    recording.close(())
+    recording.close(WHOLE)
     # When they are joined, then the recording is silent if both are, and doubts are told
     assert recording.result.result().flags == flags
 
@@ -267,7 +268,7 @@ def test_a_problem_is_decoded_again_in_halves() -> None:
     engine.decisions[0] = Split(8.0)
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     # When decoded, then two smaller ones are, of which one begins there, and nothing is lost or doubled
     engine.finish_all()
     transcript = recording.result.result()
@@ -282,7 +283,7 @@ def test_second_tries_end() -> None:
     engine.decisions = {number: Split() for number in range(100)}
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     engine.finish_all()
     assert recording.result.result().text and len(engine.utterances) == 7
     assert [utterance.attempt.can_split for utterance in engine.utterances] == [True] * 3 + [False] * 4
@@ -294,7 +295,7 @@ def test_boosts_that_make_a_text_repeat_are_left_out() -> None:
     engine.decisions[0] = Again(boosts=False)
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     engine.finish_all()
     first, second = engine.utterances
     assert (first.attempt.boosts, second.attempt.boosts) == (True, False) and second.attempt.can_split
@@ -305,7 +306,7 @@ def test_short_audio_is_not_cut_further() -> None:
     engine = Engine(words(5))
     recording = decoder(engine)
     recording.submit(segment(0, 0, 3, 3, last=True))
-    recording.close(())
+    recording.close(WHOLE)
     assert not engine.utterances[0].attempt.can_split
 
 
@@ -331,7 +332,7 @@ def test_seams_do_not_go_back() -> None:
     recording = decoder(engine)
     for start, begin, end, until in ((0, 0, 10, 11), (9, 10, 11, 12), (10, 11, 20, 20)):
         recording.submit(segment(start, begin, end, until, last=end == 20))
-    recording.close(())
+    recording.close(WHOLE)
     engine.finish_all()
     transcript = recording.result.result()
     assert transcript.text.split() == [word for word, _, end in engine.script if end < 20]
@@ -350,7 +351,7 @@ def test_the_error_of_a_segment_is_that_of_the_recording() -> None:
     recording = decoder(engine)
     for start in (0, 20):
         recording.submit(segment(start, start, start + 20, start + 20, last=start == 20))
-    recording.close(())
+    recording.close(WHOLE)
     engine.replies[0](Reply(error=RuntimeError("device lost")))
     assert isinstance(recording.result.exception(), RuntimeError)
     # And what is left can be withdrawn, and comes too late
@@ -363,7 +364,7 @@ def test_a_segment_that_is_not_finite_fails_the_recording() -> None:
     engine = Engine(words(100))
     recording = decoder(engine)
     recording.submit(segment(0, 0, 20, 20, last=True))
-    recording.close(("truncated-input",))
+    recording.close(Condition(("truncated-input",)))
     decoded = engine.decode(0, engine.utterances[0])
     broken = dataclasses.replace(decoded.transcript, error="a: NaN", flags=("prompt-fallback",))
     engine.reply(0, dataclasses.replace(decoded, transcript=broken))

@@ -426,7 +426,7 @@ def test_transcripts_are_plain_data(asr: Transcriber) -> None:
     (transcript,) = asr.transcribe([speech(1.0)], max_new_tokens=3)
     fields = dataclasses.asdict(transcript)
     documented = (
-        "audio text tokens duration confidence ctc_text stats draft accepted_spans flags error segments channel"
+        "audio text tokens duration confidence ctc_text stats draft accepted_spans flags error segments channel damage"
     )
     assert list(fields) == documented.split()
     assert type(transcript.confidence) is float and 0 < transcript.confidence <= 1

@@ -71,6 +71,7 @@ class FFmpegDecoder:
         self.num_tracks: int = len(container.streams.audio)
         self.has_failed = False
         self._lead, self._delay, self._rate, self.skipped = 0.0, 0, 0.0, 0.0
+        self._block = 0  # samples of frames of FLAC that are numbered
         self._tick = float(self._track.time_base)
 
     @property
@@ -132,10 +133,9 @@ class FFmpegDecoder:
         """Decodes the first packet and what is not before `wanted`, counted from `zero`, which is the first's time."""
         self.has_failed, is_first = False, zero is None
         for packet in self._packets():
-            shift = self._shift(packet)
-            if not is_first and wanted > 0 and packet.pts is not None and zero is not None:
-                end = (packet.pts + (packet.duration or 0)) * self._tick + shift - zero
-                end += self._lead - self._delay / self._rate
+            time = self._time(packet)
+            if not is_first and wanted > 0 and time is not None and zero is not None:
+                end = time + (packet.duration or 0) * self._tick - zero + self._lead - self._delay / self._rate
                 if end < wanted:
                     self.skipped = end
                     continue
@@ -145,11 +145,15 @@ class FFmpegDecoder:
                 self.has_failed = True
                 continue
             for frame in decoded:
-                sound = self._sound(frame, shift)
+                is_counted = frame.pts is not None and packet.pts is not None and time is not None
+                since = (frame.pts - packet.pts) * self._tick if is_counted else 0.0
+                sound = Sound(
+                    None if time is None else time + since, self._array(frame), frame.sample_rate, self.has_failed
+                )
                 if is_first:
                     self._begin(sound)
                     zero, is_first = sound.time, False
-                self.has_failed = False
+                self.has_failed, time = False, time if is_counted else None
                 yield sound
             if packet.pts is None and packet.size and self._part.is_lossless:
                 self.has_failed = True  # FLAC that is damaged, with whole frames behind it in one packet
@@ -165,25 +169,31 @@ class FFmpegDecoder:
                 self.has_failed = True
         self._view.check()
 
-    def _shift(self, packet: Any) -> float:
-        """What a packet's time lacks, where formats have no clock and FFmpeg counts what there is."""
-        if not self._view.has_clock or packet.pos is None or packet.pts is None:
-            return 0.0
-        time = self._view.time(packet.pos)
-        return 0.0 if time is None else time - packet.pts * self._tick
+    def _time(self, packet: Any) -> float | None:
+        """When a packet sounds, by its own clock or what else tells it, where FFmpeg counts what there is."""
+        if self._part.is_lossless and packet.size:
+            self._block = self._block or packet.duration or 0
+            return self._flac_time(bytes(memoryview(packet)[:16]))
+        time = self._view.time(packet.pos) if self._view.has_clock and packet.pos is not None else None
+        return time if time is not None or packet.pts is None else packet.pts * self._tick
 
-    def _sound(self, frame: Any, shift: float) -> Sound:
+    def _flac_time(self, header: bytes) -> float | None:
+        """When a frame of FLAC sounds, by the number in its header, which is coded like UTF-8 (RFC 9639, 9.1.5)."""
+        size = 8 - (~header[4] & 0xFF).bit_length()
+        number = header[4] & 0x7F >> size
+        for byte in header[5 : 4 + size]:
+            number = number << 6 | byte & 0x3F
+        return number * (1 if header[1] & 1 else self._block) * self._tick
+
+    def _array(self, frame: Any) -> np.ndarray:
+        """Its samples `[n, channels]`."""
         dtype = _DTYPES.get(frame.format.packed.name)
         if dtype is None:
             raise AudioError(f"has samples of an unknown kind ({frame.format.name})")
         num_channels = frame.layout.nb_channels
         if frame.format.is_planar and num_channels > 1:
-            frames = np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes], axis=1)
-        else:
-            size = frame.samples * num_channels
-            frames = np.frombuffer(frame.planes[0], dtype, size).reshape(-1, num_channels)
-        time = None if frame.pts is None else frame.pts * self._tick + shift
-        return Sound(time, frames, frame.sample_rate, self.has_failed)
+            return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes], axis=1)
+        return np.frombuffer(frame.planes[0], dtype, frame.samples * num_channels).reshape(-1, num_channels)
 
     def _begin(self, first: Sound) -> None:
         """Learns from the first sound when the track begins, and what of it is only a codec's."""
