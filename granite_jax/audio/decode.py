@@ -30,7 +30,7 @@ from granite_jax.audio.resample import (
     scale,
 )
 from granite_jax.audio.sndfile import SndfileDecoder
-from granite_jax.audio.views import UnreadableError, View, view_of
+from granite_jax.audio.views import FileView, UnreadableError, View, has_marker, view_of
 from granite_jax.errors import AudioError
 
 _MAX_PARTS = 10_000
@@ -101,9 +101,9 @@ def _check_head(file: BinaryIO) -> None:
         raise AudioError(git_lfs.PROBLEM)
 
 
-def _open(file: BinaryIO, part: Part) -> tuple[FFmpegDecoder | SndfileDecoder, View]:
-    """The decoder of a part. Raises UnreadableError if its library does not know it."""
-    view = view_of(file, part)
+def _open(file: BinaryIO, part: Part, *, seek: bool = False) -> tuple[FFmpegDecoder | SndfileDecoder, View]:
+    """The decoder of a part, which can `seek`. Raises UnreadableError if its library does not know it."""
+    view = FileView(file, part) if seek else view_of(file, part)
     return (SndfileDecoder(view) if part.format is None else FFmpegDecoder(view, part)), view
 
 
@@ -177,18 +177,20 @@ class _Parts:
 
     def _decode(self, part: Part, number: int) -> Generator[_Piece, None, int]:
         """Decodes a part; returns its end. Raises UnreadableError before any piece."""
-        if self._offset - self._seconds > _MIN_SEEK and not (part.format is None or part.is_sequential):
+        if self._offset - self._seconds > _MIN_SEEK and part.format is not None and not part.is_framed:
             with contextlib.suppress(NoSeekError):
                 return (yield from self._decode_from(part, number, seek=True))
         return (yield from self._decode_from(part, number, seek=False))
 
     def _decode_from(self, part: Part, number: int, *, seek: bool) -> Generator[_Piece, None, int]:
-        decoder, view = _open(self._file, part)
+        decoder, view = _open(self._file, part, seek=seek)
         with contextlib.closing(decoder):
             self._check_length(decoder.seconds)
             self._is_lossy, clock = decoder.is_lossy, None
             for sound in decoder.sounds(self._offset - self._seconds, seek=seek):
                 self._check(sound)
+                if clock is None and seek and isinstance(view, FileView) and not self._is_first(part, view.tell()):
+                    raise NoSeekError
                 clock = clock or Clock(sound.time or 0.0, decoder.seconds)
                 yield from self._wanted(clock.place(sound), number)
                 if self._is_enough:
@@ -235,6 +237,10 @@ class _Parts:
         self._note(time, time + len(frames) / SAMPLE_RATE)
         return np.where(np.abs(frames) <= MAX_AMPLITUDE, frames, 0.0).astype(np.float32)
 
+    def _is_first(self, part: Part, end: int) -> bool:
+        """Whether a byte is of this part, and not of another one behind it, which has a clock of its own."""
+        return not (part.is_marked and has_marker(self._file, part, end))
+
     def _check_length(self, seconds: float | None) -> None:
         limit = self._limit
         if self._duration is not None or seconds is None:
@@ -256,11 +262,10 @@ class _Parts:
         """Notes what is wrong with the end of a part."""
         declared = math.inf if decoder.seconds is None else decoder.seconds
         slack = _MIN_GAP if part.is_exact else _SLACK
+        is_short = declared < math.inf and seconds < declared - slack
         if decoder.has_failed and part.is_framed and not view.is_truncated:
             self._note(seconds)
-        elif view.is_truncated or (decoder.has_failed and seconds < declared - _MIN_GAP):
-            self._flags.add("truncated-input")
-        elif declared < math.inf and seconds < declared - slack:
+        elif view.is_truncated or is_short or (decoder.has_failed and seconds < declared - _MIN_GAP):
             self._flags.add("truncated-input")
 
     def _note(self, start: float, end: float | None = None) -> None:

@@ -87,9 +87,9 @@ class Part:
         return self.format in (None, _FLAC)
 
     @property
-    def is_sequential(self) -> bool:
-        """Whether it is read once, from its beginning, to find its end."""
-        return self.format in (_FLAC, _OGG, _MP3, _AAC)
+    def is_marked(self) -> bool:
+        """Whether only the marker of another recording tells where it ends."""
+        return self.format in (_FLAC, _OGG)
 
 
 def media_format(head: bytes) -> Format | None:
@@ -112,6 +112,8 @@ def find_parts(file: BinaryIO, start: int, size: int) -> Iterator[Part]:
             yield Part(behind_tags, size, found)
         elif (part := _parse(file, behind_tags, size)) is not None:
             yield part
+            if part.format is None:
+                yield dataclasses.replace(part, format=_AU if head.startswith(b".snd") else _WAV)
         yield Part(0, size, None)
     for position in _beginnings(file, behind_tags):
         if (part := _parse(file, behind_tags + position, size)) is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from granite_jax.audio import frames
-from granite_jax.audio.markers import find_marker, read
+from granite_jax.audio.markers import blocks, find_marker, read
 from granite_jax.audio.parts import Part
 from granite_jax.audio.resample import one_line
 from granite_jax.errors import AudioError
@@ -18,6 +18,7 @@ from granite_jax.errors import AudioError
 _DECODER_DELAY = 529  # samples of MP3
 _AROUND = 25  # frames, whose mean length says how much sound was in bytes that cannot be decoded
 _BLOCK = 1 << 17
+_HEAD = 1 << 12  # bytes of a recording's beginning
 _OVERLAP = 16  # bytes of a marker
 
 
@@ -138,15 +139,12 @@ class MarkedView(_SequentialView):
     def __init__(self, file: BinaryIO, part: Part):
         super().__init__(file, part)
         self._num_samples = math.inf
-        head = read(file, part.start, 1 << 12)
+        head = read(file, part.start, _HEAD)
         self._is_ogg = head.startswith(b"OggS")
         second = _page_length(head, 0)
         # FFmpeg takes too much from the end of Vorbis whose first page is its last.
         self.knows_end = head[28:35] == b"\x01vorbis" and head[second + 5 : second + 6] != b"\2"
-        # Streams of Ogg that are interleaved begin together; metadata of FLAC can contain anything.
-        following = re.search(rb"OggS\0[^\2]", head)
-        first = (following.start() if following else len(head)) if self._is_ogg else _metadata_length(head)
-        self._body = part.start + first
+        self._body = part.start + _body(head)
 
     def seconds(self, rate: float) -> float:
         return self._num_samples / rate
@@ -183,13 +181,24 @@ def _page_length(data: bytes, i: int) -> int:
     return 27 + data[i + 26] + sum(data[i + 27 : i + 27 + data[i + 26]])
 
 
-def _metadata_length(data: bytes) -> int:
+def _body(head: bytes) -> int:
+    """Where markers begin to tell another recording from one of Ogg or FLAC."""
+    if head.startswith(b"OggS"):  # streams that are interleaved begin together
+        following = re.search(rb"OggS\0[^\2]", head)
+        return following.start() if following else len(head)
     position = 4
-    while position + 4 <= len(data):
-        head, position = data[position], position + 4 + int.from_bytes(data[position + 1 : position + 4], "big")
-        if head & 0x80:
+    while position + 4 <= len(head):  # metadata of FLAC, which can contain anything
+        first, position = head[position], position + 4 + int.from_bytes(head[position + 1 : position + 4], "big")
+        if first & 0x80:
             break
     return position
+
+
+def has_marker(file: BinaryIO, part: Part, end: int) -> bool:
+    """Whether another recording begins in the first `end` bytes of one of Ogg or FLAC."""
+    start = part.start + _body(read(file, part.start, _HEAD))
+    found = blocks(file, start, part.start + end, overlap=_OVERLAP)
+    return any(find_marker(block) is not None for _, block in found)
 
 
 class FrameView(_SequentialView):
