@@ -98,10 +98,11 @@ class Stretch:
 def stretches(data: bytes) -> list[Stretch]:
     """The packets of a whole file; those of an Ogg page or of a PES packet are one."""
     found: list[Stretch] = []
-    with av.open(io.BytesIO(data)) as container:
+    container: Any = av.open(io.BytesIO(data))
+    with container:
         track = container.streams.audio[0]
         packets = [packet for packet in container.demux(track) if packet.size]
-        tick = float(track.time_base or 0)
+        tick = float(track.time_base)
     zero = packets[0].pts or 0
     ends = [packet.pos for packet in packets[1:]] + [packets[-1].pos + packets[-1].size]
     for packet, end in zip(packets, ends, strict=True):
