@@ -14,7 +14,6 @@ from granite_jax.audio.load import AccessError, Recording, load_audio
 from granite_jax.batch.access import AudioStorage
 from granite_jax.batch.manifest import Manifest
 from granite_jax.batch.reading import Kind, Reader, opening
-from granite_jax.errors import AudioError
 from granite_jax.options import TranscribeOptions
 
 

@@ -114,18 +114,22 @@ class Clock:
         assert self._jump is not None
         if sound.time is None:
             return False
+        sound = sound._replace(follows_loss=False)
         follows = _is_near(sound, self._zero + self._jump.end)
         if self._jump.time > self.seconds:
             return not follows and _is_near(sound, self._zero + self.seconds + self._jump.seconds)
-        return (not follows or self._jump.time >= _NEAR_START) and _is_near(sound, self._zero + self.seconds)
+        return (not follows or not self._is_new(self._jump)) and _is_near(sound, self._zero + self.seconds)
 
     def _judge(self, jump: _Jump) -> Iterator[Chunk]:
         """Believes a jump when enough sound has followed it."""
         is_forward = jump.time > self.seconds
-        if jump.seconds >= (_BELIEVED if is_forward else _RESTARTED) or (
-            not is_forward and jump.time < _NEAR_START and jump.end > self.seconds
-        ):
+        is_passed = not is_forward and self._is_new(jump) and jump.end > self.seconds
+        if is_passed or jump.seconds >= (_BELIEVED if is_forward else _RESTARTED):
             yield from self._settle(jump)
+
+    def _is_new(self, jump: _Jump) -> bool:
+        """Whether a clock went back to its beginning."""
+        return jump.time + self._zero < _NEAR_START
 
     def finish(self) -> Iterator[Chunk]:
         """Yields what is left."""

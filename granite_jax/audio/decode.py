@@ -201,7 +201,7 @@ class _Parts:
                 self._seconds += decoder.skipped
                 return view.end
             yield from self._wanted(clock.finish(), number)
-            for low, high in [*clock.damage, *((time, time) for time in view.lost)]:
+            for low, high in [*clock.damage, *view.lost]:
                 self._note(low, high)
             if not self._is_enough:
                 self._note_end(part, decoder, view, clock.seconds)

@@ -24,6 +24,7 @@ from granite_jax.audio.views import UnreadableError, View
 from granite_jax.errors import AudioError
 
 _MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more than a codec's delay
+_MAX_LOST = 10.0  # seconds that can be missing from the beginning of Ogg; others' clocks begin later
 _PREROLL = 1.0  # seconds before what is wanted that are decoded, because lossy decoders depend on what was before
 _DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
 _JOINED = BLOCK_FRAMES // 2  # samples that are handed on at once
@@ -126,7 +127,7 @@ class FFmpegDecoder:
                 self._container.seek(int((wanted + zero) * 1e6))
             except FFmpegError:
                 raise NoSeekError from None
-        is_first = True
+        is_first, last = True, None
         for sound in _joined(self._decoded(wanted, zero)):
             if sound.time is not None:
                 zero = sound.time - self._lead + self._delay / sound.rate if zero is None else zero
@@ -139,8 +140,12 @@ class FFmpegDecoder:
                 raise NoSeekError
             if is_first and not seek and wanted < self._lead:
                 yield from _silence(self._lead, sound)
-            is_first = False
+            is_first, last = False, sound
             yield sound
+        if last is not None and last.time is not None:
+            end = self._view.seconds(last.rate)
+            if last.time + last.seconds + _MIN_LEAD < end < math.inf:  # pages are missing
+                yield Sound(end - 1 / last.rate, last.frames[-1:] * 0, last.rate, follows_loss=True)
         if is_first and seek:
             raise NoSeekError  # it is not known how much is there
         if self.skipped and (seconds := self._view.seconds(self._rate)) < math.inf:
@@ -219,7 +224,12 @@ class FFmpegDecoder:
         self._rate = first.rate
         self._delay = len(first.frames) if self._view.knows_end else self._view.delay
         start, seconds = self._container.start_time, self._container.duration
-        if first.time is None or start is None or seconds is None or self._part.is_framed:
+        if first.time is None or self._part.is_framed:
+            return
+        if self._container.format.name == "ogg" and _MIN_LEAD <= first.time < _MAX_LOST:
+            self._lead = first.time  # pages are missing
+            self._view.lost.append((0.0, self._lead))
+        if self._container.format.name == "ogg" or start is None or seconds is None:
             return
         lead = first.time - start / 1e6
         # What begins when the file has ended has a broken clock.

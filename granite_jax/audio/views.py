@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from granite_jax.audio import frames
+from granite_jax.audio.clock import Span
 from granite_jax.audio.markers import blocks, find_marker, read
 from granite_jax.audio.parts import Part
 from granite_jax.audio.resample import one_line
@@ -56,7 +57,7 @@ class View:
     Fields:
       end: the byte of the file where the part ends; final when all was read.
       is_truncated: whether its end is missing; final when all was read.
-      lost: seconds at which bytes were left out.
+      lost: seconds, from and to, that FFmpeg does not know to be missing.
       delay: samples at the beginning that are a codec's, and that FFmpeg does not leave out.
       has_clock: whether `time` is to be asked, because FFmpeg's own count of frames is not the time any longer.
       knows_end: whether `seconds` does, and FFmpeg need not leave out a codec's padding.
@@ -68,7 +69,7 @@ class View:
         self._file = cast(BinaryIO, self._safe)
         self._start, self._size = part.start, part.end
         self.end, self.is_truncated = part.end, part.is_truncated
-        self.lost: list[float] = []
+        self.lost: list[Span] = []
 
     def read(self, size: int) -> bytes:
         """The next bytes; at most as many as asked for, and none at the end."""
@@ -147,8 +148,11 @@ class MarkedView(_SequentialView):
         head = read(file, part.start, _HEAD)
         self._is_ogg = head.startswith(b"OggS")
         second = _page_length(head, 0)
+        is_alone = head[second + 5 : second + 6] != b"\2"
         # FFmpeg takes too much from the end of Vorbis whose first page is its last.
-        self.knows_end = head[28:35] == b"\x01vorbis" and head[second + 5 : second + 6] != b"\2"
+        self.knows_end = is_alone and head[28:35] == b"\x01vorbis"
+        is_opus = is_alone and head[28:36] == b"OpusHead"
+        self._first = int.from_bytes(head[38:40], "little") if is_opus else 0 if self.knows_end else None
         self._body = part.start + _body(head)
 
     def seconds(self, rate: float) -> float:
@@ -174,8 +178,8 @@ class MarkedView(_SequentialView):
         last = tail.rfind(b"OggS\0")
         length = _page_length(tail, last) if last >= 0 else 0
         self.is_truncated = last + length > len(tail) or tail.endswith((b"O", b"Og", b"Ogg", b"OggS"))
-        if tail[last + 5 : last + 6] in (b"\4", b"\5") and self.knows_end:
-            self._num_samples = int.from_bytes(tail[last + 6 : last + 14], "little")
+        if tail[last + 5 : last + 6] in (b"\4", b"\5") and self._first is not None and not self.is_truncated:
+            self._num_samples = int.from_bytes(tail[last + 6 : last + 14], "little") - self._first
         self.end = min(start + last + length, self.end) if length else self.end
 
 
@@ -263,18 +267,24 @@ class FrameView(_SequentialView):
         self.end = min(run.end, self._size)
 
     def _skip(self, run: frames.Run) -> None:
-        """Lets as much time pass as was in lost bytes: as far as the header knows the number of frames, exactly."""
-        self.lost.append(self._seconds)
+        """Lets as much time pass as was in lost bytes, by the frames around them, or by the number of all."""
         ends = [start for start, _ in run.frames[1 : _AROUND + 1]]
         behind = [(end - start, seconds) for (start, seconds), end in zip(run.frames, ends, strict=False)]
         around = [*self._lengths, *behind] or [(len(run.data), run.frames[0][1])]
         length, seconds = sum(each for each, _ in around), sum(each for _, each in around)
-        frame = seconds / len(around)
         count = round(run.lost * len(around) / length)
         if self._declared:
-            count = min(count, max(0, self._declared - self._num_frames - self._num_frames_from(run.start)))
-        self._seconds += count * frame
+            count = self._count_missing(run, self._declared - self._num_frames, count)
+        self.lost.append((self._seconds, self._seconds))
+        self._seconds += count * seconds / len(around)
         self._num_frames += count
 
-    def _num_frames_from(self, position: int) -> int:
-        return sum(len(run.frames) for run in frames.runs(self._file, position, self._size))
+    def _count_missing(self, run: frames.Run, left: int, estimate: int) -> int:
+        """The frames lost before a run, of those `left` that the header counts."""
+        num_frames, lost, end = 0, 0, run.start
+        for each in frames.runs(self._file, run.start, self._size):
+            num_frames, lost, end = num_frames + len(each.frames), lost + each.lost, each.end
+        missing = max(0, left - num_frames)
+        if end > self._size:  # so that others are missing at the end
+            return min(estimate, missing)
+        return round(missing * run.lost / (run.lost + lost))
