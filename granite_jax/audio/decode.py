@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import math
 from collections.abc import Generator, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -12,8 +13,7 @@ import numpy as np
 
 from granite_jax import git_lfs
 from granite_jax.audio.clock import Chunk, Clock, Sound, Span, joined_spans
-from granite_jax.audio.decoder import Decoder, NoSeekError, UnreadableError
-from granite_jax.audio.ffmpeg import open_ffmpeg
+from granite_jax.audio.ffmpeg import FFmpegDecoder, NoSeekError
 from granite_jax.audio.markers import TRAILER, is_only_tags, read
 from granite_jax.audio.parts import HEAD, Part, find_parts
 from granite_jax.audio.resample import (
@@ -29,16 +29,14 @@ from granite_jax.audio.resample import (
     resample,
     scale,
 )
-from granite_jax.audio.sndfile import open_sndfile
-from granite_jax.audio.views import FileView, View, view_of
+from granite_jax.audio.sndfile import SndfileDecoder
+from granite_jax.audio.views import FileView, UnreadableError, View, has_marker, view_of
 from granite_jax.errors import AudioError
 
 _MAX_PARTS = 10_000
 _SLACK = 0.5  # seconds that the length in a container's header and the decoded audio can differ by
 _MIN_GAP = 0.002  # seconds that are missing, if they are not the rounding of a header
 _MIN_SEEK = 2.0  # seconds
-# FFmpeg decodes these in WAV, AIFF and AU otherwise than the programs that write them do.
-_OF_LIBSNDFILE = ("adpcm_ms", "adpcm_ima_qt", "g726", "g726le")
 
 
 def decode(
@@ -66,7 +64,7 @@ def decode(
     _check_head(file)
     if duration is not None and duration <= 0:
         raise AudioError(f"duration is {duration:g}, not a positive number of seconds")
-    parts = _Parts(file, _Excerpt(sampling_rate, limit, offset, duration))
+    parts = _Parts(file, sampling_rate, limit, offset, duration)
     mixer, num_samples = Mixer(channel), 0
     with contextlib.closing(parts.pieces()) as pieces:
         for (_, rate, _), run in itertools.groupby(pieces, key=_Piece.kind):
@@ -86,7 +84,7 @@ def num_channels(file: BinaryIO) -> int:
     unreadable = None
     for part in find_parts(file, 0, file.seek(0, io.SEEK_END)):
         try:
-            with _open(file, part) as (decoder, _):
+            with contextlib.closing(_open(file, part)[0]) as decoder:
                 count = decoder.num_channels
                 check_channels(count)
                 return count
@@ -103,34 +101,10 @@ def _check_head(file: BinaryIO) -> None:
         raise AudioError(git_lfs.PROBLEM)
 
 
-@contextlib.contextmanager
-def _open(file: BinaryIO, part: Part) -> Iterator[tuple[Decoder, View]]:
-    """The decoder of a part. Raises UnreadableError if none of the libraries knows it."""
-    with contextlib.ExitStack() as stack:
-        view = view_of(file, part)
-        decoder, unreadable = None, None
-        if part.format is not None:
-            try:
-                decoder = stack.enter_context(open_ffmpeg(view, part))
-            except UnreadableError as error:
-                unreadable = error
-        if decoder is None or decoder.codec in _OF_LIBSNDFILE:
-            other_view = FileView(file, part)
-            with contextlib.suppress(UnreadableError) if decoder or unreadable else contextlib.nullcontext():
-                decoder, view = stack.enter_context(open_sndfile(other_view)), other_view
-        if decoder is None:
-            assert unreadable is not None
-            raise unreadable
-        yield decoder, view
-
-
-class _Excerpt(NamedTuple):
-    """What to decode; see `decode`."""
-
-    sampling_rate: float | None
-    limit: float
-    offset: float
-    duration: float | None
+def _open(file: BinaryIO, part: Part, *, seek: bool = False) -> tuple[FFmpegDecoder | SndfileDecoder, View]:
+    """The decoder of a part, which can `seek`. Raises UnreadableError if its library does not know it."""
+    view = FileView(file, part) if seek else view_of(file, part)
+    return (SndfileDecoder(view) if part.format is None else FFmpegDecoder(view, part)), view
 
 
 class _Piece(NamedTuple):
@@ -146,10 +120,13 @@ class _Piece(NamedTuple):
 
 
 class _Parts:
-    """Decodes the excerpt of a file."""
+    """Decodes the excerpt of a file; the arguments are those of `decode`."""
 
-    def __init__(self, file: BinaryIO, excerpt: _Excerpt):
-        self._file, self._excerpt = file, excerpt
+    def __init__(
+        self, file: BinaryIO, sampling_rate: float | None, limit: float, offset: float, duration: float | None
+    ):
+        self._file, self._sampling_rate, self._limit = file, sampling_rate, limit
+        self._offset, self._duration = offset, duration
         self._size = file.seek(0, io.SEEK_END)
         self._flags: set[str] = set()
         self._damage: list[Span] = []
@@ -171,10 +148,10 @@ class _Parts:
 
     def condition(self, flags: Iterable[str]) -> Condition:
         """Damage of the excerpt; its flags, together with those of channels."""
-        offset, duration = self._excerpt.offset, self._excerpt.duration
-        last = self._seconds - offset if duration is None else duration
-        damage = [(max(a - offset, 0.0), min(b - offset, last)) for a, b in self._damage if b >= offset]
-        damage = joined_spans([(round(a, 3), round(b, 3)) for a, b in damage if a <= last])
+        last = self._seconds - self._offset if self._duration is None else self._duration
+        spans = [(low - self._offset, high - self._offset) for low, high in self._damage]
+        inside = [(max(low, 0.0), min(high, last)) for low, high in spans if high >= 0.0 and low <= last]
+        damage = joined_spans([(round(low, 3), round(high, 3)) for low, high in inside])
         flags = {*self._flags, *flags, *(["damaged-input"] if damage else [])}
         order = ("truncated-input", "damaged-input", "one-channel", "duplicate-channel", "one-track")
         return Condition(tuple(flag for flag in order if flag in flags), tuple(damage))
@@ -189,56 +166,57 @@ class _Parts:
                 return (yield from self._decode(part, number))
             except UnreadableError as error:
                 if position:
-                    self._damage.append((self._seconds, self._seconds))
+                    self._note(0.0)
                     return part.end
                 unreadable = unreadable or error
         if position == 0:
             raise AudioError(str(unreadable)) from unreadable and unreadable.__cause__
         if self._size - position > TRAILER:
-            self._damage.append((self._seconds, self._seconds))
+            self._note(0.0)
         return None
 
     def _decode(self, part: Part, number: int) -> Generator[_Piece, None, int]:
         """Decodes a part; returns its end. Raises UnreadableError before any piece."""
-        if self._excerpt.offset - self._seconds > _MIN_SEEK:
+        if self._offset - self._seconds > _MIN_SEEK and part.format is not None and not part.is_framed:
             with contextlib.suppress(NoSeekError):
                 return (yield from self._decode_from(part, number, seek=True))
         return (yield from self._decode_from(part, number, seek=False))
 
     def _decode_from(self, part: Part, number: int, *, seek: bool) -> Generator[_Piece, None, int]:
-        with _open(self._file, part) as (decoder, view):
-            if seek and not isinstance(view, FileView):
-                raise NoSeekError
+        decoder, view = _open(self._file, part, seek=seek)
+        with contextlib.closing(decoder):
             self._check_length(decoder.seconds)
-            self._is_lossy = decoder.is_lossy
-            clock: Clock | None = None
-            for sound in decoder.sounds(self._excerpt.offset - self._seconds, seek=seek):
+            self._is_lossy, clock = decoder.is_lossy, None
+            for sound in decoder.sounds(self._offset - self._seconds, seek=seek):
                 self._check(sound)
+                if clock is None and seek and isinstance(view, FileView) and not self._is_first(part, view.tell()):
+                    raise NoSeekError
                 clock = clock or Clock(sound.time or 0.0, decoder.seconds)
                 yield from self._wanted(clock.place(sound), number)
                 if self._is_enough:
                     break
             if clock is None:
                 if decoder.has_failed or (decoder.seconds and not decoder.skipped):
-                    self._damage.append((self._seconds, self._seconds))
+                    self._note(0.0)
                 self._seconds += decoder.skipped
                 return view.end
             yield from self._wanted(clock.finish(), number)
+            for low, high in [*clock.damage, *((time, time) for time in view.lost)]:
+                self._note(low, high)
             if not self._is_enough:
                 self._note_end(part, decoder, view, clock.seconds)
-            self._has_sound = True
             self._flags |= {"one-track"} if decoder.num_tracks > 1 else set()
-            self._damage += [(self._seconds + low, self._seconds + high) for low, high in clock.damage]
             self._seconds += clock.seconds
+            self._has_sound = True
             return view.end
 
     def _wanted(self, chunks: Iterable[Chunk], number: int) -> Iterator[_Piece]:
         """What belongs to the excerpt."""
         for chunk in chunks:
-            low = round((self._excerpt.offset - self._seconds) * chunk.rate) - chunk.start
+            low = round((self._offset - self._seconds) * chunk.rate) - chunk.start
             high = len(chunk.frames)
-            if self._excerpt.duration is not None:
-                high = low + max(1, round(self._excerpt.duration * chunk.rate))
+            if self._duration is not None:
+                high = low + max(1, round(self._duration * chunk.rate))
                 self._is_enough |= high <= len(chunk.frames)
             frames = chunk.frames[max(low, 0) : max(high, 0)]
             if len(frames):
@@ -256,15 +234,18 @@ class _Parts:
             return np.clip(np.nan_to_num(frames, nan=0.0), -1.0, 1.0).astype(np.float32)
         if not self._is_scaled and np.median(np.abs(np.nan_to_num(frames[frames != 0], nan=0.0))) > 1.0:
             return checked(frames)  # which raises: all is out of scale
-        start = self._seconds + time
-        self._damage.append((start, start + len(frames) / SAMPLE_RATE))
+        self._note(time, time + len(frames) / SAMPLE_RATE)
         return np.where(np.abs(frames) <= MAX_AMPLITUDE, frames, 0.0).astype(np.float32)
 
+    def _is_first(self, part: Part, end: int) -> bool:
+        """Whether a byte is of this part, and not of another one behind it, which has a clock of its own."""
+        return not (part.is_marked and has_marker(self._file, part, end))
+
     def _check_length(self, seconds: float | None) -> None:
-        limit = self._excerpt.limit
-        if self._excerpt.duration is not None or seconds is None:
+        limit = self._limit
+        if self._duration is not None or seconds is None:
             return
-        if self._seconds + seconds - self._excerpt.offset > limit:
+        if self._seconds + seconds - self._offset > limit:
             raise_too_long(limit)
 
     def _check(self, sound: Sound) -> None:
@@ -272,19 +253,21 @@ class _Parts:
         kind = sound.rate, sound.frames.shape[1]
         if kind == self._kind:
             return
-        self._kind, given, rate = kind, self._excerpt.sampling_rate, check_rate(sound.rate)
+        self._kind, given, rate = kind, self._sampling_rate, check_rate(sound.rate)
         if given is not None and check_rate(given) != rate:
             raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
         check_channels(sound.frames.shape[1])
 
-    def _note_end(self, part: Part, decoder: Decoder, view: View, seconds: float) -> None:
-        """Notes what is wrong with a part that was decoded to its end."""
-        declared, slack = decoder.seconds, _MIN_GAP if part.is_lossless else _SLACK
-        self._damage += [(self._seconds + time, self._seconds + time) for time in view.lost]
-        if view.is_truncated or (declared is not None and seconds < declared - slack):
+    def _note_end(self, part: Part, decoder: FFmpegDecoder | SndfileDecoder, view: View, seconds: float) -> None:
+        """Notes what is wrong with the end of a part."""
+        declared = math.inf if decoder.seconds is None else decoder.seconds
+        slack = _MIN_GAP if part.is_exact else _SLACK
+        is_short = declared < math.inf and seconds < declared - slack
+        if decoder.has_failed and part.is_framed and not view.is_truncated:
+            self._note(seconds)
+        elif view.is_truncated or is_short or (decoder.has_failed and seconds < declared - _MIN_GAP):
             self._flags.add("truncated-input")
-        elif decoder.has_failed and (declared is None or seconds < declared - _MIN_GAP):
-            if part.is_framed:
-                self._damage.append((self._seconds + seconds, self._seconds + seconds))
-            else:
-                self._flags.add("truncated-input")
+
+    def _note(self, start: float, end: float | None = None) -> None:
+        """Notes damage, in seconds of the part."""
+        self._damage.append((self._seconds + start, self._seconds + (start if end is None else end)))

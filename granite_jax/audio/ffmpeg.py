@@ -8,7 +8,6 @@ FFmpeg's choice is read, which is the one that is marked as the default, if any 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Iterator
@@ -19,10 +18,9 @@ import numpy as np
 from av.error import FFmpegError
 
 from granite_jax.audio.clock import Sound
-from granite_jax.audio.decoder import NoSeekError, UnreadableError
 from granite_jax.audio.parts import Part
 from granite_jax.audio.resample import BLOCK_FRAMES, one_line
-from granite_jax.audio.views import View
+from granite_jax.audio.views import UnreadableError, View
 from granite_jax.errors import AudioError
 
 _MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more than a codec's delay
@@ -37,46 +35,57 @@ _METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__
 _NO_LENGTH = ("mp3", "aac", "amr", "ac3", "dts", "truehd", "gsm", "rm", "mpegts", "mpeg", "flv", "ogg")
 
 
-@contextlib.contextmanager
-def open_ffmpeg(view: View, part: Part) -> Iterator[FFmpegDecoder]:
-    """Opens a part. Raises UnreadableError if FFmpeg does not, and AudioError if there is no audio in it."""
-    assert part.format is not None
-    options = {}
-    if part.format.demuxer == "wav":  # FFmpeg would look for other codecs in a megabyte of PCM
-        options = {"ignore_length": str(int(not part.has_length)), "max_size": "65536", "probesize": "2048"}
-    try:
-        with av.open(cast(Any, view), format=part.format.demuxer, options=options, **_METADATA) as container:
-            yield FFmpegDecoder(view, part, container)
-    except FFmpegError as error:
-        view.check()
-        raise UnreadableError(f"is not {part.format.name} that can be read ({one_line(error.strerror)})") from error
+class NoSeekError(Exception):
+    """The format does not allow to begin amid the recording, or does not tell where it did."""
 
 
 class FFmpegDecoder:
-    """Decodes the audio track of an open part, once. A `Decoder`; `codec` is FFmpeg's name of its codec."""
+    """Decodes the audio track of a part, once.
 
-    def __init__(self, view: View, part: Part, container: Any):
-        self._view, self._part, self._container = view, part, container
-        if not container.streams.audio:
+    Fields:
+      num_tracks: of audio, one of which is decoded.
+      is_lossy: whether the codec may give samples beyond those that were encoded.
+      has_failed: whether something behind the last sound could not be decoded; final at the end.
+      skipped: seconds that were skipped; final at the end.
+    """
+
+    def __init__(self, view: View, part: Part):
+        """Raises UnreadableError if FFmpeg does not know the format or its codec, and AudioError without a track."""
+        assert part.format is not None
+        self._view, self._part = view, part
+        options = {}
+        if part.format.demuxer == "wav":  # FFmpeg would look for other codecs in a megabyte of PCM
+            options = {"ignore_length": str(int(not part.has_length)), "max_size": "65536", "probesize": "2048"}
+        try:
+            file, demuxer = cast(Any, view), part.format.demuxer
+            self._container: Any = av.open(file, format=demuxer, options=options, **_METADATA)
+        except FFmpegError as error:
+            view.check()
+            raise UnreadableError(f"is not {part.format.name} that can be read ({one_line(error.strerror)})") from error
+        tracks = self._container.streams.audio
+        if not tracks:
             raise AudioError("has no audio track")
-        self._track = container.streams.best("audio") or container.streams.audio[0]
-        if self._track.codec_context is None:
-            raise UnreadableError("has a codec that is not known")
-        self.codec: str = self._track.codec_context.name
-        if self.codec == "flac":  # whose frames have checksums
-            self._track.codec_context.options = {"err_detect": "crccheck+explode"}
+        self._track = self._container.streams.best("audio") or tracks[0]
+        context = self._track.codec_context
+        if context is None:
+            raise UnreadableError(f"is {part.format.name} with a codec that is not known")
+        self._is_flac = part.is_exact
+        if context.name == "flac":  # whose frames have checksums
+            context.options = {"err_detect": "crccheck+explode"}
         if view.knows_end:
-            self._track.codec_context.options = {"flags2": "+skip_manual"}
-        self.is_lossy = not self.codec.startswith("pcm_")
-        self.num_tracks: int = len(container.streams.audio)
-        self.has_failed = False
-        self._lead, self._delay, self._rate, self.skipped = 0.0, 0, 0.0, 0.0
+            context.options = {"flags2": "+skip_manual"}
+        self.num_tracks, self.is_lossy = len(tracks), not context.name.startswith("pcm_")
+        self.has_failed, self.skipped = False, 0.0
+        self._lead, self._delay, self._rate, self._tick = 0.0, 0, 0.0, float(self._track.time_base)
         self._block = 0  # samples of frames of FLAC that are numbered
-        self._tick = float(self._track.time_base)
+
+    def close(self) -> None:
+        """Closes the decoder."""
+        self._container.close()
 
     @property
     def num_channels(self) -> int:
-        """The channels of the first frame: headers of AAC can tell half of them."""
+        """The channels of the first frame: headers of AAC can tell half of them. Decodes it."""
         for sound in self.sounds():
             return sound.frames.shape[1]
         raise AudioError("holds no samples")
@@ -98,7 +107,15 @@ class FFmpegDecoder:
         return container.duration / 1e6 if is_alone and container.duration is not None else None
 
     def sounds(self, skip: float = 0.0, *, seek: bool = False) -> Iterator[Sound]:
-        """Decodes to the end, from a second before `skip` on."""
+        """Decodes to the end, from at most a second before `skip` seconds on.
+
+        Args:
+          seek: go there, instead of reading what is before.
+
+        Raises:
+          NoSeekError: before anything is yielded: that is not possible.
+          AudioError: the data is at fault.
+        """
         wanted, zero = skip - _PREROLL, None
         if seek:
             first = next(self._decoded(-1.0, None), None)
@@ -145,17 +162,17 @@ class FFmpegDecoder:
                 self.has_failed = True
                 continue
             for frame in decoded:
-                is_counted = frame.pts is not None and packet.pts is not None and time is not None
-                since = (frame.pts - packet.pts) * self._tick if is_counted else 0.0
-                sound = Sound(
-                    None if time is None else time + since, self._array(frame), frame.sample_rate, self.has_failed
-                )
+                if time is not None and frame.pts is not None and packet.pts is not None:
+                    frame_time = time + (frame.pts - packet.pts) * self._tick
+                else:  # of several frames in one packet, only the first has its time
+                    frame_time, time = time, None
+                sound = Sound(frame_time, self._array(frame), frame.sample_rate, self.has_failed)
                 if is_first:
                     self._begin(sound)
                     zero, is_first = sound.time, False
-                self.has_failed, time = False, time if is_counted else None
+                self.has_failed = False
                 yield sound
-            if packet.pts is None and packet.size and self._part.is_lossless:
+            if packet.pts is None and packet.size and self._is_flac:
                 self.has_failed = True  # FLAC that is damaged, with whole frames behind it in one packet
 
     def _packets(self) -> Iterator[Any]:
@@ -171,7 +188,7 @@ class FFmpegDecoder:
 
     def _time(self, packet: Any) -> float | None:
         """When a packet sounds, by its own clock or what else tells it, where FFmpeg counts what there is."""
-        if self._part.is_lossless and packet.size:
+        if self._is_flac and packet.size:
             self._block = self._block or packet.duration or 0
             return self._flac_time(bytes(memoryview(packet)[:16]))
         time = self._view.time(packet.pos) if self._view.has_clock and packet.pos is not None else None

@@ -15,7 +15,7 @@ MARKERS = re.compile(
     re.DOTALL,
 )
 """Beginnings of recordings, of formats in which several can follow one another."""
-_BEGINNINGS = (b"fLaC", b"OggS", b"RIFF", b"FORM")  # what is behind FLAC or MP3 at all, if anything
+_BEGINNINGS = (b"fLaC", b"OggS\0\2", b"OggS\0\6", b"RIFF", b"FORM")  # what is behind FLAC or MP3 at all, if anything
 
 
 def read(file: BinaryIO, position: int, count: int) -> bytes:

@@ -34,6 +34,8 @@ class Format(NamedTuple):
 _WAV, _AIFF, _AU = Format("WAV", "wav"), Format("AIFF", "aiff"), Format("AU", "au")
 _W64, _CAF, _OGG = Format("Wave64", "w64"), Format("CAF", "caf"), Format("Ogg", "ogg")
 _FLAC, _MP3, _AAC = Format("FLAC", "flac"), Format("MP3", "mp3"), Format("AAC", "aac")
+# Codecs that FFmpeg decodes otherwise than the programs that write them do: MS ADPCM, G.721, G.723 and NMS.
+_WAV_CODECS, _AU_CODECS = (2, 0x14, 0x38, 0x40, 0x45, 0x64), (23, 25, 26)
 # The whole of a file.
 _FORMATS = {
     rb"....(?:ftyp|moov|mdat|wide|free|skip|pnot)": Format("MP4 or QuickTime", "mov"),
@@ -61,7 +63,7 @@ class Part:
 
     Fields:
       start, end: bytes of the file. FLAC, Ogg, MP3 and AAC may end before: `views` finds out where.
-      format: None if only libsndfile may know it.
+      format: None for libsndfile.
       is_truncated: whether its end is known to be missing.
       has_length: whether the length in its header, if there is one, can be believed.
       sound_end: the byte behind its sound, where something else follows that belongs to it.
@@ -80,9 +82,14 @@ class Part:
         return self.format in (_MP3, _AAC)
 
     @property
-    def is_lossless(self) -> bool:
-        """Whether its header counts samples."""
+    def is_exact(self) -> bool:
+        """Whether its header counts samples, and its frames have their numbers."""
         return self.format in (None, _FLAC)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether only the marker of another recording tells where it ends."""
+        return self.format in (_FLAC, _OGG)
 
 
 def media_format(head: bytes) -> Format | None:
@@ -105,6 +112,8 @@ def find_parts(file: BinaryIO, start: int, size: int) -> Iterator[Part]:
             yield Part(behind_tags, size, found)
         elif (part := _parse(file, behind_tags, size)) is not None:
             yield part
+            if part.format is None:
+                yield dataclasses.replace(part, format=_AU if head.startswith(b".snd") else _WAV)
         yield Part(0, size, None)
     for position in _beginnings(file, behind_tags):
         if (part := _parse(file, behind_tags + position, size)) is not None:
@@ -130,8 +139,11 @@ def _parse(file: BinaryIO, start: int, size: int) -> Part | None:
     if marker == b"FORM" and form in (b"AIFF", b"AIFC"):
         return _chunked(file, start, size, ">", b"SSND", _AIFF)
     if marker == b".snd" and len(head) >= 12:
-        offset, length = struct.unpack(">II", head[4:12])
-        return _sized(start, start + offset, length, size, _AU)
+        offset, length, codec = struct.unpack(">III", read(file, start + 4, 12).ljust(12))
+        end = start + offset + length
+        # Some programs count the header in.
+        is_truncated = size < end < start + _PLACEHOLDER and length != size - start
+        return Part(start, min(end, size), None if codec in _AU_CODECS else _AU, is_truncated)
     if head == W64_HEAD:
         length = int.from_bytes(read(file, start + 16, 8), "little")
         return Part(start, min(start + length, size), _W64, start + length > size)
@@ -146,15 +158,7 @@ def _parse(file: BinaryIO, start: int, size: int) -> Part | None:
     return Part(start, without_last_tags(file, start, size), _AAC if frame.is_aac else _MP3)
 
 
-def _sized(start: int, data: int, length: int, size: int, form: Format, placeholder: int = _PLACEHOLDER) -> Part:
-    """A part whose samples begin at `data` and have a length in the header."""
-    if data + length <= size:
-        return Part(start, data + length, form)
-    # Some programs count the header in.
-    return Part(start, size, form, size - start < length < placeholder)
-
-
-def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, form: Format) -> Part:
+def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, form: Format | None) -> Part:
     """A part of chunks with 32-bit lengths, one of which has the samples."""
     position, length_64 = start + 12, 0
     for _ in range(_MAX_CHUNKS):
@@ -164,6 +168,8 @@ def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, 
         name, length = struct.unpack(f"{order}4sI", head[:8])
         if name == b"ds64" and len(head) >= 20:
             length_64 = struct.unpack("<Q", read(file, position + 16, 8).ljust(8, b"\0"))[0]
+        if name == b"fmt " and struct.unpack(f"{order}H", head[8:10])[0] in _WAV_CODECS:
+            form = None
         if name == samples:
             break
         position += 8 + length + length % 2
@@ -199,17 +205,13 @@ def _end_of_chunks(file: BinaryIO, position: int, size: int, order: str) -> int:
 
 
 def _caf(file: BinaryIO, start: int, size: int) -> Part:
-    position, samples = start + 8, None
+    position, is_truncated = start + 8, False
     for _ in range(_MAX_CHUNKS):
         head = read(file, position, 12)
         name, length = struct.unpack(">4sq", head) if len(head) == 12 else (b"", 0)
         if not re.fullmatch(rb"[ -~]{4}", name) or MARKERS.match(head):
             break
-        data = position + 12
-        if name == b"data":
-            length = size - data if length == -1 else max(length, 0)
-            samples = _sized(start, data, length, size, _CAF, 1 << 63)
-            if data + length >= size:
-                return samples
-        position = data + max(length, 0)
-    return Part(start, size if samples is None else min(position, size), _CAF)
+        # The samples of a pipe have the length -1.
+        is_truncated |= name == b"data" and position + 12 + length > size
+        position = size if length < 0 else position + 12 + length
+    return Part(start, min(position, size), _CAF, is_truncated)

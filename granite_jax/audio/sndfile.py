@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any, cast
 
 import soundfile as sf
 
 from granite_jax.audio.clock import Sound
-from granite_jax.audio.decoder import UnreadableError
 from granite_jax.audio.resample import BLOCK_FRAMES, one_line
-from granite_jax.audio.views import FileView
+from granite_jax.audio.views import FileView, UnreadableError, View
 
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
 
@@ -23,43 +21,38 @@ class _Sequential(sf.SoundFile):
         return False
 
 
-@contextlib.contextmanager
-def open_sndfile(view: FileView) -> Iterator[SndfileDecoder]:
-    """Opens a part. Raises UnreadableError if libsndfile does not."""
-    try:
-        file = _Sequential(cast(Any, _Quiet(view)))
-    except (sf.SoundFileError, TypeError, ValueError) as error:
-        view.check()
-        raise UnreadableError(f"is not audio that can be read ({_reason(error)})") from error
-    with file:
-        yield SndfileDecoder(view, file)
-    view.check()
-
-
 class SndfileDecoder:
-    """Decodes an open part, once. A `Decoder`."""
+    """Decodes a part, as `FFmpegDecoder` does."""
 
-    codec, num_tracks, is_lossy, skipped = "", 1, False, 0.0
+    num_tracks, is_lossy, skipped = 1, False, 0.0
 
-    def __init__(self, view: FileView, file: sf.SoundFile):
-        self._view, self._file = view, file
-        self.num_channels: int = file.channels
-        self.seconds = file.frames / file.samplerate if 0 < file.frames < _UNKNOWN_FRAMES else None
-        self.has_failed = False
+    def __init__(self, view: View):
+        """Raises UnreadableError if libsndfile does not know the format."""
+        self._view, self.has_failed = view, False
+        try:
+            self._file = _Sequential(cast(Any, _Quiet(view)))
+        except (sf.SoundFileError, TypeError, ValueError) as error:
+            view.check()
+            reason = one_line(getattr(error, "error_string", None) or error).rstrip(".")
+            raise UnreadableError(f"is not audio that can be read ({reason})") from error
+        self.num_channels: int = self._file.channels
+        self.seconds = self._file.frames / self._file.samplerate if 0 < self._file.frames < _UNKNOWN_FRAMES else None
 
     def sounds(self, skip: float = 0.0, *, seek: bool = False) -> Iterator[Sound]:
         """Decodes to the end, from the beginning on."""
-        while True:
+        while not self.has_failed:
             try:
                 frames = self._file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
             except (sf.SoundFileError, ValueError):
-                self.has_failed = True
-                return
-            finally:
-                self._view.check()
-            if len(frames) == 0:
+                frames, self.has_failed = None, True
+            self._view.check()
+            if frames is None or len(frames) == 0:
                 return
             yield Sound(None, frames, self._file.samplerate)
+
+    def close(self) -> None:
+        """Closes the decoder."""
+        self._file.close()
 
 
 class _Quiet:
@@ -68,15 +61,12 @@ class _Quiet:
     It has no name: soundfile would take `x.raw` for headerless data and ask for its format.
     """
 
-    def __init__(self, view: FileView):
-        self._view, self.seek, self.tell = view, view.seek, view.tell
+    def __init__(self, view: View):
+        self._view = view
+        self.seek, self.tell = cast(FileView, view).seek, cast(FileView, view).tell
 
     def read(self, size: int) -> bytes:
         try:
             return self._view.read(size)
         except OSError:
             return b""
-
-
-def _reason(error: Exception) -> str:
-    return one_line(getattr(error, "error_string", None) or error).rstrip(".")

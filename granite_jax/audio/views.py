@@ -5,24 +5,30 @@ from __future__ import annotations
 import collections
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 from granite_jax.audio import frames
-from granite_jax.audio.markers import find_marker, read
+from granite_jax.audio.markers import blocks, find_marker, read
 from granite_jax.audio.parts import Part
 from granite_jax.audio.resample import one_line
+from granite_jax.errors import AudioError
 
 _DECODER_DELAY = 529  # samples of MP3
 _AROUND = 25  # frames, whose mean length says how much sound was in bytes that cannot be decoded
 _BLOCK = 1 << 17
-_PAGE = 27 + 255  # bytes of the header of an Ogg page
+_HEAD = 1 << 12  # bytes of a recording's beginning
 _OVERLAP = 16  # bytes of a marker
+
+
+class UnreadableError(AudioError):
+    """A library does not know a format, or its codec."""
 
 
 def view_of(file: BinaryIO, part: Part) -> View:
     """The view for a part's format."""
-    views = {"flac": FlacView, "ogg": OggView, "mp3": FrameView, "aac": FrameView}
+    views = {"flac": MarkedView, "ogg": MarkedView, "mp3": FrameView, "aac": FrameView}
     return views.get(part.format.demuxer if part.format else "", FileView)(file, part)
 
 
@@ -127,79 +133,72 @@ class _SequentialView(View):
         raise NotImplementedError
 
 
-class FlacView(_SequentialView):
-    """FLAC, up to the marker of another recording."""
-
-    def _read_pieces(self) -> Iterator[bytes]:
-        frames_start = self._frames_start()  # metadata can contain anything
-        position, size = self._start, 1 << 12
-        while position < self.end:
-            block = read(self._file, position, min(size + _OVERLAP, self._size - position))
-            marker = find_marker(block, max(0, frames_start - position))
-            if marker is not None:
-                self.end = min(self.end, position + marker)
-            yield block[: min(size, self.end - position)]
-            position, size = position + size, _BLOCK
-
-    def _frames_start(self) -> int:
-        position = self._start + 4
-        while len(head := read(self._file, position, 4)) == 4:
-            position += 4 + int.from_bytes(head[1:], "big")
-            if head[0] & 0x80:
-                break
-        return position
-
-
-class OggView(_SequentialView):
-    """Pages of Ogg, up to those of another recording. Interleaved ones begin together."""
+class MarkedView(_SequentialView):
+    """FLAC or Ogg, up to the marker of another recording."""
 
     def __init__(self, file: BinaryIO, part: Part):
         super().__init__(file, part)
         self._num_samples = math.inf
+        head = read(file, part.start, _HEAD)
+        self._is_ogg = head.startswith(b"OggS")
+        second = _page_length(head, 0)
         # FFmpeg takes too much from the end of Vorbis whose first page is its last.
-        head = read(file, part.start, _PAGE)
-        second = _page(head, 0)[0]
-        self.knows_end = head[28:35] == b"\x01vorbis" and _page(head, second)[1] & 2 == 0
+        self.knows_end = head[28:35] == b"\x01vorbis" and head[second + 5 : second + 6] != b"\2"
+        self._body = part.start + _body(head)
 
     def seconds(self, rate: float) -> float:
         return self._num_samples / rate
 
     def _read_pieces(self) -> Iterator[bytes]:
-        position, has_begun = self._start, False
-        while position < self._size:
-            block = read(self._file, position, min(_BLOCK, self._size - position))
-            is_last = position + len(block) == self._size
-            i = 0
-            while i < len(block) and (is_last or i + _PAGE <= len(block)):
-                length, flags = _page(block, i)
-                if flags & 2 and has_begun:
-                    yield block[:i]
-                    return
-                if length == 0:
-                    self.is_truncated |= is_last and block[i : i + 4] == b"OggS"[: len(block) - i]
-                    following = block.find(b"OggS\0", i + 1)
-                    i = following if following >= 0 else len(block) - 4 * (not is_last)
-                    continue
-                if i + length > len(block) and not is_last:
-                    break
-                # A page that lacks its end is followed by another within its length, or by nothing.
-                following = -1 if block.startswith(b"OggS", i + length) else block.find(b"OggS\0", i + 4, i + length)
-                self.is_truncated = following >= 0 or i + length > len(block)
-                if flags & 4 and self.knows_end:
-                    self._num_samples = int.from_bytes(block[i + 6 : i + 14], "little")
-                has_begun |= not flags & 2
-                i = following if following >= 0 else i + length
-                self.end = min(position + i, self._size)
-            yield block[:i]
-            position += i
+        position, size = self._start, 1 << 12
+        while position < self.end:
+            block = read(self._file, position, min(size + _OVERLAP, self._size - position))
+            marker = find_marker(block, max(0, self._body - position))
+            if marker is not None:
+                self.end = position + marker
+            piece = block[: min(size, self.end - position)]
+            position, size = position + len(piece), _BLOCK
+            if position == self.end and self._is_ogg:
+                self._find_end()
+            yield piece
+
+    def _find_end(self) -> None:
+        """Looks at the last page of Ogg."""
+        start = max(self._start, self.end - _BLOCK)
+        tail = read(self._file, start, self.end - start)
+        last = tail.rfind(b"OggS\0")
+        length = _page_length(tail, last) if last >= 0 else 0
+        self.is_truncated = last + length > len(tail) or tail.endswith((b"O", b"Og", b"Ogg", b"OggS"))
+        if tail[last + 5 : last + 6] in (b"\4", b"\5") and self.knows_end:
+            self._num_samples = int.from_bytes(tail[last + 6 : last + 14], "little")
+        self.end = min(start + last + length, self.end) if length else self.end
 
 
-def _page(data: bytes, i: int) -> tuple[int, int]:
-    """Length and flags of the Ogg page that begins with byte `i`; 0 and 0 if none does."""
+def _page_length(data: bytes, i: int) -> int:
+    """The length of the Ogg page that begins with byte `i`; 0 if none does, or its header is not all there."""
     if not data.startswith(b"OggS\0", i) or i + 27 > len(data):
-        return 0, 0
-    segments = data[i + 26]
-    return 27 + segments + sum(data[i + 27 : i + 27 + segments]), data[i + 5]
+        return 0
+    return 27 + data[i + 26] + sum(data[i + 27 : i + 27 + data[i + 26]])
+
+
+def _body(head: bytes) -> int:
+    """Where markers begin to tell another recording from one of Ogg or FLAC."""
+    if head.startswith(b"OggS"):  # streams that are interleaved begin together
+        following = re.search(rb"OggS\0[^\2]", head)
+        return following.start() if following else len(head)
+    position = 4
+    while position + 4 <= len(head):  # metadata of FLAC, which can contain anything
+        first, position = head[position], position + 4 + int.from_bytes(head[position + 1 : position + 4], "big")
+        if first & 0x80:
+            break
+    return position
+
+
+def has_marker(file: BinaryIO, part: Part, end: int) -> bool:
+    """Whether another recording begins in the first `end` bytes of one of Ogg or FLAC."""
+    start = part.start + _body(read(file, part.start, _HEAD))
+    found = blocks(file, start, part.start + end, overlap=_OVERLAP)
+    return any(find_marker(block) is not None for _, block in found)
 
 
 class FrameView(_SequentialView):
