@@ -55,7 +55,7 @@ class FFmpegDecoder:
         self._view, self._part = view, part
         options = {}
         if part.format.demuxer == "wav":  # FFmpeg would look for other codecs in a megabyte of PCM
-            options = {"ignore_length": str(int(not part.has_length)), "max_size": "65536", "probesize": "2048"}
+            options = {"max_size": "65536", "probesize": "2048"}
         try:
             file, demuxer = cast(Any, view), part.format.demuxer
             self._container: Any = av.open(file, format=demuxer, options=options, **_METADATA)
@@ -94,7 +94,7 @@ class FFmpegDecoder:
     def seconds(self) -> float | None:
         """When the track ends according to its header; None where that is missing or an estimate."""
         container, track = self._container, self._track
-        if not self._part.has_length or container.format.name in _NO_LENGTH:
+        if self._part.patches or container.format.name in _NO_LENGTH:
             return None
         is_filled_in = "matroska" in container.format.name  # from the whole file, whose picture can go on
         if track.duration is not None and track.time_base is not None and not is_filled_in:
@@ -191,8 +191,10 @@ class FFmpegDecoder:
         if self._is_flac and packet.size:
             self._block = self._block or packet.duration or 0
             return self._flac_time(bytes(memoryview(packet)[:16]))
-        time = self._view.time(packet.pos) if self._view.has_clock and packet.pos is not None else None
-        return time if time is not None or packet.pts is None else packet.pts * self._tick
+        if packet.pos is None or packet.pts is None:
+            return None  # of a packet that begins within another one of MPEG, FFmpeg guesses the time
+        time = self._view.time(packet.pos) if self._view.has_clock else None
+        return packet.pts * self._tick if time is None else time
 
     def _flac_time(self, header: bytes) -> float | None:
         """When a frame of FLAC sounds, by the number in its header, which is coded like UTF-8 (RFC 9639, 9.1.5)."""
@@ -248,9 +250,10 @@ def _follows(ready: list[Sound], size: int, sound: Sound) -> bool:
     first = ready[0]
     return (
         not sound.follows_loss
-        and first.time is not None
-        and sound.time is not None
-        and abs(sound.time - first.time - size / first.rate) < _JITTER
+        and (
+            sound.time is None
+            or (first.time is not None and abs(sound.time - first.time - size / first.rate) < _JITTER)
+        )
         and sound.rate == first.rate
         and sound.frames.dtype == first.frames.dtype
         and sound.frames.shape[1] == first.frames.shape[1]

@@ -39,7 +39,7 @@ def blocks(file: BinaryIO, start: int, end: int, overlap: int = 0) -> Iterator[t
 def is_only_tags(file: BinaryIO, start: int, size: int) -> bool:
     """Whether nothing but tags and zeros follow."""
     start, end = skip_tags(file, start, size), without_last_tags(file, start, size)
-    return not any(any(block) for _, block in blocks(file, start, end))
+    return all(not block.strip(b"\0") for _, block in blocks(file, start, end))
 
 
 def skip_tags(file: BinaryIO, start: int, size: int) -> int:

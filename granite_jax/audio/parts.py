@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from granite_jax.audio import frames
@@ -65,7 +65,7 @@ class Part:
       start, end: bytes of the file. FLAC, Ogg, MP3 and AAC may end before: `views` finds out where.
       format: None for libsndfile.
       is_truncated: whether its end is known to be missing.
-      has_length: whether the length in its header, if there is one, can be believed.
+      patches: what to read instead of a header that lies, by byte of the file.
       sound_end: the byte behind its sound, where something else follows that belongs to it.
     """
 
@@ -73,7 +73,7 @@ class Part:
     end: int
     format: Format | None
     is_truncated: bool = False
-    has_length: bool = True
+    patches: Mapping[int, bytes] = dataclasses.field(default_factory=dict)
     sound_end: int | None = None
 
     @property
@@ -186,7 +186,11 @@ def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, 
         if not is_stale and (length or end > data or is_known):
             return Part(start, end, form, sound_end=data + length)
     is_truncated = is_long or size - start < length < _PLACEHOLDER  # some programs count the header in
-    return Part(start, size, form, is_truncated, has_length=is_long)
+    if form != _WAV or is_long:
+        return Part(start, size, form, is_truncated)
+    # FFmpeg reads what there is of a WAV whose header has no length.
+    marker = b"RIFX" if order == ">" else b"RIFF"
+    return Part(start, size, form, is_truncated, {start: marker, data - 4: bytes(4)})
 
 
 def _end_of_chunks(file: BinaryIO, position: int, size: int, order: str) -> int:

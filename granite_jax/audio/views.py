@@ -93,13 +93,18 @@ class FileView(View):
 
     def __init__(self, file: BinaryIO, part: Part):
         super().__init__(file, part)
-        self._offset = 0
+        self._offset, self._patches = 0, part.patches
         self._limit = part.end if part.sound_end is None else part.sound_end
 
     def read(self, size: int) -> bytes:
         position = self._start + self._offset
         data = read(self._file, position, max(0, min(size, self._limit - position)))
         self._offset += len(data)
+        for byte, patch in self._patches.items():
+            at = byte - position
+            low, high = max(at, 0), min(at + len(patch), len(data))
+            if low < high:
+                data = data[:low] + patch[low - at : high - at] + data[high:]
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
