@@ -74,7 +74,7 @@ plotting.overview(asr.ctc_emissions(sample), transcript, asr.tokenizer)
 # %% [markdown]
 # ## Your own: upload a file
 #
-# wav, flac, ogg or mp3. Outside Colab, or if you cancel, the sample stands in.
+# wav, flac, mp3, m4a, mp4 or another format of sound or video. Outside Colab, or if you cancel, the sample stands in.
 
 
 # %%

@@ -63,7 +63,7 @@ def test_a_directory_is_the_same_however_it_is_spelled(corpus: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "is_listed"),
     [
-        *((f"x{suffix}", True) for suffix in (".wave", ".oga", ".m4a", ".webm", ".WMA", ".mp4", ".amr", ".aifc")),
+        *((f"x{suffix}", True) for suffix in (".wave", ".oga", ".m4a", ".webm", ".WMA", ".mp4", ".dts", ".aifc")),
         *((name, False) for name in ("x.txt", "x", "x.wav.bak", "x.ts")),
     ],
 )

@@ -220,9 +220,9 @@ class _Parts:
                 self._is_enough |= high <= len(chunk.frames)
             frames = chunk.frames[max(low, 0) : max(high, 0)]
             if len(frames):
-                yield _Piece(number, chunk.rate, self._cleaned(frames, chunk.start / chunk.rate))
+                yield _Piece(number, chunk.rate, self._cleaned(frames, chunk.start + max(low, 0), chunk.rate))
 
-    def _cleaned(self, frames: np.ndarray, time: float) -> np.ndarray:
+    def _cleaned(self, frames: np.ndarray, start: int, rate: float) -> np.ndarray:
         """Frames as float32, without values that no sound has, which damage makes."""
         if frames.dtype.kind in "iu":
             return scale(frames).astype(np.float32, copy=False)
@@ -234,8 +234,10 @@ class _Parts:
             return np.clip(np.nan_to_num(frames, nan=0.0), -1.0, 1.0).astype(np.float32)
         if not self._is_scaled and np.median(np.abs(np.nan_to_num(frames[frames != 0], nan=0.0))) > 1.0:
             return checked(frames)  # which raises: all is out of scale
-        self._note(time, time + len(frames) / SAMPLE_RATE)
-        return np.where(np.abs(frames) <= MAX_AMPLITUDE, frames, 0.0).astype(np.float32)
+        is_good = np.abs(frames) <= MAX_AMPLITUDE
+        bad = start + np.flatnonzero(~is_good.all(axis=1))
+        self._note(bad[0] / rate, (bad[-1] + 1) / rate)
+        return np.where(is_good, frames, 0.0).astype(np.float32)
 
     def _is_first(self, part: Part, end: int) -> bool:
         """Whether a byte is of this part, and not of another one behind it, which has a clock of its own."""

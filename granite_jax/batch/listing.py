@@ -16,9 +16,9 @@ from granite_jax.errors import GraniteError
 AUDIO_SUFFIXES = (
     *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc"),
     *(".au", ".snd", ".caf", ".w64", ".rf64"),
-    # With the extra `media`:
-    *(".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".ac3", ".webm", ".mka", ".mkv"),
-    *(".wma", ".wmv", ".amr", ".avi", ".flv", ".mpg", ".mpeg", ".mts", ".wv", ".ape", ".tta"),
+    *(".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".3gp", ".aac", ".ac3", ".eac3", ".dts", ".thd", ".webm", ".mka", ".mkv"),
+    *(".wma", ".wmv", ".asf", ".amr", ".gsm", ".ra", ".rm", ".avi", ".flv", ".mpg", ".mpeg", ".mts"),
+    *(".wv", ".ape", ".tta"),
 )
 """File name suffixes of the audio in a directory."""
 _MAX_SHOWN = 5

@@ -35,7 +35,7 @@ def transcribe(
         list[str],
         typer.Argument(
             metavar="FILE",
-            help="wav, flac, ogg, mp3, ... (with the extra media: m4a, mp4, webm, ...); - for standard input; a URL",
+            help="wav, flac, mp3, m4a, ogg, mp4, webm, ...; - for standard input; a URL",
             show_default=False,
         ),
     ],

@@ -75,6 +75,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     samples, rate = soundfile.read(ROOT / "samples" / "one-name.wav")
     for name in ("meeting.flac", "a.wav", "b.mp3"):
         soundfile.write(tmp_path / name, samples, rate)
+    write_damaged(tmp_path / "talk.flac")
     (tmp_path / "names.txt").write_text("Kowalczyk\nZurich\t8\n")
     lines = [{"audio": f"samples/{name}.wav", "text": "a reference"} for name in ("request", "numbers", "one-name")]
     (tmp_path / "manifest.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -85,6 +86,15 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Transcriber, "from_pretrained", loaded)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def write_damaged(file: Path) -> None:
+    """The damaged FLAC of docs/recordings.md."""
+    soundfile.write(file, *soundfile.read(ROOT / "samples" / "long.wav"))
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 20_000] = bytes(20_000)
+    file.write_bytes(data)
 
 
 def few_clips(directory: Path) -> Path:
@@ -118,6 +128,11 @@ def test_what_comes_out_is_what_is_shown(reader: Path) -> None:
     for options in ([], ["--words", "--format", "srt"]):
         done = CliRunner().invoke(cli.app, ["transcribe", "samples/one-name.wav", *options])
         assert f"\n\n{textwrap.indent(done.stdout, '    ')}\n" in page
+    # And what it says of a damaged file
+    done = CliRunner().invoke(cli.app, ["transcribe", "talk.flac", "--format", "json", "--output-dir", "."])
+    damage = json.loads(Path("talk.json").read_text())["damage"]
+    assert f"\n\n{textwrap.indent(done.stderr, '    ')}\n" in page
+    assert f'"flags": ["damaged-input"], "damage": {json.dumps(damage)}\n' in page
 
 
 def test_every_command_runs(reader: Path) -> None:
