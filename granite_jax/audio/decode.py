@@ -236,7 +236,7 @@ class _Parts:
             return checked(frames)  # which raises: all is out of scale
         is_good = np.abs(frames) <= MAX_AMPLITUDE
         bad = start + np.flatnonzero(~is_good.all(axis=1))
-        self._note(bad[0] / rate, (bad[-1] + 1) / rate)
+        self._note(float(bad[0]) / rate, float(bad[-1] + 1) / rate)
         return np.where(is_good, frames, 0.0).astype(np.float32)
 
     def _is_first(self, part: Part, end: int) -> bool:
