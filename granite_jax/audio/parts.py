@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from granite_jax.audio import frames
-from granite_jax.audio.markers import MARKERS, W64_HEAD, is_only_tags, read, skip_tags, without_last_tags
+from granite_jax.audio.markers import MARKERS, W64_HEAD, blocks, is_only_tags, read, skip_tags, without_last_tags
 
 HEAD = 512
 """Bytes of a file by which its format is recognized."""
@@ -110,6 +110,8 @@ def find_parts(file: BinaryIO, start: int, size: int) -> Iterator[Part]:
         head = read(file, behind_tags, HEAD)
         if (found := media_format(head)) is not None:
             yield Part(behind_tags, size, found)
+            if found.demuxer == "mov" and (patches := _found_index(file, behind_tags, size)):
+                yield Part(behind_tags, size, found, is_truncated=False, patches=patches)
         elif (part := _parse(file, behind_tags, size)) is not None:
             yield part
             if part.format is None:
@@ -219,3 +221,19 @@ def _caf(file: BinaryIO, start: int, size: int) -> Part:
         is_truncated |= name == b"data" and position + 12 + length > size
         position = size if length < 0 else position + 12 + length
     return Part(start, min(position, size), _CAF, is_truncated)
+
+
+def _found_index(file: BinaryIO, start: int, size: int) -> dict[int, bytes]:
+    """What to read instead of the length of an MP4's samples, so that the index behind them is found."""
+    position = start
+    for _ in range(_MAX_CHUNKS):
+        length, name = struct.unpack(">I4s", read(file, position, 8).ljust(8, b"\0"))
+        if name == b"mdat" and 8 <= length < 1 << 32:
+            break
+        if length < 8 or position + length > size:
+            return {}
+        position += length
+    for at, block in blocks(file, position, size, overlap=8):
+        if (found := block.find(b"moov")) >= 4 and block[found + 8 : found + 12] == b"mvhd":
+            return {position: struct.pack(">I", at + found - 4 - position)}
+    return {}
