@@ -18,6 +18,8 @@ from granite_jax.audio.markers import TRAILER, is_only_tags, read
 from granite_jax.audio.parts import HEAD, Part, find_parts
 from granite_jax.audio.resample import (
     MAX_AMPLITUDE,
+    MAX_CHANNELS,
+    RATE_LIMITS,
     SAMPLE_RATE,
     Blocks,
     Condition,
@@ -131,7 +133,6 @@ class _Parts:
         self._flags: set[str] = set()
         self._damage: list[Span] = []
         self._seconds = 0.0  # of the parts before
-        self._kind: tuple[float, int] | None = None  # rate and channels that were checked
         self._is_enough = self._has_sound = self._is_scaled = self._is_lossy = False
 
     def pieces(self) -> Generator[_Piece, None, None]:
@@ -188,7 +189,10 @@ class _Parts:
             self._check_length(decoder.seconds)
             self._is_lossy, clock = decoder.is_lossy, None
             for sound in decoder.sounds(self._offset - self._seconds, seek=seek):
-                self._check(sound)
+                if clock is None:
+                    self._check(sound)
+                elif not (RATE_LIMITS[0] <= sound.rate <= RATE_LIMITS[1] and sound.frames.shape[1] <= MAX_CHANNELS):
+                    continue  # damage that resembles a frame
                 if clock is None and seek and isinstance(view, FileView) and not self._is_first(part, view.tell()):
                     raise NoSeekError
                 clock = clock or Clock(sound.time or 0.0, decoder.seconds)
@@ -252,10 +256,7 @@ class _Parts:
 
     def _check(self, sound: Sound) -> None:
         """Raises AudioError if sound is not as the caller says, or as no recording is."""
-        kind = sound.rate, sound.frames.shape[1]
-        if kind == self._kind:
-            return
-        self._kind, given, rate = kind, self._sampling_rate, check_rate(sound.rate)
+        given, rate = self._sampling_rate, check_rate(sound.rate)
         if given is not None and check_rate(given) != rate:
             raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
         check_channels(sound.frames.shape[1])

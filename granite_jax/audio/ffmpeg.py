@@ -216,7 +216,8 @@ class FFmpegDecoder:
             raise AudioError(f"has samples of an unknown kind ({frame.format.name})")
         num_channels = frame.layout.nb_channels
         if frame.format.is_planar and num_channels > 1:
-            return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes], axis=1)
+            planes = frame.planes[:num_channels]  # behind these, PyAV shows memory that is not the frame's
+            return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes], axis=1)
         return np.frombuffer(frame.planes[0], dtype, frame.samples * num_channels).reshape(-1, num_channels)
 
     def _begin(self, first: Sound) -> None:

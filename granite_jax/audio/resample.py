@@ -94,7 +94,7 @@ class Mixer:
     def __init__(self, channel: int | None = None):
         """Takes the mean over the channels, or `channel` alone, counted from 0."""
         self._channel = channel
-        self._took_one_channel = False
+        self._took_one_channel = self._has_begun = False
         self._equal_channels = list(range(channel or 0))  # those before it that do not differ so far
 
     @property
@@ -106,18 +106,22 @@ class Mixer:
         """Blocks float32 `[n, channels]` -> blocks float32 `[n]`, of at most `BLOCK_FRAMES` frames.
 
         Raises:
-          AudioError: there is no such channel.
+          AudioError: there is no such channel at the beginning.
         """
         chunk: list[np.ndarray] = []
         num_values = 0
         for block in blocks:
             for frames in _split(block, BLOCK_FRAMES):
                 num_channels = frames.shape[1]
-                if self._channel is not None and self._channel >= num_channels:
+                if self._channel is not None and self._channel >= num_channels and not self._has_begun:
                     raise AudioError(f"has {num_channels} channels, and no channel {self._channel} (the first is 0)")
+                self._has_begun = True
                 if num_channels == 1 or self._channel is not None:
-                    own = frames[:, self._channel or 0]
-                    self._equal_channels = [i for i in self._equal_channels if np.array_equal(frames[:, i], own)]
+                    own = frames[
+                        :, min(self._channel or 0, num_channels - 1)
+                    ]  # where there are fewer than before, the last
+                    earlier = [i for i in self._equal_channels if i < num_channels]
+                    self._equal_channels = [i for i in earlier if np.array_equal(frames[:, i], own)]
                     yield own.copy() if num_channels > 1 else own
                     continue
                 if num_values + frames.size > CHUNK_VALUES:
