@@ -18,7 +18,7 @@ _EXACT = 0.002  # seconds, where something could not be decoded, so that a gap i
 _BELIEVED = 0.2  # seconds of sound after which a jump forward is believed
 _RESTARTED = 10.0  # seconds of sound after which a jump backward is a clock that starts anew
 _NEAR_START = 1.0  # seconds from the beginning, where clocks start anew
-_MAX_GAP = 3600.0  # seconds of silence, where the length of the file is not known
+_MAX_GAP = 3600.0  # seconds of silence in all, where the length of the file is not known
 _MAX_SPANS = 100
 
 
@@ -84,7 +84,7 @@ class Clock:
         """
         self.seconds = start
         self.damage: list[Span] = []
-        self._longest, self._zero = longest, 0.0
+        self._longest, self._zero, self._silent = longest, 0.0, 0.0
         self._jump: _Jump | None = None
         self._ready: list[Sound] = []
         self._num_ready = 0
@@ -145,7 +145,7 @@ class Clock:
         """Appends what is behind a jump, with silence in front of it where it went forward."""
         self._jump = None
         gap = jump.time - self.seconds
-        if 0 < gap <= (_MAX_GAP if self._longest is None else self._longest + 1.0 - self.seconds):
+        if 0 < gap <= (_MAX_GAP - self._silent if self._longest is None else self._longest + 1.0 - self.seconds):
             yield from self._silence(gap, jump.sounds[0])
         else:
             self._zero += gap
@@ -153,6 +153,7 @@ class Clock:
 
     def _silence(self, seconds: float, like: Sound) -> Iterator[Chunk]:
         self._note(self.seconds, self.seconds + seconds)
+        self._silent += seconds
         left = round((self.seconds + seconds) * like.rate) - round(self.seconds * like.rate)
         while left > 0:
             size = min(left, BLOCK_FRAMES)

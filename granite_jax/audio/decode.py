@@ -36,6 +36,7 @@ from granite_jax.audio.views import FileView, UnreadableError, View, has_marker,
 from granite_jax.errors import AudioError
 
 _MAX_PARTS = 10_000
+_MAX_UNREADABLE = 100
 _SLACK = 0.5  # seconds that the length in a container's header and the decoded audio can differ by
 _MIN_GAP = 0.002  # seconds that are missing, if they are not the rounding of a header
 _MIN_SEEK = 2.0  # seconds
@@ -133,6 +134,7 @@ class _Parts:
         self._flags: set[str] = set()
         self._damage: list[Span] = []
         self._seconds = 0.0  # of the parts before
+        self._num_unreadable = 0
         self._is_enough = self._has_sound = self._is_scaled = self._is_lossy = False
 
     def pieces(self) -> Generator[_Piece, None, None]:
@@ -168,8 +170,13 @@ class _Parts:
             except UnreadableError as error:
                 if position:
                     self._note(0.0)
-                    return part.end
-                unreadable = unreadable or error
+                    self._num_unreadable += 1
+                    is_found_by_reading = part.is_marked or part.is_framed
+                    return (
+                        part.start + 1 if is_found_by_reading and self._num_unreadable < _MAX_UNREADABLE else part.end
+                    )
+                if unreadable is None or part.format is not None:
+                    unreadable = error
         if position == 0:
             raise AudioError(str(unreadable)) from unreadable and unreadable.__cause__
         if self._size - position > TRAILER:
@@ -189,9 +196,10 @@ class _Parts:
             self._check_length(decoder.seconds)
             self._is_lossy, clock = decoder.is_lossy, None
             for sound in decoder.sounds(self._offset - self._seconds, seek=seek):
-                if clock is None:
-                    self._check(sound)
-                elif not (RATE_LIMITS[0] <= sound.rate <= RATE_LIMITS[1] and sound.frames.shape[1] <= MAX_CHANNELS):
+                if clock is None and not self._is_wanted(sound):
+                    self._note(0.0)
+                    return view.end
+                if not (RATE_LIMITS[0] <= sound.rate <= RATE_LIMITS[1] and sound.frames.shape[1] <= MAX_CHANNELS):
                     continue  # damage that resembles a frame
                 if clock is None and seek and isinstance(view, FileView) and not self._is_first(part, view.tell()):
                     raise NoSeekError
@@ -254,12 +262,19 @@ class _Parts:
         if self._seconds + seconds - self._offset > limit:
             raise_too_long(limit)
 
-    def _check(self, sound: Sound) -> None:
-        """Raises AudioError if sound is not as the caller says, or as no recording is."""
-        given, rate = self._sampling_rate, check_rate(sound.rate)
+    def _is_wanted(self, first: Sound) -> bool:
+        """Whether a part can be read. Raises AudioError if the first one cannot, or none is as the caller says."""
+        try:
+            rate = check_rate(first.rate)
+            check_channels(first.frames.shape[1])
+        except AudioError:
+            if self._has_sound:
+                return False
+            raise
+        given = self._sampling_rate
         if given is not None and check_rate(given) != rate:
             raise AudioError(f"has a sampling rate of {rate:g} Hz, but sampling_rate={given!r} was given")
-        check_channels(sound.frames.shape[1])
+        return True
 
     def _note_end(self, part: Part, decoder: FFmpegDecoder | SndfileDecoder, view: View, seconds: float) -> None:
         """Notes what is wrong with the end of a part."""

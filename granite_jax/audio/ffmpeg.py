@@ -65,7 +65,7 @@ class FFmpegDecoder:
             raise UnreadableError(f"is not {part.format.name} that can be read ({one_line(error.strerror)})") from error
         tracks = self._container.streams.audio
         if not tracks:
-            raise AudioError("has no audio track")
+            raise UnreadableError("has no audio track")
         self._track = self._container.streams.best("audio") or tracks[0]
         context = self._track.codec_context
         if context is None:
@@ -75,7 +75,8 @@ class FFmpegDecoder:
             context.options = {"err_detect": "crccheck+explode"}
         if view.knows_end:
             context.options = {"flags2": "+skip_manual"}
-        self.num_tracks, self.is_lossy = len(tracks), not context.name.startswith("pcm_")
+        self.num_tracks = len(tracks)
+        self.is_lossy = not context.name.startswith(("pcm_", "wavpack"))
         self.has_failed, self.skipped = False, 0.0
         self._lead, self._delay, self._rate, self._tick = 0.0, 0, 0.0, float(self._track.time_base)
         self._block = 0  # samples of frames of FLAC that are numbered
@@ -87,7 +88,7 @@ class FFmpegDecoder:
     @property
     def num_channels(self) -> int:
         """The channels of the first frame: headers of AAC can tell half of them. Decodes it."""
-        for sound in self.sounds():
+        for sound in self._decoded(-1.0, None):
             return sound.frames.shape[1]
         raise AudioError("holds no samples")
 
@@ -139,7 +140,7 @@ class FFmpegDecoder:
             if is_first and seek and (sound.time is None or sound.time > skip):
                 raise NoSeekError
             if is_first and not seek and wanted < self._lead:
-                yield from _silence(self._lead, sound)
+                yield from _silence(max(0.0, wanted), self._lead, sound)
             is_first, last = False, sound
             yield sound
         if last is not None and last.time is not None:
@@ -156,7 +157,7 @@ class FFmpegDecoder:
         self.has_failed, is_first = False, zero is None
         for packet in self._packets():
             time = self._time(packet)
-            if not is_first and wanted > 0 and time is not None and zero is not None:
+            if not is_first and wanted > _PREROLL and time is not None and zero is not None:
                 end = time + (packet.duration or 0) * self._tick - zero + self._lead - self._delay / self._rate
                 if end < wanted:
                     self.skipped = end
@@ -196,7 +197,7 @@ class FFmpegDecoder:
         if self._is_flac and packet.size:
             self._block = self._block or packet.duration or 0
             return self._flac_time(bytes(memoryview(packet)[:16]))
-        if packet.pos is None or packet.pts is None:
+        if packet.pos is None or packet.pts is None or self._container.format.name == "rm":
             return None  # of a packet that begins within another one of MPEG, FFmpeg guesses the time
         time = self._view.time(packet.pos) if self._view.has_clock else None
         return packet.pts * self._tick if time is None else time
@@ -271,11 +272,11 @@ def _follows(ready: list[Sound], size: int, sound: Sound) -> bool:
     )
 
 
-def _silence(seconds: float, like: Sound) -> Iterator[Sound]:
+def _silence(start: float, end: float, like: Sound) -> Iterator[Sound]:
     """Silence in front of sound, in blocks."""
-    left, position = round(seconds * like.rate), 0
-    while position < left:
-        frames = np.zeros((min(BLOCK_FRAMES, left - position), like.frames.shape[1]), np.float32)
+    position, last = round(start * like.rate), round(end * like.rate)
+    while position < last:
+        frames = np.zeros((min(BLOCK_FRAMES, last - position), like.frames.shape[1]), np.float32)
         yield Sound(position / like.rate, frames, like.rate)
         position += len(frames)
 

@@ -7,6 +7,7 @@ first frame of an MP3.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -27,6 +28,8 @@ _BITRATES = {  # kbit/s, by version and layer
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}  # Hz, by version bits
+# The first bytes of a header with a version, a layer and a bitrate
+_SYNC = re.compile(rb"\xff(?:[\xf0\xf1\xf8\xf9]|[\xe2-\xe7\xf2-\xf7\xfa-\xff](?=[\x10-\xef]))")
 _AAC_RATES = (96_000, 88_200, 64_000, 48_000, 44_100, 32_000, 24_000, 22_050, 16_000, 12_000, 11_025, 8_000, 7_350)
 
 
@@ -65,14 +68,10 @@ def _mpeg_frame(second: int, third: int) -> Frame | None:
     return Frame(size * (samples * bits // (8 * size * rate) + padding), samples / rate, False)
 
 
-def find(data: bytes, start: int = 0) -> int | None:
-    """Where frames begin: the first that others of its kind follow, or that ends a short file."""
-    i = data.find(b"\xff", start)
-    while i >= 0:
-        if _is_followed(data, i):
-            return i
-        i = data.find(b"\xff", i + 1)
-    return None
+def find(data: bytes, end: int | None = None) -> int | None:
+    """Where frames begin, before `end`: the first that others of its kind follow, or that ends a short file."""
+    found = (match.start() for match in _SYNC.finditer(data, 0, len(data) if end is None else end + 3))
+    return next((i for i in found if _is_followed(data, i)), None)
 
 
 def begin(data: bytes) -> bool:
@@ -143,7 +142,7 @@ def runs(file: BinaryIO, start: int, end: int) -> Iterator[Run]:
         found, i, size = [], 0, len(block)
         has_header, is_last = b"Xing" in block or b"Info" in block, position + size == end
         while (frame := frame_at(block, i)) is not None:
-            if has_header and not is_first and declared_frames(block[i : i + HEADER]) is not None:
+            if has_header and not is_first and declared_frames(block[i : i + HEADER].ljust(HEADER, b"\0")) is not None:
                 end = position + i
                 break
             length, seconds, _ = frame
@@ -168,7 +167,7 @@ def _next_frame(file: BinaryIO, position: int, end: int) -> int | None:
     """Where frames go on at or behind a position, if they do before another recording begins."""
     while position < end:
         block = read(file, position, min(2 * _BLOCK, end - position))
-        marker, found = find_marker(block), find(block)
+        marker, found = find_marker(block), find(block, _BLOCK)
         if marker is not None and (found is None or marker < found):
             return None
         if found is not None:

@@ -20,6 +20,8 @@ _BEGINNINGS = (b"fLaC", b"OggS\0\2", b"OggS\0\6", b"RIFF", b"FORM")  # what is b
 
 def read(file: BinaryIO, position: int, count: int) -> bytes:
     """As many bytes of a file as there are."""
+    if count <= 0:
+        return b""
     file.seek(position)
     parts, missing = [], count
     while missing and (part := file.read(missing)):

@@ -15,12 +15,22 @@ from collections.abc import Iterator, Mapping
 from typing import BinaryIO, NamedTuple
 
 from granite_jax.audio import frames
-from granite_jax.audio.markers import MARKERS, W64_HEAD, blocks, is_only_tags, read, skip_tags, without_last_tags
+from granite_jax.audio.markers import (
+    MARKERS,
+    W64_HEAD,
+    blocks,
+    find_marker,
+    is_only_tags,
+    read,
+    skip_tags,
+    without_last_tags,
+)
 
 HEAD = 512
 """Bytes of a file by which its format is recognized."""
 _PLACEHOLDER = 0x7FFF_0000  # programs that write to a pipe leave such a size, or a larger one
 _MAX_CHUNKS = 1000
+_NEAR = 1 << 24  # bytes in which another recording is looked for behind one whose length is doubtful
 
 
 class Format(NamedTuple):
@@ -111,16 +121,18 @@ def find_parts(file: BinaryIO, start: int, size: int) -> Iterator[Part]:
         if (found := media_format(head)) is not None:
             yield Part(behind_tags, size, found)
             if found.demuxer == "mov" and (patches := _found_index(file, behind_tags, size)):
-                yield Part(behind_tags, size, found, is_truncated=False, patches=patches)
+                yield Part(behind_tags, size, found, patches=patches)
         elif (part := _parse(file, behind_tags, size)) is not None:
             yield part
             if part.format is None:
-                yield dataclasses.replace(part, format=_AU if head.startswith(b".snd") else _WAV)
+                others = {b".snd": _AU, b"riff": _W64, b"caff": _CAF}
+                yield dataclasses.replace(part, format=others.get(head[:4], _WAV))
         yield Part(0, size, None)
-    for position in _beginnings(file, behind_tags):
-        if (part := _parse(file, behind_tags + position, size)) is not None:
-            yield part
-            return
+    for window in range(behind_tags, size if start else behind_tags + 1, frames.JUNK - 16):
+        for position in _beginnings(file, window):
+            if (part := _parse(file, window + position, size)) is not None:
+                yield part
+                return
 
 
 def _beginnings(file: BinaryIO, start: int) -> list[int]:
@@ -136,8 +148,10 @@ def _beginnings(file: BinaryIO, start: int) -> list[int]:
 def _parse(file: BinaryIO, start: int, size: int) -> Part | None:
     head = read(file, start, 16)
     marker, form = head[:4], head[8:12]
-    if marker in (b"RIFF", b"RIFX", b"RF64") and form == b"WAVE":
-        return _chunked(file, start, size, "<" if marker != b"RIFX" else ">", b"data", _WAV)
+    if marker == b"RIFX" and form == b"WAVE":
+        return _chunked(file, start, size, ">", b"data", None)
+    if marker in (b"RIFF", b"RF64") and form == b"WAVE":
+        return _chunked(file, start, size, "<", b"data", _WAV)
     if marker == b"FORM" and form in (b"AIFF", b"AIFC"):
         return _chunked(file, start, size, ">", b"SSND", _AIFF)
     if marker == b".snd" and len(head) >= 12:
@@ -148,7 +162,9 @@ def _parse(file: BinaryIO, start: int, size: int) -> Part | None:
         return Part(start, min(end, size), None if codec in _AU_CODECS else _AU, is_truncated)
     if head == W64_HEAD:
         length = int.from_bytes(read(file, start + 16, 8), "little")
-        return Part(start, min(start + length, size), _W64, start + length > size)
+        codec = int.from_bytes(read(file, start + 64, 2), "little")
+        form = None if codec in _WAV_CODECS else _W64
+        return Part(start, min(start + length, size), form, start + length > size)
     if marker == b"caff":
         return _caf(file, start, size)
     if MARKERS.match(head):
@@ -170,7 +186,7 @@ def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, 
         name, length = struct.unpack(f"{order}4sI", head[:8])
         if name == b"ds64" and len(head) >= 20:
             length_64 = struct.unpack("<Q", read(file, position + 16, 8).ljust(8, b"\0"))[0]
-        if name == b"fmt " and struct.unpack(f"{order}H", head[8:10])[0] in _WAV_CODECS:
+        if name == b"fmt " and struct.unpack(f"{order}H", head[8:10].ljust(2, b"\0"))[0] in _WAV_CODECS:
             form = None
         if name == samples:
             break
@@ -184,15 +200,20 @@ def _chunked(file: BinaryIO, start: int, size: int, order: str, samples: bytes, 
         end = _end_of_chunks(file, data + length, size, order)
         is_known = end == size or is_only_tags(file, end, size)
         # A length that wrapped, or was never brought up to date: more follows than it counts, which resembles nothing.
-        is_stale = not is_known and size - end > max(length, frames.JUNK // 16) and not _beginnings(file, end)
+        is_stale = not is_known and size - end > max(length, frames.JUNK // 16) and not _is_followed(file, end, size)
         if not is_stale and (length or end > data or is_known):
             return Part(start, end, form, sound_end=data + length)
     is_truncated = is_long or size - start < length < _PLACEHOLDER  # some programs count the header in
     if form != _WAV or is_long:
         return Part(start, size, form, is_truncated)
     # FFmpeg reads what there is of a WAV whose header has no length.
-    marker = b"RIFX" if order == ">" else b"RIFF"
-    return Part(start, size, form, is_truncated, {start: marker, data - 4: bytes(4)})
+    return Part(start, size, form, is_truncated, {start: b"RIFF", data - 4: bytes(4)})
+
+
+def _is_followed(file: BinaryIO, start: int, size: int) -> bool:
+    """Whether another recording begins not far behind `start`."""
+    near = blocks(file, start, min(size, start + _NEAR), overlap=16)
+    return bool(_beginnings(file, start)) or any(find_marker(block) is not None for _, block in near)
 
 
 def _end_of_chunks(file: BinaryIO, position: int, size: int, order: str) -> int:
@@ -211,16 +232,18 @@ def _end_of_chunks(file: BinaryIO, position: int, size: int, order: str) -> int:
 
 
 def _caf(file: BinaryIO, start: int, size: int) -> Part:
+    # FFmpeg loses the end of ALAC that libsndfile writes.
+    form = None if read(file, start + 28, 4) == b"alac" else _CAF
     position, is_truncated = start + 8, False
     for _ in range(_MAX_CHUNKS):
-        head = read(file, position, 12)
+        head = read(file, position, 12) if position < size else b""
         name, length = struct.unpack(">4sq", head) if len(head) == 12 else (b"", 0)
         if not re.fullmatch(rb"[ -~]{4}", name) or MARKERS.match(head):
             break
         # The samples of a pipe have the length -1.
         is_truncated |= name == b"data" and position + 12 + length > size
         position = size if length < 0 else position + 12 + length
-    return Part(start, min(position, size), _CAF, is_truncated)
+    return Part(start, min(position, size), form, is_truncated)
 
 
 def _found_index(file: BinaryIO, start: int, size: int) -> dict[int, bytes]:
@@ -228,12 +251,13 @@ def _found_index(file: BinaryIO, start: int, size: int) -> dict[int, bytes]:
     position = start
     for _ in range(_MAX_CHUNKS):
         length, name = struct.unpack(">I4s", read(file, position, 8).ljust(8, b"\0"))
-        if name == b"mdat" and 8 <= length < 1 << 32:
+        if name == b"mdat" and length >= 8:
             break
         if length < 8 or position + length > size:
             return {}
         position += length
-    for at, block in blocks(file, position, size, overlap=8):
-        if (found := block.find(b"moov")) >= 4 and block[found + 8 : found + 12] == b"mvhd":
-            return {position: struct.pack(">I", at + found - 4 - position)}
+    for at, block in blocks(file, position, min(size, position + (1 << 32) - 1), overlap=16) if name == b"mdat" else ():
+        found = re.search(rb"moov.{4}mvhd", block, re.DOTALL)
+        if found is not None:
+            return {position: struct.pack(">I", at + found.start() - 4 - position)}
     return {}

@@ -9,7 +9,7 @@ import soundfile as sf
 
 from granite_jax.audio.clock import Sound
 from granite_jax.audio.resample import BLOCK_FRAMES, one_line
-from granite_jax.audio.views import FileView, UnreadableError, View
+from granite_jax.audio.views import UnreadableError, View
 
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
 
@@ -30,7 +30,7 @@ class SndfileDecoder:
         """Raises UnreadableError if libsndfile does not know the format."""
         self._view, self.has_failed = view, False
         try:
-            self._file = _Sequential(cast(Any, _Quiet(view)))
+            self._file = _Sequential(cast(Any, view))  # without a name: `x.raw` would be taken for headerless data
         except (sf.SoundFileError, TypeError, ValueError) as error:
             view.check()
             reason = one_line(getattr(error, "error_string", None) or error).rstrip(".")
@@ -53,20 +53,3 @@ class SndfileDecoder:
     def close(self) -> None:
         """Closes the decoder."""
         self._file.close()
-
-
-class _Quiet:
-    """A view without errors, which libsndfile's callbacks cannot raise: the view keeps them.
-
-    It has no name: soundfile would take `x.raw` for headerless data and ask for its format.
-    """
-
-    def __init__(self, view: View):
-        self._view = view
-        self.seek, self.tell = cast(FileView, view).seek, cast(FileView, view).tell
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._view.read(size)
-        except OSError:
-            return b""

@@ -6,8 +6,8 @@ import collections
 import math
 import os
 import re
-from collections.abc import Iterator
-from typing import BinaryIO, cast
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, cast
 
 from granite_jax.audio import frames
 from granite_jax.audio.clock import Span
@@ -34,21 +34,26 @@ def view_of(file: BinaryIO, part: Part) -> View:
 
 
 class _SafeFile:
-    """A file whose errors are OSErrors, and are kept: decoders may hide them."""
+    """A file that ends where an error is, which is kept: libsndfile's callbacks cannot raise, and PyAV's print."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.error: OSError | None = None
 
     def read(self, size: int) -> bytes:
-        try:
-            return self._file.read(size)
-        except Exception as error:  # a remote file raises what it likes
-            self.error = error if isinstance(error, OSError) else OSError(one_line(error))
-            raise self.error from error
+        return self._checked(lambda: self._file.read(size)) or b""
 
     def seek(self, position: int) -> None:
-        self._file.seek(position)
+        self._checked(lambda: self._file.seek(position))
+
+    def _checked(self, call: Callable[[], Any]) -> Any:
+        if self.error is not None:
+            return None
+        try:
+            return call()
+        except Exception as error:  # a remote file raises what it likes
+            self.error = error if isinstance(error, OSError) else OSError(one_line(error))
+            return None
 
 
 class View:
@@ -162,6 +167,8 @@ class MarkedView(_SequentialView):
         position, size = self._start, 1 << 12
         while position < self.end:
             block = read(self._file, position, min(size + _OVERLAP, self._size - position))
+            if not block:  # reading failed
+                return
             marker = find_marker(block, max(0, self._body - position))
             if marker is not None:
                 self.end = position + marker
@@ -223,6 +230,7 @@ class FrameView(_SequentialView):
         self._times: collections.deque[tuple[int, float]] = collections.deque()
         self._lengths: collections.deque[tuple[int, float]] = collections.deque(maxlen=_AROUND)
         self._declared: int | None = None
+        self._missing: tuple[int, int, bool] | None = None
 
     def _read_pieces(self) -> Iterator[bytes]:
         for run in frames.runs(self._file, self._start, self._size):
@@ -274,17 +282,20 @@ class FrameView(_SequentialView):
         length, seconds = sum(each for each, _ in around), sum(each for _, each in around)
         count = round(run.lost * len(around) / length)
         if self._declared:
-            count = self._count_missing(run, self._declared - self._num_frames, count)
+            if self._missing is None:
+                self._missing = self._find_missing(run.start, run.lost)
+            missing, lost, is_exact = self._missing
+            share = round(missing * run.lost / lost)
+            count = share if is_exact else min(count, share)
         self.lost.append((self._seconds, self._seconds))
         self._seconds += count * seconds / len(around)
         self._num_frames += count
 
-    def _count_missing(self, run: frames.Run, left: int, estimate: int) -> int:
-        """The frames lost before a run, of those `left` that the header counts."""
-        num_frames, lost, end = 0, 0, run.start
-        for each in frames.runs(self._file, run.start, self._size):
-            num_frames, lost, end = num_frames + len(each.frames), lost + each.lost, each.end
-        missing = max(0, left - num_frames)
-        if end > self._size:  # so that others are missing at the end
-            return min(estimate, missing)
-        return round(missing * run.lost / (run.lost + lost))
+    def _find_missing(self, start: int, lost: int) -> tuple[int, int, bool]:
+        """The frames that the header counts and that are not there, the bytes that are lost from the first loss on,
+        and whether the frames are missing there, and not at the end.
+        """
+        num_frames, end = self._num_frames, start
+        for run in frames.runs(self._file, start, self._size):
+            num_frames, lost, end = num_frames + len(run.frames), lost + run.lost, run.end
+        return max(0, (self._declared or 0) - num_frames), lost, end <= self._size
