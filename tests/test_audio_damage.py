@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from granite_jax.audio import frames
 from granite_jax.audio.clock import Clock, Sound, joined_spans
 from granite_jax.audio.load import Audio, load_audio, load_segment
 
@@ -318,3 +319,81 @@ def test_spans_are_joined() -> None:
     # And there are never more than a hundred
     many = joined_spans([(10.0 * i, 10.0 * i + 1) for i in range(1000)])
     assert len(many) == 100 and (many[0], many[-1]) == ((0.0, 1.0), (990.0, 9991.0))
+
+
+def pcm(channels: int = 1, rate: int = RATE, **options: Any) -> bytes:
+    """A WAV of a second of silence."""
+    written = io.BytesIO()
+    soundfile.write(written, np.zeros((rate, channels), np.int16), rate, format="WAV", **options)
+    return written.getvalue()
+
+
+STUB = b"RIFF\x24\0\0\0WAVEfmt \x10\0\0\0"
+NOISE = np.random.default_rng(0).integers(1, 255, 200_000, np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        STUB,
+        pcm(65),
+        pcm(rate=500),
+        b"fLaC\x80\0\0\x22" + bytes(34) + b"\x55" * 9000,
+        b"OggS\0\2" + b"\xff" * 300,
+        NOISE,
+    ],
+    ids=["stub", "65 channels", "500 Hz", "FLAC", "Ogg", "noise"],
+)
+def test_recordings_are_read_around_what_is_none(between: bytes, files: dict[str, bytes]) -> None:
+    # Given two recordings with something between them that cannot be decoded
+    whole = load_audio(files["WAV"])
+    # When they are read, then both are there, and a flag tells where something is missing
+    audio = load_audio(files["WAV"] + between + files["WAV"])
+    np.testing.assert_array_equal(audio.samples, np.concatenate([whole.samples] * 2))
+    assert audio.condition.flags == ("damaged-input",)
+    assert audio.condition.damage == (
+        (pytest.approx(whole.duration, abs=1e-3), pytest.approx(whole.duration, abs=1e-3)),
+    )
+
+
+def test_recordings_far_apart_are_read(files: dict[str, bytes]) -> None:
+    # Given an MP3, a megabyte of zeros, and another one, when they are read, then both are there
+    whole = load_audio(files["MP3"])
+    audio = load_audio(files["MP3"] + bytes(1 << 20) + files["MP3"])
+    assert audio.condition.flags == () and len(audio.samples) == 2 * len(whole.samples)
+
+
+def test_big_endian_files_are_read(files: dict[str, bytes]) -> None:
+    # Given the bytes of a WAV in the other order, when it is read, then it is the same
+    samples, rate = soundfile.read(io.BytesIO(files["WAV"]), dtype="int16")
+    written = io.BytesIO()
+    soundfile.write(written, samples, rate, format="WAV", subtype="PCM_16", endian="BIG")
+    np.testing.assert_array_equal(load_audio(written.getvalue()).samples, load_audio(files["WAV"]).samples)
+
+
+def test_frames_are_counted_once(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given an MP3 that counts its frames, with damage every few kilobytes
+    data, begun, runs = bytearray(files["MP3"]), [], frames.runs
+    for place in range(3000, len(data) - 300, 2000):
+        data[place : place + 300] = bytes(300)
+    monkeypatch.setattr(frames, "runs", lambda *given: begun.append(given) or runs(*given))
+    # When it is read, then all of its frames are looked for twice, not for each of the places
+    assert load_audio(bytes(data)).duration == pytest.approx(load_audio(files["MP3"]).duration, abs=0.1)
+    assert len([start for _, start, _ in begun if start > 0]) <= 4  # twice in the damaged file, once in the other one
+
+
+def test_more_channels_than_eight_are_read() -> None:
+    # Given AAC of sixteen channels, of which PyAV shows more, when it is read, then it is their mean
+    written = io.BytesIO()
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(2 * RATE) / RATE).astype(np.float32)
+    with av.open(written, "w", format="matroska") as container:
+        stream: Any = container.add_stream("aac", rate=RATE)
+        stream.layout = "hexadecagonal"
+        packed = np.repeat(tone, 16).reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout="hexadecagonal")
+        frame.sample_rate = RATE
+        for planar in av.AudioResampler(format="fltp", layout="hexadecagonal", rate=RATE).resample(frame):
+            container.mux(stream.encode(planar))
+        container.mux(stream.encode(None))
+    audio = load_audio(written.getvalue())
+    assert audio.duration == pytest.approx(2.0, abs=0.2) and 0.1 < np.abs(audio.samples).max() < 0.5

@@ -165,16 +165,15 @@ class _Parts:
             return None
         unreadable = None
         for part in find_parts(self._file, position, self._size):
+            if part.start - position > TRAILER and not is_only_tags(self._file, position, part.start):
+                self._note(0.0)
             try:
                 return (yield from self._decode(part, number))
             except UnreadableError as error:
                 if position:
                     self._note(0.0)
                     self._num_unreadable += 1
-                    is_found_by_reading = part.is_marked or part.is_framed
-                    return (
-                        part.start + 1 if is_found_by_reading and self._num_unreadable < _MAX_UNREADABLE else part.end
-                    )
+                    return part.start + 1 if self._num_unreadable < _MAX_UNREADABLE else self._size
                 if unreadable is None or part.format is not None:
                     unreadable = error
         if position == 0:

@@ -40,8 +40,21 @@ def blocks(file: BinaryIO, start: int, end: int, overlap: int = 0) -> Iterator[t
 
 def is_only_tags(file: BinaryIO, start: int, size: int) -> bool:
     """Whether nothing but tags and zeros follow."""
-    start, end = skip_tags(file, start, size), without_last_tags(file, start, size)
-    return all(not block.strip(b"\0") for _, block in blocks(file, start, end))
+    end = without_last_tags(file, start, size)
+    while start < end:
+        behind = _skip_zeros(file, skip_tags(file, start, size), end)
+        if behind == start:
+            return False
+        start = behind
+    return True
+
+
+def _skip_zeros(file: BinaryIO, start: int, end: int) -> int:
+    for position, block in blocks(file, start, end):
+        rest = block.lstrip(b"\0")
+        if rest:
+            return position + len(block) - len(rest)
+    return end
 
 
 def skip_tags(file: BinaryIO, start: int, size: int) -> int:
