@@ -251,7 +251,7 @@ def _write(entries: Iterable[Any], work: Path) -> Path:
 
 
 def _write_lines(text: TextIO, work: Path) -> Path:
-    """Writes JSON lines in UTF-8, whatever is wrong with one of them."""
+    """Writes JSON lines in UTF-8, damaged ones, too."""
     target = work / "entries.jsonl"
     with open(target, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.writelines(text)
