@@ -312,6 +312,11 @@ def test_fields_that_should_change_results_are_named(tmp_path: Path, name: str) 
     assert manifest.ignored_fields == (name,)
 
 
+def test_fields_that_are_refused_are_not_said_to_change_nothing(tmp_path: Path) -> None:
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"path": "a.wav", "start": 1}), TranscribeOptions())
+    assert manifest.ignored_fields == ()
+
+
 def test_fields_of_others_are_no_matter(tmp_path: Path) -> None:
     # Given the fields of NeMo's and others' manifests that change no result, then none is named
     others = ["text", "pred_text", "wer", "uid", "audio_id", "sampling_rate", "num_samples", "speaker"]

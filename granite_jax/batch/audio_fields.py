@@ -61,7 +61,7 @@ def audio_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         return _lhotse(fields)
     if name is None:
         raise GraniteError(f"names no audio by audio or path; its fields are {', '.join(fields)[:200] or 'none'}")
-    if (excerpt := _uncertain_excerpt(name, fields)) is not None:
+    if (excerpt := uncertain_excerpt(fields)) is not None:
         raise GraniteError(f"names an excerpt by {excerpt:.40}: give offset and duration, in seconds")
     value = fields[name]
     if isinstance(value, Mapping):
@@ -71,7 +71,7 @@ def audio_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"audio": text_field(name, value)}
 
 
-def _uncertain_excerpt(name: str, fields: Mapping[str, Any]) -> str | None:
+def uncertain_excerpt(fields: Mapping[str, Any]) -> str | None:
     """A field that may say where an excerpt of the audio begins or ends, and is not `offset` or `duration`.
 
     Beside `audio` or `audio_filepath`, fields of others change nothing, except those that give `offset` or `duration`
@@ -81,7 +81,7 @@ def _uncertain_excerpt(name: str, fields: Mapping[str, Any]) -> str | None:
         return "start"
     if "onset" in fields and "offset" in fields:  # which is then the excerpt's end
         return "onset"
-    if name in NAMES:
+    if any(name in fields for name in NAMES):
         return None
     found = (field for field in fields if _EXCERPT.fullmatch(field.lower()))
     # The column `segment` of Common Voice has the name of a subset.

@@ -409,11 +409,9 @@ class _Worker:
                         following = next(entries, None)
                         continue
                     try:
-                        done = finished.get(timeout=_STOP_POLL_SECONDS)
+                        futures.remove(self._finish_next(finished, committer))
                     except queue.Empty:
                         continue
-                    futures.remove(done[-1])
-                    self._finish(committer, *done)
                     self.progress.read_seconds = asr.idle_seconds - idle_before
                     self._report()
             except BaseException:  # also a lost device, a full disk, a second signal: what is finished is kept
@@ -433,8 +431,19 @@ class _Worker:
         """Saves what is finished, except entries whose future, or what was written meanwhile, has raised an error."""
         while not finished.empty():
             with contextlib.suppress(Exception):
-                self._finish(committer, *finished.get())
+                self._finish_next(finished, committer)
         committer.save(0.0)
+
+    def _finish_next(self, finished: queue.SimpleQueue[_Finished], committer: Committer) -> Future[Transcript]:
+        """Takes the next result; if a signal interrupts that, it stays in the queue. Raises queue.Empty."""
+        done = finished.get(timeout=_STOP_POLL_SECONDS)
+        try:
+            self._finish(committer, *done)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                finished.put(done)
+            raise
+        return done[-1]
 
     def _entries(self, tasks: list[Task], committer: Committer) -> Iterator[tuple[StartedTask, Entry]]:
         """The entries of tasks, except those that another worker has done."""

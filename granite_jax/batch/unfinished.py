@@ -148,8 +148,9 @@ class Committer:
         """Saves the lines of tasks in which one has waited for so long."""
         for started in self._started:
             if started.unsaved and time.monotonic() - started.waiting_since >= seconds:
-                lines, started.unsaved = started.unsaved, []
-                started.files.append(self._threads.submit(self._save, started.task, b"".join(lines)))
+                data = b"".join(started.unsaved)
+                started.files.append(self._threads.submit(self._save, started.task, data))
+                started.unsaved = []
 
     def close(self) -> None:
         """Waits until all is written. Raises what that has raised."""
@@ -161,8 +162,8 @@ class Committer:
 
     def _commit_if_done(self, started: StartedTask) -> None:
         if started.is_done:
-            self._started.remove(started)
             self._commits.append(self._threads.submit(self._commit, started))
+            self._started.remove(started)
 
     def _commit(self, started: StartedTask) -> bool:
         """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
