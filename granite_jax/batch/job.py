@@ -53,7 +53,7 @@ from granite_jax.results import segment_fields
 from granite_jax.transcriber import Transcriber, Transcript
 
 OpenEntry = Callable[[Entry], EntryAudio]
-_Finished = tuple[StartedTask, EntryAudio, Future[Transcript]]
+_Submitted = tuple[StartedTask, EntryAudio]
 
 _STOP_POLL_SECONDS = 0.1
 _MAX_ERRORS = 3  # in a summary
@@ -387,8 +387,8 @@ class _Worker:
         # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
         self._started, idle_before = time.monotonic(), asr.idle_seconds
-        finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
-        futures: set[Future[Transcript]] = set()
+        finished: queue.SimpleQueue[Future[Transcript]] = queue.SimpleQueue()
+        futures: dict[Future[Transcript], _Submitted] = {}  # until their results are taken
         entries = self._entries(tasks, committer)
         with contextlib.ExitStack() as expecting:
             expecting.enter_context(asr.expecting())
@@ -404,21 +404,23 @@ class _Worker:
                         audio = open_entry(entry)
                         listed = self.keyword_lists[entry.index] if self.keyword_lists else None
                         future = submit_entry(asr, audio, self.options, listed)
-                        futures.add(future)
-                        future.add_done_callback(lambda f, s=started, a=audio: finished.put((s, a, f)))
+                        futures[future] = started, audio
+                        future.add_done_callback(finished.put)
                         following = next(entries, None)
                         continue
                     try:
-                        futures.remove(self._finish_next(finished, committer))
+                        future = finished.get(timeout=_STOP_POLL_SECONDS)
                     except queue.Empty:
                         continue
+                    self._finish(committer, *futures[future], future)
+                    del futures[future]
                     self.progress.read_seconds = asr.idle_seconds - idle_before
                     self._report()
             except BaseException:  # also a lost device, a full disk, a second signal: what is finished is kept
                 try:
-                    self._keep(finished, committer)
+                    self._keep(futures, committer)
                 finally:
-                    self._keep(finished, committer)  # the rest, if a second signal has interrupted that
+                    self._keep(futures, committer)  # the rest, if a second signal has interrupted that
                 if futures and not self.progress.done and time.monotonic() - self._started >= SAVE_SECONDS:
                     self._note(_NOTHING_DONE)
                 raise
@@ -427,23 +429,13 @@ class _Worker:
                     future.cancel()
                 committer.close()
 
-    def _keep(self, finished: queue.SimpleQueue[_Finished], committer: Committer) -> None:
+    def _keep(self, futures: dict[Future[Transcript], _Submitted], committer: Committer) -> None:
         """Saves what is finished, except entries whose future, or what was written meanwhile, has raised an error."""
-        while not finished.empty():
+        for future in [future for future in futures if future.done()]:
             with contextlib.suppress(Exception):
-                self._finish_next(finished, committer)
+                self._finish(committer, *futures[future], future)
+                del futures[future]
         committer.save(0.0)
-
-    def _finish_next(self, finished: queue.SimpleQueue[_Finished], committer: Committer) -> Future[Transcript]:
-        """Takes the next result; if a signal interrupts that, it stays in the queue. Raises queue.Empty."""
-        done = finished.get(timeout=_STOP_POLL_SECONDS)
-        try:
-            self._finish(committer, *done)
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                finished.put(done)
-            raise
-        return done[-1]
 
     def _entries(self, tasks: list[Task], committer: Committer) -> Iterator[tuple[StartedTask, Entry]]:
         """The entries of tasks, except those that another worker has done."""
