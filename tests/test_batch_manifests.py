@@ -85,7 +85,7 @@ def test_a_table_has_all_fields_of_a_manifest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["caffeine-1.wav", "ID3-talk.wav", "FORMAL.wav", "[01] intro.wav", "talk.oga", "x.sph"]
+    "name", ["caffeine-1.wav", "ID3-talk.wav", "FORMAL.wav", "[01] intro.wav", "talk.oga", "x.sph", "file,1.wav"]
 )
 def test_lists_of_any_names_are_lists(tmp_path: Path, name: str) -> None:
     (tmp_path / "list").write_text(f"{name}\n{name}\n")
@@ -95,10 +95,11 @@ def test_lists_of_any_names_are_lists(tmp_path: Path, name: str) -> None:
 
 def test_a_table_of_kaldi_is_known_by_its_name(corpus: Path, tmp_path: Path) -> None:
     # Given Kaldi's table of ids and files, when it is run, then results have its ids
-    (corpus / "wav.scp").write_text("utt1 a/1.wav\nutt2  a/3.wav\n\n")
+    (corpus / "wav.scp").write_text("# ids\nutt1\ta/1 b.wav\nutt2  a/3.wav \n\n")
+    (corpus / "a/1.wav").rename(corpus / "a/1 b.wav")
     run(corpus / "wav.scp", tmp_path / "out")
     assert [(line["id"], line["audio"]) for line in results(tmp_path / "out")] == [
-        ("utt1", "a/1.wav"),
+        ("utt1", "a/1 b.wav"),
         ("utt2", "a/3.wav"),
     ]
 
@@ -168,11 +169,34 @@ def test_cuts_and_recordings_of_lhotse_are_understood(
         ({"audio": {"path": None}}, "audio must be a short string that is not empty, not None"),
         ({"sentence": "hello", "clip": "a.wav"}, "names no audio by audio or path; its fields are sentence, clip"),
         ({}, "its fields are none"),
+        (CUT | {"recording": RECORDING, "path": "b.wav"}, "has both path and a recording of Lhotse"),
+        (RECORDING | {"audio": "b.wav"}, "has both audio and a recording of Lhotse"),
+        ({"wav": "a.wav", "duration": 0.3, "start": 0, "stop": 4800}, "by start: give offset and duration, in seconds"),
+        ({"file": "a.wav", "begin_time": 1}, "names an excerpt by begin_time"),
+        ({"path": "a.wav", "Start": 1}, "names an excerpt by Start"),
+        ({"path": "a.wav", "offset_ms": 100}, "names an excerpt by offset_ms"),
+        ({"path": "a.wav", "end_sec": 1}, "names an excerpt by end_sec"),
+        ({"path": "a.wav", "num_frames": 10}, "names an excerpt by num_frames"),
+        ({"path": "a.wav", "segment": [1, 2]}, "names an excerpt by segment"),
+        ({"audio": "a.wav", "start": 10.0, "duration": 2.5}, "names an excerpt by start"),
+        ({"audio": "a.wav", "onset": 1.0, "offset": 2.5}, "names an excerpt by onset"),
     ],
 )
 def test_what_names_no_file_is_refused_by_what_is_there(fields: dict[str, Any], message: str) -> None:
     error = parse_entry(fields, 3, TranscribeOptions()).error
     assert error is not None and error.startswith("entry 3: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"path": "a.wav", "offset": 1.5, "duration": 2.0, "segment": "Singleword Benchmark", "start": None},
+        {"audio": "a.wav", "offset": 1.5, "duration": 2.0, "start": 1.5, "end": 3.5, "sources": ["radio"]},
+    ],
+)
+def test_an_excerpt_has_an_offset_and_a_duration(fields: dict[str, Any]) -> None:
+    entry = parse_entry(fields, 0, TranscribeOptions())
+    assert (entry.error, entry.audio, entry.offset, entry.duration) == (None, "a.wav", 1.5, 2.0)
 
 
 def test_a_bad_line_fails_alone_in_utf_16_too(corpus: Path, tmp_path: Path) -> None:
@@ -206,6 +230,7 @@ def _wav(path: Path) -> bytes:
         (b"transcripts of Monday\n", "its first line is not a JSON object"),
         (b"[1, 2", "is not a readable JSON array"),
         (b'audio,text\na.wav,"no end\nb.wav,x\n', "unexpected end of data"),
+        (b"Path,path,text\na.wav,b.wav,x\n", "has two columns called path"),
         (b"audio,id\na.wav,1,2\n", "row 1 has more columns than the header"),
         (gzip.compress(b'{"audio": "a"}\n' * 99, mtime=0)[:-20], "is damaged"),
         (b"\xff\xfe\x00\xd8", "utf-16"),
@@ -285,6 +310,11 @@ def test_fields_that_should_change_results_are_named(tmp_path: Path, name: str) 
     # Given a line with a field that is not understood, when it is scanned, then the field is named
     manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"audio": "a.wav", name: 1}), TranscribeOptions())
     assert manifest.ignored_fields == (name,)
+
+
+def test_fields_that_are_refused_are_not_said_to_change_nothing(tmp_path: Path) -> None:
+    manifest = Manifest.scan(write_lines(tmp_path / "m.jsonl", {"path": "a.wav", "start": 1}), TranscribeOptions())
+    assert manifest.ignored_fields == ()
 
 
 def test_fields_of_others_are_no_matter(tmp_path: Path) -> None:

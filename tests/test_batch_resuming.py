@@ -1,14 +1,18 @@
 """What a worker has finished is kept when it is stopped or dies, and parts are of a length that it can do."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import soundfile
 from batch_jobs import RATE, read_lines, results, run, tone, write_corpus, write_lines
@@ -29,15 +33,15 @@ def part_indices(out: Path) -> list[list[int]]:
 
 
 class Halting(StandIn):
-    """Comes to a halt amid its third utterance, until the test ends, and calls a function then."""
+    """Halts within an utterance, the third by default, until the test ends, and calls a function then."""
 
-    def __init__(self, halted: Callable[[], Any]):
+    def __init__(self, halted: Callable[[], Any], utterance: int = 3):
         super().__init__()
-        self._halted, self._released = halted, threading.Event()
+        self._halted, self._utterance, self._released = halted, utterance, threading.Event()
 
     def _transcribe(self, audio: Any, *arguments: Any) -> Transcript:
         transcript = super()._transcribe(audio, *arguments)
-        if len(self.keywords) == 3:
+        if len(self.keywords) == self._utterance:
             self._halted()
             self._released.wait()
         return transcript
@@ -47,27 +51,28 @@ class Halting(StandIn):
 
 
 @pytest.fixture
-def halting() -> Iterator[Callable[[Callable[[], Any]], Halting]]:
+def halting() -> Iterator[Callable[..., Halting]]:
     """Makes such stand-ins."""
     made: list[Halting] = []
-    yield lambda halted: made.append(Halting(halted)) or made[-1]
+    yield lambda *arguments: made.append(Halting(*arguments)) or made[-1]
     for asr in made:
         asr.release()
 
 
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGTERM, signal.SIGHUP)])
 def test_a_job_that_is_preempted_again_and_again_ends(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halting: Any
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halting: Any, signals: tuple[signal.Signals, ...]
 ) -> None:
-    # Given a part of five recordings, and a worker that gets SIGTERM amid its third one
+    # Given a part of five recordings, and a worker that gets a signal within its third one, or two at once
     manifest, out = write_lines(corpus / "m.jsonl", *LINES), tmp_path / "out"
     run(manifest, tmp_path / "undisturbed")
     workers: list[StandIn] = []
-    preempted = lambda *_, **__: halting(lambda: os.kill(os.getpid(), signal.SIGTERM))  # noqa: E731
+    preempted = lambda *_, **__: halting(lambda: [os.kill(os.getpid(), each) for each in signals])  # noqa: E731
     monkeypatch.setattr(job.Transcriber, "from_options", lambda *_, **__: workers.append(preempted()) or workers[-1])
     # When the command is run until it ends by itself
     codes = [CliRunner().invoke(cli.app, ["batch", str(manifest), "--out", str(out)]).exit_code for _ in range(3)]
     # Then no recording that was finished is transcribed again, each is there once, and nothing else is left
-    assert codes == [143, 143, 0]
+    assert set(codes[:2]) <= {128 + each for each in signals} and codes[2] == 0
     assert [len(worker.keywords) for worker in workers] == [3, 3, 1]
     fields = [{key: line[key] for key in ("index", "audio", "text")} for line in results(out)]
     assert fields == [{key: line[key] for key in fields[0]} for line in results(tmp_path / "undisturbed")]
@@ -76,7 +81,7 @@ def test_a_job_that_is_preempted_again_and_again_ends(
 
 @pytest.mark.parametrize("out", ["local", "memory://resumed"])
 def test_what_was_finished_is_not_done_again(corpus: Path, tmp_path: Path, out: str, halting: Any) -> None:
-    # Given a worker that is stopped amid a part, one of whose recordings is missing
+    # Given a worker that is stopped within a part, one of whose recordings is missing
     out = out if ":" in out else f"{tmp_path}/{out}"
     (corpus / "a/3.wav").rename(corpus / "later.wav")
     manifest, halted = write_lines(corpus / "m.jsonl", *LINES), threading.Event()
@@ -90,6 +95,35 @@ def test_what_was_finished_is_not_done_again(corpus: Path, tmp_path: Path, out: 
     # And everything is there once, and nothing else is left
     assert batch.merge(out)["transcribed"] == 5
     assert not any(name.startswith("unfinished") for name in open_store(out).names())
+
+
+def test_an_error_of_the_device_keeps_what_was_finished(corpus: Path, tmp_path: Path, halting: Any) -> None:
+    # Given a worker whose device is lost at the third utterance, when a later one runs, then it does only the rest
+    def lose() -> None:
+        raise RuntimeError("device is lost")
+
+    manifest, out = write_lines(corpus / "m.jsonl", *LINES), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="device is lost"):
+        batch.run(manifest, out, transcriber=(halting(lose), "stand-in"), num_readers=1)
+    summary, asr = run(manifest, out)
+    assert summary.kept >= 2 and summary.kept + len(asr.keywords) == summary.transcribed == 5
+
+
+def test_what_a_stopped_retry_has_finished_is_not_lost(corpus: Path, tmp_path: Path, halting: Any) -> None:
+    # Given recordings that were damaged, and a retry of them that is stopped when two are done
+    manifest, out, halted = write_lines(corpus / "m.jsonl", *LINES), tmp_path / "out", threading.Event()
+    for line in LINES:
+        (corpus / line["audio"]).rename(corpus / line["audio"].replace("/", "-"))
+        (corpus / line["audio"]).write_bytes(b"damaged" * 100)
+    assert run(manifest, out, detect_changes="off")[0].failed == 5
+    for line in LINES:
+        (corpus / line["audio"].replace("/", "-")).rename(corpus / line["audio"])
+    asr, stopped = halting(halted.set), {"stop": halted.is_set, "retry_failed": True}
+    batch.run(manifest, out, transcriber=(asr, "stand-in"), num_readers=1, detect_changes="off", **stopped)
+    # When a run follows that does not retry what failed, then these two are results
+    summary, asr = run(manifest, out, detect_changes="off")
+    assert (summary.kept, summary.transcribed, summary.failed, len(asr.keywords)) == (2, 2, 3, 0)
+    assert batch.merge(out)["transcribed"] == 2 and not list(out.glob("unfinished-*"))
 
 
 @pytest.fixture
@@ -122,10 +156,79 @@ def test_a_worker_that_dies_leaves_what_it_has_saved(dead: tuple[Path, Path], mo
     assert (summary.kept, len(asr.keywords)) == (len(saved) - 1, 5 - len(saved) + 1)
     assert set(saved) <= set(next(out.glob("part-*")).read_bytes().splitlines(keepends=True))
     assert not list(out.glob("unfinished-*"))
-    # And files that a slower worker of the part leaves later are deleted by the next run
-    shutil.copy(out / "job.json", out / files[0].name)
-    run(manifest, out)
+    # And files that a slower worker of the part leaves later are deleted by the next run, and when parts are merged
+    for end in (lambda: run(manifest, out), lambda: batch.merge(out)):
+        shutil.copy(out / "job.json", out / files[0].name)
+        end()
+        assert not list(out.glob("unfinished-*"))
+
+
+def test_what_a_slower_worker_leaves_during_a_run_is_deleted(dead: tuple[Path, Path]) -> None:
+    # Given the files of a dead worker, when there is one more after the next worker has begun, then none is left
+    manifest, out = dead
+    late = next(out.glob("unfinished-*"))
+    run(manifest, out, progress=lambda _: shutil.copy(out / "job.json", out / f"{late.stem[:-8]}abcdef01.jsonl"))
     assert not list(out.glob("unfinished-*"))
+
+
+def test_lines_that_lack_a_field_are_not_kept(dead: tuple[Path, Path]) -> None:
+    # Given saved lines without the name of their audio, when the part is done again, then they are done again
+    manifest, out = dead
+    for path in out.glob("unfinished-*"):
+        write_lines(path, *({k: v for k, v in line.items() if k != "audio"} for line in read_lines(path)))
+    assert run(manifest, out)[0].kept == 0
+    assert batch.merge(out)["transcribed"] == 5
+
+
+def test_names_that_cannot_be_deleted_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a store that forbids to delete, when several files are deleted, then the first one is tried once
+    tried: list[str] = []
+
+    def forbid(files: Any, path: str) -> None:
+        tried.append(path)
+        raise OSError("forbidden")
+
+    store = open_store("memory://forbidden")
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "rm_file", forbid)
+    store.remove("a", "b")
+    assert [path.rpartition("/")[2] for path in tried] == ["a"]
+
+
+def test_without_hard_links_one_of_two_workers_creates_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a file system without hard links, and two workers that rename at the same time if they can
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    def meet(*arguments: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        rename(*arguments)
+
+    rename, both, store = os.rename, threading.Barrier(2), LocalStore(tmp_path)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "rename", meet)
+    # When both create a file, then one of them does, and its content is there
+    with ThreadPoolExecutor(2) as threads:
+        contents = [b"first", b"second"]
+        created = list(threads.map(lambda content: store.create("parts.json", content), contents))
+    assert sorted(created) == [False, True]
+    assert (tmp_path / "parts.json").read_bytes() == contents[created.index(True)]
+    assert [path.name for path in tmp_path.iterdir()] == ["parts.json"]
+
+
+def test_a_limit_that_is_a_whole_number_is_the_same_job(corpus: Path, tmp_path: Path) -> None:
+    # Given a part that was done with a limit as a float, when it is run with an integer, then it is there
+    manifest = write_lines(corpus / "m.jsonl", *LINES)
+    first, _ = run(manifest, tmp_path / "out", part_seconds=60.0)
+    second, asr = run(manifest, tmp_path / "out", part_seconds=60)
+    assert (second.fingerprint, second.resumed_parts, asr.keywords) == (first.fingerprint, 1, [])
+    # And also if the job is stored with the integer
+    shutil.rmtree(tmp_path / "out")
+    run(manifest, tmp_path / "out", part_seconds=60.0, stop=lambda: True)
+    job_file = tmp_path / "out/job.json"
+    job_file.write_text(job_file.read_text().replace("60.0", "60"))
+    assert run(manifest, tmp_path / "out", part_seconds=60)[0].transcribed == 5
+    assert batch.merge(tmp_path / "out")["transcribed"] == 5
 
 
 def test_a_recording_that_has_changed_is_not_kept(corpus: Path, dead: tuple[Path, Path]) -> None:
@@ -164,29 +267,45 @@ def test_parts_have_the_seconds_of_the_manifest(corpus: Path, tmp_path: Path) ->
     durations = [0.05, 0.05, 0.04, None, 0.02, None]
     lines = [{"audio": "a/1.wav", "duration": duration} for duration in durations]
     run(write_lines(corpus / "m.jsonl", *lines), tmp_path / "out", part_seconds=0.14)
-    assert part_indices(tmp_path / "out") == [[0, 1, 2], [3, 4], [5]]  # a/1.wav has 0.11 seconds
+    assert part_indices(tmp_path / "out") == [[0, 1, 2], [3], [4], [5]]  # a/1.wav has 0.11 seconds, estimated as 0.44
     assert batch.merge(tmp_path / "out")["entries"] == 6
 
 
 def test_files_that_change_do_not_move_parts(tmp_path: Path) -> None:
-    # Given a directory of files of 0.1 to 0.19 seconds, in parts that their sizes limit, none of which is done
+    # Given a directory of files of estimated 0.4 to 0.76 seconds, in parts that these limit, none of which is done
     corpus, out = write_corpus(tmp_path / "corpus"), tmp_path / "out"
-    summary, _ = run(corpus, out, part_seconds=0.5, stop=lambda: True)
-    assert part_indices(out) == [] and "nothing was done when this worker was stopped" in summary.notes[0]
+    summary, _ = run(corpus, out, part_seconds=2, stop=lambda: True)
+    assert part_indices(out) == [] and summary.notes == ()
     # When files grow, or are gone, and others do the job, then they do it in these parts
     soundfile.write(corpus / "b/2.wav", tone(3), RATE)
     (corpus / "b/4.wav").unlink()
     for shard in range(2):
-        run(corpus, out, part_seconds=0.5, shard=shard, num_shards=2)
+        run(corpus, out, part_seconds=2, shard=shard, num_shards=2)
     assert part_indices(out) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     assert batch.merge(out)["entries"] == 10
     # And without the file that says where parts begin, they are not merged
-    (out / "parts.json").write_text('{"starts": [0, 3, 2]}')
-    with pytest.raises(GraniteError, match="parts.json is damaged"):
-        batch.merge(out)
+    for starts in ("[0, 3, 2]", "[0, 3.0]", "[0.0]"):
+        (out / "parts.json").write_text(f'{{"starts": {starts}}}')
+        with pytest.raises(GraniteError, match="parts.json is damaged"):
+            batch.merge(out)
     (out / "parts.json").unlink()
     with pytest.raises(GraniteError, match="parts.json is missing; run the job again"):
         batch.merge(out)
+
+
+def test_a_recording_that_takes_too_long_is_noted(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, halting: Any
+) -> None:
+    # Given workers that are stopped within their first recording, after more or less than the time to save
+    manifest, notes = write_lines(corpus / "m.jsonl", *LINES), []
+    for seconds in (1000.0, 0.0):
+        monkeypatch.setattr(job, "SAVE_SECONDS", seconds)
+        halted = threading.Event()
+        asr = halting(halted.set, 1)
+        summary = batch.run(manifest, tmp_path / "out", transcriber=(asr, "stand-in"), stop=halted.is_set)
+        notes.append([note.partition(";")[0] for note in summary.notes])
+    # Then the one that had the time says that nothing was done
+    assert notes == [[], ["nothing was done when this worker was stopped"]]
 
 
 def test_jobs_without_a_limit_of_seconds_go_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def _aws_has_endpoint() -> bool:
         return False
 
 
-# https may only reach servers on the public Internet, whatever a host name resolves to and wherever a redirect leads.
+# https may only reach servers on the public Internet, also after a host name is resolved, and where redirects lead.
 # The client resolves names again and can get other addresses, so its resolver checks them, too.
 
 

@@ -9,6 +9,7 @@
 | `sources` | recordings of Lhotse |
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,10 @@ NAMES = ("audio", "audio_filepath")
 OTHER_NAMES = (
     *("path", "file_name", "file", "filename", "wav"),
     *("audio_path", "audio_file", "file_path", "filepath", "wav_path"),
+)
+# Fields by which other tools' manifests name an excerpt, in units and from origins that differ between tools.
+_EXCERPT = re.compile(
+    r"start|stop|end|begin|onset|t0|(begin|start|end)_time|.*_(ms|sec|frames?)|frame_offset|segments?|channel"
 )
 
 
@@ -38,26 +43,49 @@ def name_of_audio(names: Iterable[str]) -> str | None:
 def is_lhotse(fields: Mapping[str, Any]) -> bool:
     """Whether an entry is a cut or a recording of Lhotse."""
     recording = fields.get("recording", fields)
-    return isinstance(recording, Mapping) and isinstance(recording.get("sources"), list)
+    sources = recording.get("sources") if isinstance(recording, Mapping) else None
+    return isinstance(sources, list) and all(isinstance(source, Mapping) for source in sources)
 
 
 def audio_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `audio` of an entry, and the `offset` and `duration` of an excerpt where other fields say these.
 
     Raises:
-      GraniteError: the entry names no audio, several, or what is not a whole file or an excerpt of one.
+      GraniteError: the entry names no audio, several, or what is not a whole file or an excerpt of one; or it names an
+        excerpt by fields whose meaning is not certain.
     """
     name = name_of_audio(fields)
-    if name is None and is_lhotse(fields):
+    if is_lhotse(fields):
+        if name is not None:
+            raise GraniteError(f"has both {name} and a recording of Lhotse")
         return _lhotse(fields)
     if name is None:
         raise GraniteError(f"names no audio by audio or path; its fields are {', '.join(fields)[:200] or 'none'}")
+    if (excerpt := uncertain_excerpt(fields)) is not None:
+        raise GraniteError(f"names an excerpt by {excerpt:.40}: give offset and duration, in seconds")
     value = fields[name]
     if isinstance(value, Mapping):
         if value.get("bytes") is not None or value.get("array") is not None:
             raise GraniteError(f"{name} holds the samples or bytes themselves: write them to files, and name these")
         value = value.get("path")
     return {"audio": text_field(name, value)}
+
+
+def uncertain_excerpt(fields: Mapping[str, Any]) -> str | None:
+    """A field that may say where an excerpt of the audio begins or ends, and is not `offset` or `duration`.
+
+    Beside `audio` or `audio_filepath`, fields of others change nothing, except those that give `offset` or `duration`
+    another meaning.
+    """
+    if "start" in fields and "duration" in fields and "offset" not in fields:
+        return "start"
+    if "onset" in fields and "offset" in fields:  # which is then the excerpt's end
+        return "onset"
+    if any(name in fields for name in NAMES):
+        return None
+    found = (field for field in fields if _EXCERPT.fullmatch(field.lower()))
+    # The column `segment` of Common Voice has the name of a subset.
+    return next((field for field in found if field != "segment" or re.search(r"\d", str(fields[field]))), None)
 
 
 def text_field(name: str, value: Any) -> str:

@@ -17,7 +17,9 @@ from granite_jax.batch.store import Store
 from granite_jax.errors import GraniteError
 
 _ADVICE = ": delete it and run the job again"
-_PART = re.compile(r"part-(\d{6,9})-([0-9a-f]{12})(?:\.r([1-9]\d{0,5}))?\.jsonl")
+TASK = r"(\d{6,9})-([0-9a-f]{12})(?:\.r([1-9]\d{0,5}))?"
+"""Matches what `task_name` returns: part, fingerprint and retry."""
+_PART = re.compile(rf"part-{TASK}\.jsonl")
 
 
 class Line(NamedTuple):
@@ -32,10 +34,14 @@ class Line(NamedTuple):
         return "error" in self.fields
 
 
+def task_name(part: int, fingerprint: str, retry: int = 0) -> str:
+    """Part, fingerprint and retry, as in names of files."""
+    return f"{part:06}-{fingerprint}" + (f".r{retry}" if retry else "")
+
+
 def part_name(part: int, fingerprint: str, retry: int = 0) -> str:
     """The file name of a part, or of one of its retries, which contains the job's fingerprint."""
-    suffix = f".r{retry}" if retry else ""
-    return f"part-{part:06}-{fingerprint}{suffix}.jsonl"
+    return f"part-{task_name(part, fingerprint, retry)}.jsonl"
 
 
 def committed_parts(names: Iterable[str], fingerprint: str) -> dict[int, int]:
@@ -114,6 +120,7 @@ def _parse(data: bytes) -> Line | None:
     try:
         fields = json.loads(data)
         is_valid = data.endswith(b"\n") and isinstance(fields.get("duration", 0.0), int | float)
-        return Line(fields, data) if is_valid and isinstance(fields["index"], int) else None
+        is_valid = is_valid and isinstance(fields["index"], int) and isinstance(fields["audio"], str)
+        return Line(fields, data) if is_valid else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

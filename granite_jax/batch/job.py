@@ -4,8 +4,8 @@
     device              part 1, 2 ...    batches of utterances of similar length, of several parts where these meet
     commit                      part 1   each when its last utterance is done, while the device continues
 
-A part is committed as a whole or not at all (`unfinished`); the next worker goes on with the lines that one has left
-that was stopped, or killed. The lines of a part depend only on its entries.
+A part is committed as a whole or not at all (`unfinished`); the next worker continues with the lines that a stopped or
+killed one left. The lines of a part depend only on its entries.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import os
 import queue
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,14 @@ from granite_jax.batch.reader_processes import check_processes
 from granite_jax.batch.reading import EntryAudio, Kind, Reader, Task, opening
 from granite_jax.batch.store import Store, open_store
 from granite_jax.batch.transcription import submit_entry, transcript_of
-from granite_jax.batch.unfinished import SAVE_SECONDS, Committer, StartedTask, unfinished_files
+from granite_jax.batch.unfinished import (
+    SAVE_SECONDS,
+    Committer,
+    StartedTask,
+    remove_committed,
+    unfinished_files,
+    usable_lines,
+)
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
 from granite_jax.keywords.options import Entry as Keyword
@@ -46,11 +53,11 @@ from granite_jax.results import segment_fields
 from granite_jax.transcriber import Transcriber, Transcript
 
 OpenEntry = Callable[[Entry], EntryAudio]
-_Finished = tuple[StartedTask, EntryAudio, Future[Transcript]]
+_Submitted = tuple[StartedTask, EntryAudio]
 
 _STOP_POLL_SECONDS = 0.1
 _MAX_ERRORS = 3  # in a summary
-_LONG_PART = 3600.0  # seconds of audio that are worth a note
+_LONG_PART = PART_SECONDS  # seconds of audio that are worth a note
 _LONG_PART_NOTE = (
     "a part has more than an hour of audio, which one worker does; "
     "one that is stopped keeps whole recordings of it, and the next one begins the others again"
@@ -193,7 +200,7 @@ def run(
       keyword_lists: a list of keywords for each entry of the manifest (None: use those of its line or the options).
       retry_failed: try everything again that failed.
       detect_changes: how a local file is recognized that has changed since a former run read it, and is read again: by
-        size and time of modification, by a "hash" of its bytes, which that run must have been told to record, or "off".
+        size and time of modification, by a "hash" of its bytes, which that run must have recorded, or "off".
       progress: called when some utterances are done.
       stop: polled often; True ends the run, which keeps the utterances that are done.
       fields: of `ModelOptions` and `TranscribeOptions`; they override those of `model` and `options`.
@@ -235,7 +242,7 @@ def run(
             "allow": sorted(access.protocols),
         }
         if part_seconds != PART_SECONDS or not has_unbounded_parts(store):
-            description["part_seconds"] = part_seconds
+            description["part_seconds"] = float(part_seconds)
         if keyword_lists:
             if len(keyword_lists) != scanned.entries:
                 raise GraniteError(f"{len(keyword_lists)} keyword_lists for {scanned.entries} entries")
@@ -307,12 +314,14 @@ class _Worker:
         share = self.shard.parts(len(self.partition))
         names = self.store.names()
         retries, files = committed_parts(names, self.fingerprint), unfinished_files(names, self.fingerprint)
-        for (part, retry), left in files.items():  # by a worker that has committed the part, or lost a race for it
-            if part in share and retry <= retries.get(part, -1):
-                for name in left:
-                    self.store.remove(name)
+        remove_committed(self.store, files, retries, share)
         pending = [Task(part, self.partition.indices(part)) for part in share if part not in retries]
-        tasks = pending + [task for part in share if part in retries for task in self._retries(part, retries[part])]
+        tasks = pending + [
+            task
+            for part in share
+            if part in retries
+            for task in self._retries(part, retries[part], files.get((part, retries[part] + 1), ()))
+        ]
         self.progress.entries = sum(len(self.partition.indices(part)) for part in share)
         self.progress.resumed = self.progress.entries - sum(len(task.indices) for task in tasks)
         committer = Committer(self.store, self.fingerprint, files, self.has_changed, self._previous)
@@ -324,8 +333,6 @@ class _Worker:
                     self._transcribe_tasks(asr, tasks, open_entry, committer)
             except _Stopped:
                 stopped = True
-                if not self.progress.done:
-                    self._note(_NOTHING_DONE)
         failed, errors = self._write_errors(share) if not stopped else (self.progress.failed, [])
         summary = Summary(
             fingerprint=self.fingerprint,
@@ -355,13 +362,19 @@ class _Worker:
             self.store.replace(name, path)
         return summary
 
-    def _retries(self, part: int, retries: int) -> list[Task]:
-        """The next retry of a committed part, if entries of it failed, or have changed, that are to be tried again."""
+    def _retries(self, part: int, retries: int, files: Iterable[str]) -> list[Task]:
+        """The next retry of a committed part, if entries of it failed, or have changed, that are to be tried again.
+
+        Args:
+          files: with lines of that retry; entries that failed and are there belong to it, however this run is called.
+        """
+        kept = {line.fields["index"] for line in usable_lines(self.store, files, self.has_changed)}
         lines = read_part(self.store, self.fingerprint, part, retries, self.partition.indices(part))
         indices = []
         for line in lines:
             changed = self.has_changed(line.fields)
-            if changed or (line.failed and (self.retry_failed or line.fields.get("transient"))):
+            is_retried = self.retry_failed or line.fields.get("transient") or line.fields["index"] in kept
+            if changed or (line.failed and is_retried):
                 indices.append(line.fields["index"])
                 self._previous[indices[-1]] = line.data
                 self._changed += changed
@@ -374,8 +387,8 @@ class _Worker:
         # Invalid options of the job end it here; they would fail every utterance.
         asr.transcribe([], self.options)
         self._started, idle_before = time.monotonic(), asr.idle_seconds
-        finished: queue.SimpleQueue[_Finished] = queue.SimpleQueue()
-        futures: set[Future[Transcript]] = set()
+        finished: queue.SimpleQueue[Future[Transcript]] = queue.SimpleQueue()
+        futures: dict[Future[Transcript], _Submitted] = {}  # until their results are taken
         entries = self._entries(tasks, committer)
         with contextlib.ExitStack() as expecting:
             expecting.enter_context(asr.expecting())
@@ -391,27 +404,38 @@ class _Worker:
                         audio = open_entry(entry)
                         listed = self.keyword_lists[entry.index] if self.keyword_lists else None
                         future = submit_entry(asr, audio, self.options, listed)
-                        futures.add(future)
-                        future.add_done_callback(lambda f, s=started, a=audio: finished.put((s, a, f)))
+                        futures[future] = started, audio
+                        future.add_done_callback(finished.put)
                         following = next(entries, None)
                         continue
                     try:
-                        done = finished.get(timeout=_STOP_POLL_SECONDS)
+                        future = finished.get(timeout=_STOP_POLL_SECONDS)
                     except queue.Empty:
                         continue
-                    futures.remove(done[-1])
-                    self._finish(committer, *done)
+                    self._finish(committer, *futures[future], future)
+                    del futures[future]
                     self.progress.read_seconds = asr.idle_seconds - idle_before
                     self._report()
-            except (_Stopped, KeyboardInterrupt):
-                while not finished.empty():
-                    self._finish(committer, *finished.get())
-                committer.save(0.0)
+            except BaseException:  # also a lost device, a full disk, a second signal: what is finished is kept
+                try:
+                    self._keep(futures, committer)
+                finally:
+                    self._keep(futures, committer)  # the rest, if a second signal has interrupted that
+                if futures and not self.progress.done and time.monotonic() - self._started >= SAVE_SECONDS:
+                    self._note(_NOTHING_DONE)
                 raise
             finally:
                 for future in futures:
                     future.cancel()
                 committer.close()
+
+    def _keep(self, futures: dict[Future[Transcript], _Submitted], committer: Committer) -> None:
+        """Saves what is finished, except entries whose future, or what was written meanwhile, has raised an error."""
+        for future in [future for future in futures if future.done()]:
+            with contextlib.suppress(Exception):
+                self._finish(committer, *futures[future], future)
+                del futures[future]
+        committer.save(0.0)
 
     def _entries(self, tasks: list[Task], committer: Committer) -> Iterator[tuple[StartedTask, Entry]]:
         """The entries of tasks, except those that another worker has done."""
@@ -478,7 +502,9 @@ class _Worker:
     def _write_errors(self, share: range) -> tuple[int, list[tuple[str, str]]]:
         """Writes the failed entries of a share's parts; returns their number, and ids and errors of the first."""
         failed, first, path = 0, [], self.work / "errors.jsonl"
-        retries = committed_parts(self.store.names(), self.fingerprint)
+        names = self.store.names()
+        retries = committed_parts(names, self.fingerprint)
+        remove_committed(self.store, unfinished_files(names, self.fingerprint), retries, share)
         with open(path, "wb") as errors:
             for part in share:
                 indices = self.partition.indices(part)

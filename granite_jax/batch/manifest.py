@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from granite_jax.audio.load import printable
-from granite_jax.batch.audio_fields import MAX_TEXT, audio_fields, is_lhotse, text_field
+from granite_jax.batch.audio_fields import MAX_TEXT, audio_fields, is_lhotse, text_field, uncertain_excerpt
 from granite_jax.errors import GraniteError
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.keywords.options import check_boost, keyword_entries
@@ -165,7 +165,9 @@ def ignored_fields(line: bytes | None) -> list[str]:
         fields = json.loads((line or b"").decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return []
-    keys = itertools.islice(fields, _SAMPLED_FIELDS) if isinstance(fields, dict) and not is_lhotse(fields) else []
+    if not isinstance(fields, dict) or is_lhotse(fields) or uncertain_excerpt(fields) is not None:
+        return []  # the last of these is an error of its entry
+    keys = itertools.islice(fields, _SAMPLED_FIELDS)
     return [key for key in keys if key not in FIELDS and _looks_decisive(key[:_MAX_NAME].lower())]
 
 

@@ -29,6 +29,7 @@ from granite_jax.audio.load import printable
 from granite_jax.audio.parts import looks_like_audio, media_format
 from granite_jax.batch.access import scheme
 from granite_jax.batch.audio_fields import NAMES, OTHER_NAMES, name_of_audio
+from granite_jax.batch.listing import AUDIO_SUFFIXES
 from granite_jax.errors import GraniteError
 
 _NUMBERS = ("offset", "duration")
@@ -138,7 +139,7 @@ def _entries(text: TextIO, size: int) -> Iterator[Any]:
     is_name = re.fullmatch(r".*\.[A-Za-z0-9]{2,5}", first) is not None or scheme(first) is not None
     if first.startswith("[") and not is_name:
         yield from _array(text, size)
-    elif (delimiter := _delimiter(first)) is not None:
+    elif (delimiter := _delimiter(first)) is not None and not first.lower().endswith(AUDIO_SUFFIXES):
         yield from _table_rows(itertools.dropwhile(_is_comment, text), delimiter)
     elif is_name:
         yield from ({"audio": line.strip()} for line in text if not _is_comment(line))
@@ -157,13 +158,14 @@ def _is_comment(line: str) -> bool:
 def _kaldi(text: TextIO) -> Iterator[dict[str, Any]]:
     """The entries of Kaldi's `wav.scp`."""
     for number, line in enumerate(text, start=1):
-        identity, _, audio = line.strip().partition(" ")
-        if audio.endswith("|"):
-            raise GraniteError(f"line {number} is a command, which is not run: write what it prints to a file")
-        if audio:
-            yield {"id": identity, "audio": audio.strip()}
-        elif identity:
+        if _is_comment(line):
+            continue
+        identity, *rest = line.strip().split(None, 1)
+        if not rest:
             raise GraniteError(f"line {number} is not an id and the name of a file, but {identity!a:.60}")
+        if rest[0].endswith("|"):
+            raise GraniteError(f"line {number} is a command, which is not run: write what it prints to a file")
+        yield {"id": identity, "audio": rest[0]}
 
 
 def _array(text: TextIO, size: int) -> Iterator[dict[str, Any]]:
@@ -194,6 +196,9 @@ def _table_rows(text: Iterable[str], delimiter: str) -> Iterator[dict[str, Any]]
     # Quotation marks are text where tabs or bars separate, as in the tables of speech corpora.
     quoting = csv.QUOTE_NONE if delimiter in "\t|" else csv.QUOTE_MINIMAL
     rows = csv.DictReader(text, delimiter=delimiter, skipinitialspace=True, quoting=quoting, strict=True)
+    names = [_column(name) for name in rows.fieldnames or ()]
+    if (double := next((name for name in names if name in _COLUMNS and names.count(name) > 1), None)) is not None:
+        raise GraniteError(f"has two columns called {double}")
     for number, row in enumerate(rows, start=1):
         if None in row:
             raise GraniteError(f"row {number} has more columns than the header")
@@ -246,7 +251,7 @@ def _write(entries: Iterable[Any], work: Path) -> Path:
 
 
 def _write_lines(text: TextIO, work: Path) -> Path:
-    """Writes JSON lines in UTF-8, whatever is wrong with one of them."""
+    """Writes JSON lines in UTF-8, damaged ones, too."""
     target = work / "entries.jsonl"
     with open(target, "w", encoding="utf-8", errors="surrogatepass") as file:
         file.writelines(text)

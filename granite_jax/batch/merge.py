@@ -11,6 +11,7 @@ from granite_jax.batch.committed import committed_parts, read_part
 from granite_jax.batch.partition import read_partition
 from granite_jax.batch.parts import fingerprint_of, read_job
 from granite_jax.batch.store import Store, open_store
+from granite_jax.batch.unfinished import remove_committed, unfinished_files
 from granite_jax.errors import GraniteError
 
 _MAX_SHOWN = 10
@@ -43,7 +44,8 @@ def _merge(store: Store) -> dict[str, int | float | str]:
     job = read_job(store)
     fingerprint, partition = fingerprint_of(job), read_partition(store, job)
     entries, parts = partition.entries, range(len(partition))
-    retries = committed_parts(store.names(), fingerprint)
+    names = store.names()
+    retries = committed_parts(names, fingerprint)
     missing = [part for part in parts if part not in retries]
     if missing:
         shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
@@ -72,4 +74,5 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         summary_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         for path in (transcripts_path, errors_path, summary_path):
             store.replace(path.name, path)
+    remove_committed(store, unfinished_files(names, fingerprint), retries, parts)
     return result

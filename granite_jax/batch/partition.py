@@ -22,8 +22,9 @@ PART_SECONDS = 3600.0
 _PARTS = "parts.json"
 _MAX_LOOKUPS = 1024  # of sizes
 _LOOKUP_THREADS = 16
-_UNCOMPRESSED = (".wav", ".wave", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64")
-_UNCOMPRESSED_RATE, _COMPRESSED_RATE = 32_000, 8_000  # bytes a second, rather too few: then parts are shorter
+_LOSSLESS = (".wav", ".wave", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".flac")
+# Bytes a second of telephone audio, and of speech at 16 kbit/s. Most audio has more: its parts are shorter.
+_LOSSLESS_RATE, _LOSSY_RATE = 8_000, 2_000
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,16 @@ def read_partition(store: Store, job: Mapping[str, Any]) -> Partition:
     entries, size = job.get("entries"), job.get("part_size")
     if not isinstance(entries, int) or not isinstance(size, int) or entries < 1 or size < 1:
         raise GraniteError("job.json does not say how many entries there are")
-    if "part_seconds" not in job:  # of a version whose parts had a number of entries, whatever their length
+    if "part_seconds" not in job:  # of a version whose parts had a number of entries, of any length
         return Partition(entries, range(0, entries, size))
     try:
         with store.open(_PARTS) as file:
             starts = json.loads(file.read())["starts"]
-        is_valid = starts[0] == 0 and all(0 < b - a <= size for a, b in itertools.pairwise([*starts, entries]))
+        is_valid = (
+            all(type(start) is int for start in starts)
+            and starts[0] == 0
+            and all(0 < b - a <= size for a, b in itertools.pairwise([*starts, entries]))
+        )
     except FileNotFoundError:
         raise GraniteError(f"{_PARTS} is missing; run the job again") from None
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -116,7 +121,7 @@ def _estimates(manifest: Manifest, access: AudioStorage) -> dict[int, float]:
             if protocol is not None and not isinstance(error, GraniteError | FileNotFoundError | PermissionError):
                 failing.add(protocol)
             return None
-        rate = _UNCOMPRESSED_RATE if entry.audio.lower().endswith(_UNCOMPRESSED) else _COMPRESSED_RATE
+        rate = _LOSSLESS_RATE if entry.audio.lower().endswith(_LOSSLESS) else _LOSSY_RATE
         return max(0.0, size / rate - entry.offset)
 
     with ThreadPoolExecutor(_LOOKUP_THREADS) as pool:

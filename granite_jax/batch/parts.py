@@ -128,7 +128,7 @@ def claim_output_dir(store: Store, description: Mapping[str, Any]) -> str:
         changes += [f"{key} was {existing.get(key)!r:.200}, is {requested.get(key)!r:.200}" for key in different]
         if changes:
             raise GraniteError(f"the output directory holds results of another job: {'; '.join(changes)}")
-    return fingerprint_of(description)
+    return fingerprint_of(read_job(store))  # of what is stored: equal numbers can be written in several ways
 
 
 def has_unbounded_parts(store: Store) -> bool:

@@ -66,7 +66,7 @@ class ReaderProcesses(Generic[Item, Result]):
             self._idle.put(process)
 
     def close(self) -> None:
-        """Kills the processes, whatever they do."""
+        """Kills the processes, also while they read."""
         with self._lock:
             self._closed = True
             running = list(self._running)

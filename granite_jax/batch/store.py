@@ -1,7 +1,8 @@
 """The output directory of a job, local or on an object store: its files are complete even if a worker dies.
 
 A file is created once and never changed (parts), or replaced as a whole (summaries). Local files are written under a
-temporary name, flushed to disk and then linked; an object store gets one conditional put.
+temporary name, flushed to disk and then linked (renamed where there are no links); an object store gets one conditional
+put.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from granite_jax.audio.load import AccessError
 from granite_jax.batch.access import STORES, check_store, retried, scheme
 from granite_jax.errors import GraniteError
 
+_LOCK_SECONDS = 10.0  # after which a lock counts as abandoned, which is held for the time of two system calls
 _STALE = 3600.0  # seconds after which a temporary file counts as abandoned
 _LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # Object stores whose conditional put is atomic; "memory", in this process, is for tests.
@@ -37,8 +39,8 @@ class Store(Protocol):
         """Writes a local file's content; replaces the file of this name if there is one."""
         ...
 
-    def remove(self, name: str) -> None:
-        """Deletes a file if that is possible."""
+    def remove(self, *names: str) -> None:
+        """Deletes files until that is not possible; ignores those that are missing."""
         ...
 
     def names(self) -> set[str]:
@@ -100,12 +102,29 @@ class LocalStore:
             except OSError as error:
                 if error.errno not in _LINKS_UNSUPPORTED:
                     raise
-                # Without links a second worker can replace the first one's part, whose content is the same.
-                if (self.directory / name).exists():
+                if not self._rename_if_new(partial, name):
                     return False
-                os.rename(partial, self.directory / name)
         self._flush()
         return True
+
+    def _rename_if_new(self, partial: Path, name: str) -> bool:
+        """Renames a temporary file; False if there is a file of that name. A lock file makes this one step."""
+        lock, began = self.directory / f".{name}.partial", time.monotonic()
+        while True:
+            try:
+                lock.touch(exist_ok=False)
+                break
+            except FileExistsError:
+                if time.monotonic() - began > _LOCK_SECONDS:  # of a worker that was killed
+                    lock.unlink(missing_ok=True)
+                time.sleep(0.01)
+        try:
+            if (self.directory / name).exists():
+                return False
+            os.rename(partial, self.directory / name)
+            return True
+        finally:
+            lock.unlink(missing_ok=True)
 
     def replace(self, name: str, data: Path) -> None:
         """As in `Store`."""
@@ -113,10 +132,11 @@ class LocalStore:
             os.replace(partial, self.directory / name)
         self._flush()
 
-    def remove(self, name: str) -> None:
+    def remove(self, *names: str) -> None:
         """As in `Store`."""
         with contextlib.suppress(OSError):
-            (self.directory / name).unlink()
+            for name in names:
+                (self.directory / name).unlink(missing_ok=True)
 
     def names(self) -> set[str]:
         """As in `Store`."""
@@ -178,10 +198,12 @@ class ObjectStore:
         """As in `Store`."""
         retried(lambda: self._files.put_file(str(data), self._path(name)))
 
-    def remove(self, name: str) -> None:
+    def remove(self, *names: str) -> None:
         """As in `Store`."""
         with contextlib.suppress(Exception):  # file systems can raise anything, as where deletion is forbidden
-            retried(lambda: self._files.rm_file(self._path(name)))
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    self._files.rm_file(self._path(name))
 
     def names(self) -> set[str]:
         """As in `Store`."""

@@ -1,29 +1,30 @@
-"""Commits parts, and keeps finished lines of those that a worker is stopped or killed amid.
+"""Commits parts, and keeps the finished lines of those in which a worker is stopped or killed.
 
     unfinished-000007-FINGERPRINT-1a2b3c4d.jsonl      lines of part 7
     unfinished-000007-FINGERPRINT.r1-5e6f7a8b.jsonl   lines of its first retry
 
 Such a file is created once, with lines that no other file of its worker has, and deleted when its part is committed.
-There is none of a part that takes less than `SAVE_SECONDS`. The next worker of the part, whichever that is, takes over
-the lines of all of them.
+There is none of a part that takes less than `SAVE_SECONDS`. The next worker of the part takes over the lines of all of
+them.
 """
 
 import collections
 import dataclasses
+import itertools
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from granite_jax.batch.committed import intact_lines, part_name
+from granite_jax.batch.committed import TASK, Line, intact_lines, part_name, task_name
 from granite_jax.batch.reading import Task
 from granite_jax.batch.store import Store
 
 SAVE_SECONDS = 30.0
 """How long a finished line waits for the rest of its part before it is saved."""
-_NAME = re.compile(r"unfinished-(\d{6,9})-([0-9a-f]{12})(?:\.r([1-9]\d{0,5}))?-[0-9a-f]{8}\.jsonl")
+_NAME = re.compile(rf"unfinished-{TASK}-[0-9a-f]{{8}}\.jsonl")
 _THREADS = 8  # that write to the store
 
 
@@ -64,6 +65,28 @@ def unfinished_files(names: Iterable[str], fingerprint: str) -> dict[tuple[int, 
     return dict(files)
 
 
+def usable_lines(
+    store: Store, names: Iterable[str], has_changed: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[Line]:
+    """The lines of unfinished files that are results of recordings that have not changed since."""
+    for line in (line for name in names for line in intact_lines(store, name)):
+        if not line.failed and not has_changed(line.fields):
+            yield line
+
+
+def remove_committed(
+    store: Store, files: Mapping[tuple[int, int], list[str]], retries: Mapping[int, int], parts: Container[int]
+) -> None:
+    """Deletes the `unfinished_files` of tasks that are committed, by their own worker or by one that was faster.
+
+    Args:
+      retries: the `committed_parts`.
+      parts: those whose files are deleted.
+    """
+    committed = (names for (part, retry), names in files.items() if part in parts and retry <= retries.get(part, -1))
+    store.remove(*itertools.chain.from_iterable(committed))
+
+
 class Committer:
     """Commits the tasks of a worker when their last line is there, and saves lines meanwhile, in threads of its own.
 
@@ -98,11 +121,11 @@ class Committer:
         names = self._files.get((task.part, task.retry), ())
         if self._store.exists(part_name(task.part, self._fingerprint, task.retry)):
             self.tasks_of_others += 1
-            self._remove(names)
+            self._store.remove(*names)
             return None
         started, indices = StartedTask(task), set(task.indices)
-        for line in (line for name in names for line in intact_lines(self._store, name)):
-            if line.fields["index"] in indices and not line.failed and not self._has_changed(line.fields):
+        for line in usable_lines(self._store, names, self._has_changed):
+            if line.fields["index"] in indices:
                 started.lines[line.fields["index"]] = line.data
         started.kept = len(started.lines)
         self.kept += started.kept
@@ -118,14 +141,16 @@ class Committer:
             started.unsaved.append(line)
         self._commit_if_done(started)
         while self._commits and self._commits[0].done():
-            self.tasks_of_others += not self._commits.popleft().result()
+            self.tasks_of_others += not self._commits[0].result()  # stays for `close` if it raises
+            self._commits.popleft()
 
     def save(self, seconds: float) -> None:
         """Saves the lines of tasks in which one has waited for so long."""
         for started in self._started:
             if started.unsaved and time.monotonic() - started.waiting_since >= seconds:
-                lines, started.unsaved = started.unsaved, []
-                started.files.append(self._threads.submit(self._save, started.task, b"".join(lines)))
+                data = b"".join(started.unsaved)
+                started.files.append(self._threads.submit(self._save, started.task, data))
+                started.unsaved = []
 
     def close(self) -> None:
         """Waits until all is written. Raises what that has raised."""
@@ -137,8 +162,8 @@ class Committer:
 
     def _commit_if_done(self, started: StartedTask) -> None:
         if started.is_done:
-            self._started.remove(started)
             self._commits.append(self._threads.submit(self._commit, started))
+            self._started.remove(started)
 
     def _commit(self, started: StartedTask) -> bool:
         """Whether this worker, and not another one, has committed the task, or nothing has changed by a retry."""
@@ -148,15 +173,10 @@ class Committer:
         if not task.retry or any(lines[index] != self._previous[index] for index in task.indices):
             data = b"".join(lines[index] for index in task.indices)
             is_first = self._store.create(part_name(task.part, self._fingerprint, task.retry), data)
-        self._remove((*self._files.get((task.part, task.retry), ()), *saved))
+        self._store.remove(*self._files.get((task.part, task.retry), ()), *saved)
         return is_first
 
     def _save(self, task: Task, data: bytes) -> str:
-        stem = part_name(task.part, self._fingerprint, task.retry).removeprefix("part").removesuffix(".jsonl")
-        name = f"unfinished{stem}-{uuid.uuid4().hex[:8]}.jsonl"
+        name = f"unfinished-{task_name(task.part, self._fingerprint, task.retry)}-{uuid.uuid4().hex[:8]}.jsonl"
         self._store.create(name, data)
         return name
-
-    def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._store.remove(name)

@@ -74,9 +74,10 @@ def run(
 
     Lines of the manifest are JSON objects with audio (or path, or the like), and optionally offset, duration, id, task,
     target_language (or to), keywords and prompt; options apply to lines without their own. DIR gets part-*.jsonl,
-    errors.jsonl, summary.json and job.json. The exit status is 0 if the shard is done, even if single utterances
-    failed, and 3 if more of them failed than --max-failures allows; 1 if results could not be written, and 143 after
-    SIGTERM (130 after Ctrl-C), which keeps the utterances that are done: run again; 2 if the job cannot be run.
+    errors.jsonl, summary.json, job.json, parts.json (where parts begin) and, until their part is done,
+    unfinished-*.jsonl. The exit status is 0 if the shard is done, even if single utterances failed, and 3 if more of
+    them failed than --max-failures allows; 1 if results could not be written, and 143 after SIGTERM (130 after Ctrl-C),
+    which keeps the utterances that are done: run again; 2 if the job cannot be run.
     """
     from granite_jax import batch
 

@@ -49,7 +49,7 @@ def evaluate(
         bool,
         typer.Option("--bias", help="bias with each utterance's list, from --keyword-lists or the set"),
     ] = False,
-    part_size: Annotated[int, typer.Option(min=1, help="utterances that are committed together")] = 128,
+    part_size: Annotated[int, typer.Option(min=1, help="at most so many utterances are committed together")] = 128,
     root: Annotated[
         str | None, typer.Option(help="directory that local files must be below; default: the manifest's directory")
     ] = None,
