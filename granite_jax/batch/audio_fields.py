@@ -24,7 +24,8 @@ OTHER_NAMES = (
 )
 # Fields by which other tools' manifests name an excerpt, in units and from origins that differ between tools.
 _EXCERPT = re.compile(
-    r"start|stop|end|begin|onset|t0|(begin|start|end)_time|.*_(ms|sec|frames?)|frame_offset|segments?|channel"
+    r"start|stop|end|begin|onset|t0|(begin|start|end)_time|(?!duration|length).*_(ms|sec|frames?)|frame_offset"
+    r"|segments?|channel"
 )
 
 
