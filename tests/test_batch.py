@@ -351,5 +351,5 @@ def test_a_worker_that_is_stopped_leaves_whole_parts(corpus: Path, tmp_path: Pat
     assert summary.stopped and len(results(tmp_path / "out")) in (4, 8)
     assert not (tmp_path / "out" / "summary.json").exists()
     # And the next run does the rest
-    assert batch_worker.run(str(corpus), tmp_path / "out", part_size=4).resumed_parts == 1
+    assert batch_worker.run(str(corpus), tmp_path / "out", part_size=4).resumed_parts in (1, 2)
     assert batch.merge(tmp_path / "out")["transcribed"] == 10

@@ -246,6 +246,8 @@ class _Parts:
         if not self._is_scaled and np.median(np.abs(np.nan_to_num(frames[frames != 0], nan=0.0))) > 1.0:
             return checked(frames)  # which raises: all is out of scale
         is_good = np.abs(frames) <= MAX_AMPLITUDE
+        if not (is_good.any() or self._is_scaled):
+            return checked(frames)  # which raises: there is nothing else so far
         bad = start + np.flatnonzero(~is_good.all(axis=1))
         self._note(float(bad[0]) / rate, float(bad[-1] + 1) / rate)
         return np.where(is_good, frames, 0.0).astype(np.float32)

@@ -1,6 +1,6 @@
 """Decodes parts of files by FFmpeg: packet by packet, so that one that is damaged is all that is lost.
 
-FFmpeg is told the format, and never probes for one: playlists and scripts among its formats name further files.
+FFmpeg is given the format, and never probes for one: playlists and scripts among its formats name further files.
 
 Times are those of the file: sound that begins later than the picture has silence in front. Of several audio tracks,
 FFmpeg's choice is read, which is the one that is marked as the default, if any is.
@@ -37,7 +37,7 @@ _NO_LENGTH = ("mp3", "aac", "amr", "ac3", "dts", "truehd", "gsm", "rm", "mpegts"
 
 
 class NoSeekError(Exception):
-    """The format does not allow to begin amid the recording, or does not tell where it did."""
+    """The format does not allow to begin within the recording, or does not tell where it did."""
 
 
 class FFmpegDecoder:
@@ -182,7 +182,7 @@ class FFmpegDecoder:
                 self.has_failed = True  # FLAC that is damaged, with whole frames behind it in one packet
 
     def _packets(self) -> Iterator[Any]:
-        """The packets of the track, whatever errors are between them."""
+        """The packets of the track, with errors between them or not."""
         for _ in range(_MAX_ERRORS):
             try:
                 yield from self._container.demux(self._track)

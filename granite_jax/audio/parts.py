@@ -1,4 +1,4 @@
-"""Finds the parts of a file: recordings one behind the other, between tags and junk, whatever the headers claim.
+"""Finds the parts of a file: recordings one behind the other, between tags and junk, without believing headers.
 
 FFmpeg reads one recording that begins with the file. Files from the field have junk in front, several recordings one
 after another, sizes that were never filled in or wrapped, and ends that were never written.

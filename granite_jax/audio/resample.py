@@ -22,7 +22,7 @@ MAX_AMPLITUDE = 100.0
 BLOCK_FRAMES = 1 << 16
 """Audio is decoded, mixed down and resampled in blocks of at most this many frames."""
 CHUNK_VALUES = 1 << 22
-"""Frames times channels that are mixed down alike."""
+"""Frames times channels that are mixed down in the same way."""
 
 
 @dataclasses.dataclass(frozen=True)

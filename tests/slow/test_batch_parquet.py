@@ -19,7 +19,7 @@ def test_rows_of_parquet_are_entries(corpus: Path, tmp_path: Path) -> None:
     _, asr = run(corpus / "m.parquet", tmp_path / "out")
     assert [line["audio"] for line in results(tmp_path / "out")] == ["a/1.wav", "a/3.wav"]
     assert asr.keywords == [["Kai"], []]
-    with pytest.raises(GraniteError, match="has no column named audio or audio_filepath, only offset, keywords"):
+    with pytest.raises(GraniteError, match="has no column such as audio or path, only offset, keywords"):
         run(corpus / "none.parquet", tmp_path / "none")
     (corpus / "cut.parquet").write_bytes((corpus / "m.parquet").read_bytes()[:-9])
     with pytest.raises(GraniteError, match=r"cut\.parquet: is damaged Parquet"):
