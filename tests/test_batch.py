@@ -342,14 +342,14 @@ def test_the_last_report_is_of_all_the_audio(corpus: Path, tmp_path: Path) -> No
 
 
 def test_a_worker_that_is_stopped_leaves_whole_parts(corpus: Path, tmp_path: Path) -> None:
-    # Given a worker that is to stop within its second part, when it ends, then whole parts are there: the second one
-    # only if all of it was just finished
+    # Given a worker that is to stop within its second part, when it ends, then whole parts are there: later ones only
+    # if all of them was just finished
     seen: list[int] = []
     summary, _ = run(
         str(corpus), tmp_path / "out", part_size=4, progress=lambda p: seen.append(p.done), stop=lambda: len(seen) > 6
     )
-    assert summary.stopped and len(results(tmp_path / "out")) in (4, 8)
+    assert summary.stopped and len(results(tmp_path / "out")) in (4, 8, 10)
     assert not (tmp_path / "out" / "summary.json").exists()
     # And the next run does the rest
-    assert batch_worker.run(str(corpus), tmp_path / "out", part_size=4).resumed_parts in (1, 2)
+    assert batch_worker.run(str(corpus), tmp_path / "out", part_size=4).resumed_parts in (1, 2, 3)
     assert batch.merge(tmp_path / "out")["transcribed"] == 10

@@ -164,7 +164,7 @@ class FFmpegDecoder:
                     continue
             try:
                 decoded = packet.decode()
-            except FFmpegError:
+            except (FFmpegError, ValueError):  # the latter, of a codec that is not known
                 self.has_failed = True
                 continue
             for frame in decoded:
