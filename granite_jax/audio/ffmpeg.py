@@ -27,6 +27,7 @@ _MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more
 _MAX_LOST = 10.0  # seconds that can be missing from the beginning of Ogg; others' clocks begin later
 _PREROLL = 1.0  # seconds before what is wanted that are decoded, because lossy decoders depend on what was before
 _DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
+_MAX_PLANES = 7  # behind eight, PyAV takes memory that is not the frame's for more of them
 _JOINED = BLOCK_FRAMES // 2  # samples that are handed on at once
 _JITTER = 0.05  # seconds by which times of sounds that follow each other can differ from their lengths
 _MAX_ERRORS = 10_000  # of a demuxer
@@ -172,7 +173,11 @@ class FFmpegDecoder:
                     frame_time = time + (frame.pts - packet.pts) * self._tick
                 else:  # of several frames in one packet, only the first has its time
                     frame_time, time = time, None
-                sound = Sound(frame_time, self._array(frame), frame.sample_rate, self.has_failed)
+                try:
+                    sound = Sound(frame_time, self._array(frame), frame.sample_rate, self.has_failed)
+                except (FFmpegError, ValueError):  # what damage made of its channels
+                    self.has_failed = True
+                    continue
                 if is_first:
                     self._begin(sound)
                     zero, is_first = sound.time, False
@@ -216,9 +221,10 @@ class FFmpegDecoder:
         if dtype is None:
             raise AudioError(f"has samples of an unknown kind ({frame.format.name})")
         num_channels = frame.layout.nb_channels
+        if frame.format.is_planar and num_channels > _MAX_PLANES:
+            (frame,) = av.AudioResampler(frame.format.packed.name).resample(frame)
         if frame.format.is_planar and num_channels > 1:
-            planes = frame.planes[:num_channels]  # behind these, PyAV shows memory that is not the frame's
-            return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in planes], axis=1)
+            return np.stack([np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes], axis=1)
         return np.frombuffer(frame.planes[0], dtype, frame.samples * num_channels).reshape(-1, num_channels)
 
     def _begin(self, first: Sound) -> None:
