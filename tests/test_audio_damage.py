@@ -161,7 +161,7 @@ def test_streams_one_after_another_are_read(form: str, speech: np.ndarray, files
 
 
 def test_a_float_wav_with_values_that_no_sound_has_is_read(speech: np.ndarray) -> None:
-    # Given a WAV with NaN, infinite and huge values amid it
+    # Given a WAV with NaN, infinite and huge values within it
     broken = speech.copy()
     broken[5 * RATE : 5 * RATE + 300] = np.repeat(np.array([np.nan, np.inf, -1e30], np.float32), 100)
     written = io.BytesIO()
