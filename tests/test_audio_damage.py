@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from granite_jax.audio import frames
+from granite_jax.audio import decode, frames
 from granite_jax.audio.clock import Clock, Sound, joined_spans
 from granite_jax.audio.load import Audio, load_audio, load_segment
 
@@ -354,6 +354,13 @@ def test_recordings_are_read_around_what_is_none(between: bytes, files: dict[str
     assert audio.condition.damage == (
         (pytest.approx(whole.duration, abs=1e-3), pytest.approx(whole.duration, abs=1e-3)),
     )
+
+
+def test_very_many_recordings_are_read_up_to_a_limit(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given more recordings than a file may hold, when it is read, then the first ones are there, and a flag tells
+    monkeypatch.setattr(decode, "_MAX_PARTS", 2)
+    audio, whole = load_audio(files["WAV"] * 3), load_audio(files["WAV"])
+    assert audio.condition.flags == ("damaged-input",) and len(audio.samples) == 2 * len(whole.samples)
 
 
 def test_recordings_far_apart_are_read(files: dict[str, bytes]) -> None:

@@ -137,10 +137,6 @@ class Clock:
             yield from self._settle(self._jump)
         yield from self._flush()
 
-    def lose(self) -> None:
-        """Notes that nothing of what comes last could be decoded."""
-        self._note(self.seconds, self.seconds)
-
     def _settle(self, jump: _Jump) -> Iterator[Chunk]:
         """Appends what is behind a jump, with silence in front of it where it went forward."""
         self._jump = None

@@ -138,6 +138,7 @@ class _Parts:
         self._is_enough = self._has_sound = self._is_scaled = self._is_lossy = False
 
     def pieces(self) -> Generator[_Piece, None, None]:
+        """What is wanted, part by part. Raises AudioError if nothing can be decoded."""
         position = 0
         for number in range(_MAX_PARTS):
             end = yield from self._next_part(position, number)
@@ -145,7 +146,7 @@ class _Parts:
                 break
             position = max(end, position + 1)
         else:
-            raise AudioError(f"holds more than {_MAX_PARTS:,} recordings")
+            self._note(0.0)  # what is left of a file of very many recordings
         if not self._has_sound and self._damage:
             raise AudioError("is damaged: nothing of it can be decoded")
 
