@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.sharding import DeviceMesh
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.planning.aot import topology_devices
 from granite_jax.recognition.buckets import Bucket, default_buckets
 from granite_jax.recognition.partition import abstract_params

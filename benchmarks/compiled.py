@@ -16,7 +16,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.planning.aot import plan
 from granite_jax.recognition.buckets import Bucket
 

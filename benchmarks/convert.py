@@ -26,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-CONFIG = Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json"
+CONFIG = Path(__file__).parents[1] / "granite_jax/models/granite_speech/config.json"
 BLOCK = 1 << 24
 
 
@@ -34,8 +34,8 @@ def write(directory: Path, scale: float) -> None:
     """Writes config.json and model.safetensors of random bfloat16 numbers between 2^-7 and 2."""
     from granite_jax.checkpoint.tree import expected_shapes
     from granite_jax.convert import mapping, safetensors_file
-    from granite_jax.model.config import Config
-    from granite_jax.variants import granite_speech
+    from granite_jax.models.granite_speech import FAMILY
+    from granite_jax.models.granite_speech.config import Config
 
     raw = json.loads(CONFIG.read_text())
     for section, key in (("encoder_config", "num_layers"), ("text_config", "num_hidden_layers")):
@@ -43,9 +43,7 @@ def write(directory: Path, scale: float) -> None:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(raw))
     config = Config.from_dict(raw)
-    tensors = [
-        (name, shape) for name, shape, *_ in mapping.hf_tensors(granite_speech.VARIANT.tensors, expected_shapes(config))
-    ]
+    tensors = [(name, shape) for name, shape, *_ in mapping.hf_tensors(FAMILY.tensors, expected_shapes(config))]
     size = 2 * sum(math.prod(shape) for _, shape in tensors)
     rng = np.random.default_rng(0)
     with open(directory / "model.safetensors", "wb") as file:

@@ -248,8 +248,8 @@ def run_jax(work: Workload, bench: Bench) -> None:
 
     from granite_jax.keywords.automaton import no_keywords
     from granite_jax.keywords.spotter import make_keyword_batch
-    from granite_jax.model import granite_speech
-    from granite_jax.model.config import Config
+    from granite_jax.models import granite_speech
+    from granite_jax.models.granite_speech.config import Config
     from granite_jax.recognition.buckets import make_bucket
     from granite_jax.recognition.speech_lm_programs import SpeechLMPrograms, pad_drafts
 
@@ -562,7 +562,7 @@ def main() -> None:
     parser.add_argument("--part", choices=TITLES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     began, batch, seconds = time.perf_counter(), *((2, 2.0) if options.small else (64, 20.0))
-    file = next((ROOT / "granite_jax").rglob("granite-4.0-1b-speech.json"))
+    file = ROOT / "granite_jax/models/granite_speech/config.json"
     config = json.loads(file.read_text())
     for key, value in SMALL.items() if options.small else ():
         config[key] = config[key] | value if isinstance(value, dict) else value

@@ -39,7 +39,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.timing import elapsed, measure_in_turns, median_ratios
-from granite_jax.audio.load import SAMPLE_RATE
 from granite_jax.evaluation.metrics import (
     GAP,
     Counts,
@@ -56,9 +55,9 @@ from granite_jax.keywords.automaton import FIRST, BatchedAutomata, KeywordAutoma
 from granite_jax.keywords.lists import prepare
 from granite_jax.keywords.options import BOOST, THRESHOLD, KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE
-from granite_jax.model import granite_speech
-from granite_jax.model.config import Config
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.recognition.buckets import Bucket, make_bucket
 from granite_jax.recognition.encoding import Encoded
 from granite_jax.recognition.speech_lm_programs import pad_drafts
@@ -67,6 +66,7 @@ from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.training.corpus import Corpus
 from granite_jax.training.recipes.demo.grammar import invent_name
 from granite_jax.transcriber import Transcriber
+from granite_jax.waveform import SAMPLING_RATE
 
 COUNTS = (0, 100, 500, 2000)
 BOOSTS = (2.0, 4.0, 8.0, 12.0)
@@ -417,7 +417,7 @@ def gate_cost(tokenizer: Tokenizer, batch: int, seconds: float, turns: int) -> N
     config = Config.granite_4_0_1b()
     params = {"encoder": jax.jit(lambda: granite_speech.init(config, jax.random.key(0))["encoder"])()}
     rng = np.random.default_rng(0)
-    samples = rng.uniform(-0.1, 0.1, (batch, int(seconds * SAMPLE_RATE))).astype(np.float32)
+    samples = rng.uniform(-0.1, 0.1, (batch, int(seconds * SAMPLING_RATE))).astype(np.float32)
     lengths = np.full(batch, samples.shape[1], np.int32)
 
     @jax.jit

@@ -38,11 +38,11 @@ import soundfile
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import granite_jax as gj
-from granite_jax.audio.resample import SAMPLE_RATE
 from granite_jax.audio.segment import cut
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.recognition.words import locate_words
 from granite_jax.training.recipes.demo import noise
+from granite_jax.waveform import SAMPLING_RATE
 
 _FULL_SCALE = 32768.0
 _WINDOW = 5  # words on both sides of a cut that are compared
@@ -72,7 +72,7 @@ def compose(spoken: list[Spoken], seconds: float, seed: int = 0) -> Iterator[Spo
     """The pieces of a recording of at least `seconds`, which does not depend on how long it goes on."""
     rng = np.random.default_rng(seed)
     size, level, order = 0, 1e-3, []
-    while size < seconds * SAMPLE_RATE:
+    while size < seconds * SAMPLING_RATE:
         order = order or list(rng.permutation(len(spoken)))
         piece = spoken[order.pop()]
         if rng.random() < 0.1:  # the room changes
@@ -81,7 +81,7 @@ def compose(spoken: list[Spoken], seconds: float, seed: int = 0) -> Iterator[Spo
         size += len(piece.samples)
         if rng.random() < 0.1:
             continue  # no pause
-        length = int(SAMPLE_RATE * (rng.uniform(5, 20) if rng.random() < 0.02 else rng.uniform(0.2, 3.0)))
+        length = int(SAMPLING_RATE * (rng.uniform(5, 20) if rng.random() < 0.02 else rng.uniform(0.2, 3.0)))
         pause = np.zeros(length, np.float32)
         if rng.random() < 0.05:
             pause += noise.hum(rng, length) * np.float32(0.02)
@@ -95,7 +95,7 @@ def _in_room(rng: np.random.Generator, samples: np.ndarray, level: float) -> np.
 
 def write(path: Path, pieces: Iterator[Spoken]) -> None:
     """Writes a recording as FLAC, piece by piece."""
-    with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1, "PCM_16") as file:
+    with soundfile.SoundFile(path, "w", SAMPLING_RATE, 1, "PCM_16") as file:
         for piece in pieces:
             file.write(np.clip(piece.samples, -1, 1 - 1 / _FULL_SCALE))
 
@@ -134,7 +134,7 @@ def compare(asr: gj.Transcriber, pieces: list[Spoken], **options: Any) -> dict[s
     began = time.monotonic()
     texts = [t.text for t in asr.transcribe([piece.samples for piece in spoken], **options)]
     seconds_alone = time.monotonic() - began
-    alone_duration = sum(len(piece.samples) for piece in spoken) / SAMPLE_RATE
+    alone_duration = sum(len(piece.samples) for piece in spoken) / SAMPLING_RATE
     reference = " ".join(piece.text for piece in spoken)
     cuts = np.cumsum([len(segment.text.split()) for segment in whole.segments])[:-1].tolist()
     lost, doubled = seams(texts, whole.text, cuts)
@@ -172,7 +172,7 @@ def _print_peak(arguments: argparse.Namespace) -> None:
 
 def noises(rng: np.random.Generator, seconds: float, sentence: np.ndarray) -> dict[str, np.ndarray]:
     """What nobody says anything in, float32 `[n]` at 16 kHz each, and a sentence a hundred times."""
-    size = int(seconds * SAMPLE_RATE)
+    size = int(seconds * SAMPLING_RATE)
     sounds = {
         "silence": np.zeros(size, np.float32),
         "white noise": noise.white(rng, size) * np.float32(0.05),
@@ -197,7 +197,7 @@ def _print_noises(arguments: argparse.Namespace) -> None:
         strict=True,
     ):
         words = f"{len(guarded.text.split())} | {len(bare.text.split())}"
-        print(f"| {name} | {len(samples) / SAMPLE_RATE / 60:.1f} | {words} | {', '.join(guarded.flags)} |")
+        print(f"| {name} | {len(samples) / SAMPLING_RATE / 60:.1f} | {words} | {', '.join(guarded.flags)} |")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,11 +217,11 @@ def timed_clips(asr: gj.Transcriber, tune: bool) -> list[Timed]:
     for line in clean:
         if line["voice"] in voices:
             samples = soundfile.read(CLIPS / line["audio"], dtype="float32")[0]
-            logits = asr.ctc_emissions(samples, sampling_rate=SAMPLE_RATE).ctc_logits
+            logits = asr.ctc_emissions(samples, sampling_rate=SAMPLING_RATE).ctc_logits
             words = locate_words(
-                logits, line["text"], duration=len(samples) / SAMPLE_RATE, offsets=asr.capabilities.word_offsets
+                logits, line["text"], duration=len(samples) / SAMPLING_RATE, offsets=asr.capabilities.word_offsets
             )
-            times = (SAMPLE_RATE * np.array([(word.start, word.end) for word in words])).astype(int)
+            times = (SAMPLING_RATE * np.array([(word.start, word.end) for word in words])).astype(int)
             first, last = max(times[0, 0] - 480, 0), times[-1, 1] + 960
             speech = samples[first:last] * np.float32(_SPEECH / np.sqrt(np.mean(samples[first:last] ** 2)))
             clips.append(Timed(speech, times - first))
@@ -231,11 +231,11 @@ def timed_clips(asr: gj.Transcriber, tune: bool) -> list[Timed]:
 def join(clips: list[Timed], seconds: float, rng: np.random.Generator) -> Timed:
     """A recording of at least `seconds`: a third of the gaps is below 0.15 s, a fifth above 0.5 s."""
     pieces, words, size, order = [], [], 0, []
-    while size < seconds * SAMPLE_RATE:
+    while size < seconds * SAMPLING_RATE:
         order = order or list(rng.permutation(len(clips)))
         clip = clips[order.pop()]
         low, high = [(0, 0.15), (0.15, 0.5), (0.5, 1.5)][rng.choice(3, p=[0.35, 0.45, 0.2])]
-        gap = int(SAMPLE_RATE * rng.uniform(low, high))
+        gap = int(SAMPLING_RATE * rng.uniform(low, high))
         pieces += [clip.samples * np.float32(10 ** (rng.normal(0, 3) / 20)), np.zeros(gap, np.float32)]
         words.append(clip.words + size)
         size += len(clip.samples) + gap
@@ -244,7 +244,7 @@ def join(clips: list[Timed], seconds: float, rng: np.random.Generator) -> Timed:
 
 def disturbances(clips: list[Timed], size: int, rng: np.random.Generator) -> dict[str, list[np.ndarray]]:
     """What is added to a recording whose speech has an RMS of 0.05, float32 `[size]` each, by kind."""
-    seconds = np.arange(size) / SAMPLE_RATE
+    seconds = np.arange(size) / SAMPLING_RATE
     hums = {"hum, 50 and 60 Hz": [], "hum with harmonics to 300 Hz": []}
     for mains, level in itertools.product((50, 60), (0.03, 0.1, 0.3)):
         waves = [np.sin(2 * np.pi * mains * k * seconds + k * k) for k in range(1, 300 // mains + 1)]
@@ -268,7 +268,7 @@ def count_cuts(samples: np.ndarray, words: np.ndarray, seconds: float) -> np.nda
     """How many cuts there are, how many of these are sharp, and how many of these are within a word: int `[3]`."""
     segments = list(cut([samples], seconds))
     sharp = np.array([s.end for s in segments[:-1] if s.offset + len(s.samples) == s.end], int)[:, None]
-    margin = SAMPLE_RATE // 25
+    margin = SAMPLING_RATE // 25
     within = ((words[:, 0] + margin < sharp) & (sharp < words[:, 1] - margin)).any(axis=1)
     return np.array([len(segments) - 1, len(sharp), within.sum()])
 

@@ -55,9 +55,9 @@ from benchmarks.speculation import MARGIN, ONE_PASS, first_difference, margin, r
 from benchmarks.timing import elapsed, measure_in_turns
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
-from granite_jax.model import granite_speech
-from granite_jax.model.features import packed_log_mel
-from granite_jax.model.packed_encoder import pack_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.layers.features import packed_log_mel
+from granite_jax.models.layers.packed.encoder import pack_frames
 
 RATE = 16_000
 BASELINE = "transformers"

@@ -38,13 +38,14 @@ from granite_jax.engine.scheduler import Scheduler
 from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.engine.stages import Reply
 from granite_jax.keywords.spotter import no_scores
-from granite_jax.model.config import Config
-from granite_jax.model.decoder import KVCache
-from granite_jax.model.features import SAMPLING_RATE, num_frames
-from granite_jax.model.granite_speech import LOGIT_ROWS
-from granite_jax.model.packed_decoder import first_chunk_of_keys
-from granite_jax.model.packed_encoder import Blocks, pack_frames, window_groups
-from granite_jax.model.packing import Packing
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.granite_speech.functions import LOGIT_ROWS
+from granite_jax.models.layers.decoder import KVCache
+from granite_jax.models.layers.features import num_frames
+from granite_jax.models.layers.packed.decoder import first_chunk_of_keys
+from granite_jax.models.layers.packed.encoder import Blocks, pack_frames, window_groups
+from granite_jax.models.layers.packed.packing import Packing
+from granite_jax.models.registry import release
 from granite_jax.planning import work
 from granite_jax.recognition.buckets import default_buckets, new_token_budget
 from granite_jax.recognition.encoding import Encoded
@@ -52,7 +53,7 @@ from granite_jax.recognition.recognizer import make_request
 from granite_jax.recognition.speech_lm import SpeechLM
 from granite_jax.recognition.utterances import Utterance
 from granite_jax.text.chat_template import PromptTokens
-from granite_jax.variants import release
+from granite_jax.waveform import SAMPLING_RATE
 
 MODEL = "granite-4.0-1b-speech"
 TOKENS_PER_SECOND = 3.2

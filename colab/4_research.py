@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 import granite_jax as gj
 from granite_jax import convert, plotting, pretrained
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.recognition.words import locate_words
 from granite_jax.training.steps import ctc_loss
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from granite_jax.array_types import Shape
-from granite_jax.checkpoint import files
 from granite_jax.checkpoint.lora import Adapter, factor_paths
 from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
-from granite_jax.model.json_fields import read_json
-from granite_jax.variants import variant_of
-from granite_jax.variants.tensors import LINEAR, Rule
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.registry import family_of
+from granite_jax.models.tensor_table import LINEAR, Rule
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -144,7 +144,7 @@ class Factor:
 
 def read_config(directory: Path) -> AdapterConfig | None:
     """The configuration of a directory's adapter, or None if it has none. Raises CheckpointError naming the file."""
-    path = files.find(directory, CONFIG)
+    path = paths.find(directory, CONFIG)
     if path is None:
         for name in (WEIGHTS, "adapter_model.bin"):
             if (directory / name).exists():
@@ -237,7 +237,7 @@ def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
 
 def _rules(config: Config) -> list[tuple[Rule, Shape]]:
     """The rules of the leaves that the model has, and the leaves' shapes."""
-    rules, shapes = variant_of(config.model_type).tensors.rules, expected_shapes(config)
+    rules, shapes = family_of(config.model_type).tensors.rules, expected_shapes(config)
     return [(rule, shapes[rule.path]) for rule in rules if rule.path in shapes]
 
 

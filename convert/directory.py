@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from granite_jax.array_types import Shape
-from granite_jax.checkpoint import files, orbax
+from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.backend import start_jax
 from granite_jax.checkpoint.directory import Checkpoint, OrbaxCheckpoint
 from granite_jax.checkpoint.lora import ALONE
@@ -18,13 +18,14 @@ from granite_jax.convert.reader import (
     TORCH_WEIGHTS,
     WEIGHTS,
     WIDEST,
+    leaf_shapes,
     open_plans,
     read_leaves,
-    tensor_facts,
 )
 from granite_jax.errors import CheckpointError
-from granite_jax.model.json_fields import read_json
-from granite_jax.variants import read_config, variant_of
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.registry import family_of, read_config
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -53,10 +54,10 @@ def open_directory(directory: Path) -> Checkpoint:
       BackendError: JAX, which Orbax and the weights need, cannot start.
     """
     start_jax()
-    path = files.find(directory, CONFIG)
+    path = paths.find(directory, CONFIG)
     is_orbax = (directory / orbax.PARAMS).is_dir()
     is_hf = any((directory / name).is_file() for name in (WEIGHTS, INDEX, TORCH_WEIGHTS, TORCH_INDEX))
-    if not is_orbax and not is_hf and files.find(directory, adapters.CONFIG) is not None:
+    if not is_orbax and not is_hf and paths.find(directory, adapters.CONFIG) is not None:
         raise CheckpointError(f"{directory}: {ALONE}")
     if path is None:
         raise CheckpointError(f"{directory}: no checkpoint, {CONFIG} is missing")
@@ -65,12 +66,12 @@ def open_directory(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory}: holds {contents} {WEIGHTS}")
     raw = read_json(path)
     try:
-        table = variant_of(raw.get("model_type")).tensors
+        table = family_of(raw.get("model_type")).tensors
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    facts = orbax.tensor_facts(directory) if is_orbax else tensor_facts(directory, table)
+    shapes = orbax.leaf_shapes(directory) if is_orbax else leaf_shapes(directory, table)
     try:
-        config = read_config(raw, facts)
+        config = read_config(raw, shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return (OrbaxCheckpoint if is_orbax else HuggingFaceCheckpoint)(directory, config, raw, adapters.read)

@@ -16,7 +16,7 @@ import numpy as np
 from granite_jax.array_types import Shape
 from granite_jax.checkpoint.tree import raise_named
 from granite_jax.errors import CheckpointError
-from granite_jax.variants.tensors import Rule, TensorTable
+from granite_jax.models.tensor_table import Rule, TensorTable
 
 HFTensor = tuple[str, Shape, str, Callable[[Any], np.ndarray]]  # name, shape, path of its leaf, leaf -> tensor
 

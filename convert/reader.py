@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,14 @@ from typing import Any
 import numpy as np
 
 from granite_jax.array_types import Shape
-from granite_jax.checkpoint import files
 from granite_jax.checkpoint.tree import expected_shapes, raise_named
 from granite_jax.convert import adapter, mapping, safetensors_file, torch_file
 from granite_jax.convert.safetensors_file import Tensor
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import BPE_HEAD, HEAD, QUERY, Config, TensorFacts
-from granite_jax.model.json_fields import read_json
-from granite_jax.variants import variant_of
-from granite_jax.variants.tensors import TensorTable
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.registry import family_of
+from granite_jax.models.tensor_table import TensorTable
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -40,9 +40,7 @@ class Plan:
 
 
 @contextlib.contextmanager
-def open_plans(
-    directory: Path, config: Config, dtype: Any = None, *, with_adapter: bool = True
-) -> Iterator[list[Plan]]:
+def open_plans(directory: Path, config: Any, dtype: Any = None, *, with_adapter: bool = True) -> Iterator[list[Plan]]:
     """Opens a checkpoint directory and finds the leaf of every tensor; only headers are read.
 
     Args:
@@ -54,7 +52,7 @@ def open_plans(
       CheckpointError: naming the file or tensors that are damaged, unmatched, duplicate, missing or misshapen.
     """
     with contextlib.ExitStack() as stack:
-        table = variant_of(config.model_type).tensors
+        table = family_of(config.model_type).tensors
         tensors = _open(directory, table, stack)
         lora = adapter.read_config(directory) if with_adapter else None
         try:
@@ -69,7 +67,7 @@ def open_plans(
 
 def read_leaves(
     directory: Path,
-    config: Config,
+    config: Any,
     dtype: Any = None,
     progress: Progress | None = None,
     *,
@@ -93,20 +91,28 @@ def read_leaves(
             del leaf  # before the next one is allocated
 
 
-def tensor_facts(directory: Path, table: TensorTable) -> TensorFacts:
-    """What the tensors tell about the configuration; only headers are read. Raises CheckpointError as `open_plans`."""
+def leaf_shapes(directory: Path, table: TensorTable) -> dict[str, Shape]:
+    """The shapes of the leaves by dotted path, as far as the tensors tell them; only headers are read.
+
+    Raises CheckpointError as `open_plans`.
+    """
     with contextlib.ExitStack() as stack:
-        shapes = {mapping.released_name(name): x.shape for name, x in _open(directory, table, stack).items()}
-    rules = {rule.path: rule for rule in table.rules if rule.path in (HEAD, QUERY, BPE_HEAD)}
-    found = {path: shapes.get(rule.hf.format(layer=0)) for path, rule in rules.items()}
-    return TensorFacts.from_shapes({path: shape[::-1] for path, shape in found.items() if shape is not None})
+        tensors = {mapping.released_name(name): x.shape for name, x in _open(directory, table, stack).items()}
+    shapes = {}
+    for rule in table.rules:
+        if (first := tensors.get(rule.hf.format(layer=0))) is not None:
+            layers = itertools.takewhile(lambda i, rule=rule: rule.hf.format(layer=i) in tensors, itertools.count())
+            with contextlib.suppress(ValueError, IndexError):  # of another rank, which is reported later
+                shape = rule.transform.from_hf(np.broadcast_to(np.float32(0), first)).shape
+                shapes[rule.path] = (sum(1 for _ in layers), *shape) if rule.stacked else shape
+    return shapes
 
 
 def _open(directory: Path, table: TensorTable, stack: contextlib.ExitStack) -> Mapping[str, Tensor]:
     """Every tensor of the checkpoint by name. Files stay open while `stack` is."""
     tensors = dict(_open_main(directory, stack))
     for prefix, file in table.separate.items():
-        if (path := files.find(directory, file)) is not None:
+        if (path := paths.find(directory, file)) is not None:
             separate = safetensors_file.open_file(path, stack)
             added = {prefix + name: dataclasses.replace(x, name=prefix + name) for name, x in separate.items()}
             raise_named(f"{directory}: both in {file} and in the other weights:", [n for n in added if n in tensors])
@@ -119,9 +125,9 @@ def _open_main(directory: Path, stack: contextlib.ExitStack) -> Mapping[str, Ten
         (INDEX, WEIGHTS, lambda path: safetensors_file.open_file(path, stack)),
         (TORCH_INDEX, TORCH_WEIGHTS, torch_file.open_file),
     ):
-        if (path := files.find(directory, index)) is not None:
+        if (path := paths.find(directory, index)) is not None:
             return _open_indexed(directory, path, open_file)
-        if (path := files.find(directory, single)) is not None:
+        if (path := paths.find(directory, single)) is not None:
             return open_file(path)
     raise CheckpointError(f"{directory}: holds neither {WEIGHTS} nor {TORCH_WEIGHTS}")
 
@@ -133,7 +139,7 @@ def _open_indexed(directory: Path, path: Path, open_file: Callable[[Path], Mappi
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(index.values())):
         try:
-            file_path = files.require(directory, file)
+            file_path = paths.require(directory, file)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         for name, tensor in open_file(file_path).items():
@@ -161,9 +167,9 @@ def _plan(leaf: mapping.Leaf, tensors: Mapping[str, Tensor], dtype: Any) -> Plan
 
 
 def _adapter_plans(
-    directory: Path, config: Config, lora: adapter.AdapterConfig, dtype: Any, stack: contextlib.ExitStack
+    directory: Path, config: Any, lora: adapter.AdapterConfig, dtype: Any, stack: contextlib.ExitStack
 ) -> list[Plan]:
-    path = files.require(directory, adapter.WEIGHTS)
+    path = paths.require(directory, adapter.WEIGHTS)
     tensors = safetensors_file.open_file(path, stack)
     try:
         plans = []

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.checkpoint import files
 from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
 from granite_jax.checkpoint.orbax import DTYPES
 from granite_jax.checkpoint.save import CONFIG, copy_files, write_config
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.convert import adapter, mapping, safetensors_file
 from granite_jax.convert.reader import INDEX, WEIGHTS, Progress
-from granite_jax.model.json_fields import read_json
-from granite_jax.variants import recorded, variant_of
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.registry import family_of, with_release_name
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -106,13 +106,13 @@ def count_tensors(checkpoint: Checkpoint) -> int:
 
 def companions(checkpoint: Checkpoint) -> list[Path]:
     """The files that a conversion copies: tokenizer, templates and the like."""
-    paths = (files.find(checkpoint.directory, name) for name in COMPANIONS)
-    return [path for path in paths if path is not None]
+    found = (paths.find(checkpoint.directory, name) for name in COMPANIONS)
+    return [path for path in found if path is not None]
 
 
 def configuration(checkpoint: Checkpoint, dtype: Any) -> Mapping[str, Any] | Path:
     """`config.json`, with the dtype that weights are cast to, and the release's name if only a directory tells it."""
-    raw = recorded(checkpoint.raw_config, checkpoint.config, checkpoint.release)
+    raw = with_release_name(checkpoint.raw_config, checkpoint.config, checkpoint.release)
     if dtype is None:
         return checkpoint.directory / CONFIG if raw is checkpoint.raw_config else raw
     return _with_dtype(raw, np.dtype(dtype).name)
@@ -143,7 +143,7 @@ def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:
     # Nothing reads the counters, but transformers writes them: a checkpoint without them would look incomplete.
-    counter = variant_of(checkpoint.config.model_type).tensors.counter
+    counter = family_of(checkpoint.config.model_type).tensors.counter
     names_of_counters = (
         [counter.format(layer=i) for i in range(checkpoint.config.encoder.num_layers)] if counter else []
     )
@@ -158,7 +158,7 @@ def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapp
 def _separated(checkpoint: Checkpoint, entries: list[_Entry]) -> tuple[dict[str, list[_Entry]], list[_Entry]]:
     """The entries of every file of its own, named as in it, and the other entries."""
     files, others = collections.defaultdict[str, list[_Entry]](list), []
-    separate = variant_of(checkpoint.config.model_type).tensors.separate
+    separate = family_of(checkpoint.config.model_type).tensors.separate
     for entry in entries:
         prefix = next((prefix for prefix in separate if entry.name.startswith(prefix)), None)
         if prefix is None:
@@ -170,7 +170,7 @@ def _separated(checkpoint: Checkpoint, entries: list[_Entry]) -> tuple[dict[str,
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[mapping.HFTensor]:
     config = checkpoint.config
-    return mapping.hf_tensors(variant_of(config.model_type).tensors, expected_shapes(config))
+    return mapping.hf_tensors(family_of(config.model_type).tensors, expected_shapes(config))
 
 
 def _adapter_entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:

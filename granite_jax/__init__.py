@@ -33,9 +33,9 @@ if TYPE_CHECKING:
         GraniteError,
         PromptError,
     )
-    from granite_jax.model.config import Config
-    from granite_jax.model.features import log_mel, num_frames
-    from granite_jax.model.granite_speech import ctc_logits, decode_step, encode, init, prefill, project
+    from granite_jax.models.granite_speech.config import Config
+    from granite_jax.models.granite_speech.functions import ctc_logits, decode_step, encode, init, prefill, project
+    from granite_jax.models.layers.features import log_mel, num_frames
     from granite_jax.pretrained import load
     from granite_jax.results import Transcript
     from granite_jax.text.subtitles import to_srt, to_tsv, to_vtt
@@ -77,9 +77,9 @@ _MODULES = {
     **dict.fromkeys(("to_srt", "to_tsv", "to_vtt"), "text.subtitles"),
     # Research.
     "load": "pretrained",
-    "Config": "model.config",
-    **dict.fromkeys(("log_mel", "num_frames"), "model.features"),
-    **dict.fromkeys(("ctc_logits", "decode_step", "encode", "init", "prefill", "project"), "model.granite_speech"),
+    "Config": "models.granite_speech.config",
+    **dict.fromkeys(("log_mel", "num_frames"), "models.layers.features"),
+    **dict.fromkeys(("ctc_logits", "decode_step", "encode", "init", "prefill", "project"), "models.granite_speech"),
 }
 
 

@@ -29,3 +29,13 @@ class CheckpointError(GraniteError):
 
 class ContextError(GraniteError):
     """Audio, prompt and new tokens together need more positions than the model has."""
+
+
+def one_line(value: object) -> str:
+    """The start of another library's message, on one line, for use in this program's messages."""
+    return " ".join(str(value).split())[:200]
+
+
+def printable(name: str) -> str:
+    """The name for messages: on one line, whatever characters it contains."""
+    return name if name and name.isprintable() else ascii(name)

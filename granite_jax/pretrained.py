@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.checkpoint import files, hub
+from granite_jax.checkpoint import hub
 from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
 from granite_jax.checkpoint.orbax import PARAMS
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER, copy_files, new_directory, write_weights
@@ -22,9 +22,9 @@ from granite_jax.convert import adapter as adapters
 from granite_jax.convert.api import convert
 from granite_jax.convert.directory import open_directory
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config, TensorFacts
-from granite_jax.model.json_fields import read_json
-from granite_jax.variants import read_config
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.registry import read_config
 
 _CONVERTED = "checkpoints-2"  # another name whenever conversions carry more than those before
 
@@ -45,7 +45,7 @@ def open_checkpoint(source: str | PathLike[str], revision: str | None = None) ->
 
 def load(
     source: str | PathLike[str], dtype: Any = None, *, revision: str | None = None, adapter: bool = True
-) -> tuple[Config, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """Loads `(config, params)`: `open_checkpoint(source, revision)` and its `load_params(dtype, adapter=adapter)`."""
     checkpoint = open_checkpoint(source, revision)
     return checkpoint.config, checkpoint.load_params(dtype, adapter=adapter)
@@ -81,8 +81,8 @@ def save(
         if chat_template is not None:
             (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         leaves = flatten(params)
-        facts = TensorFacts.from_shapes({path: np.shape(leaf) for path, leaf in leaves.items()})
-        parsed = read_config(read_json(config) if isinstance(config, Path) else config, facts)
+        shapes = {path: np.shape(leaf) for path, leaf in leaves.items()}
+        parsed = read_config(read_json(config) if isinstance(config, Path) else config, shapes)
         write_weights(partial, config, parsed, leaves.items(), adapters.read(partial, parsed))
 
 
@@ -114,7 +114,7 @@ def _converted_snapshot(repo_id: str, revision: str | None) -> Path:
 
 
 def _cache_path(repo_id: str, commit: str) -> Path:
-    return files.cache_directory() / _CONVERTED / repo_id.replace("/", "--") / commit
+    return paths.cache_directory() / _CONVERTED / repo_id.replace("/", "--") / commit
 
 
 def _converted(repo_id: str, commit: str) -> Path | None:

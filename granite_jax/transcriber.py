@@ -17,7 +17,6 @@ import numpy as np
 
 from granite_jax.audio.load import AccessError
 from granite_jax.checkpoint.directory import parse_dtype
-from granite_jax.checkpoint.files import cache_directory
 from granite_jax.engine.compilation import keep_compiled_programs
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
@@ -25,11 +24,12 @@ from granite_jax.engine.scheduler import Scheduler
 from granite_jax.engine.sharding import DeviceList, DeviceMesh
 from granite_jax.engine.streams import Notify, results
 from granite_jax.errors import CheckpointError, GraniteError
+from granite_jax.files.paths import cache_directory
 from granite_jax.keywords.lists import lists_by_input
 from granite_jax.keywords.options import KeywordList, keyword_entries
-from granite_jax.model import granite_speech
-from granite_jax.model.config import Config
-from granite_jax.model.features import SAMPLING_RATE, log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.options import (
     ModelOptions,
     Parallel,
@@ -53,6 +53,7 @@ from granite_jax.recognition.speech_lm_programs import Speculation
 from granite_jax.results import Emissions, Segment, Transcript
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 
 class Transcriber:

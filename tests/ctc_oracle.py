@@ -1,10 +1,10 @@
-"""CTC forced alignment of one utterance in NumPy, the oracle of `granite_jax.model.ctc_alignment`."""
+"""CTC forced alignment of one utterance in NumPy, the oracle of `granite_jax.models.layers.ctc_alignment`."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from granite_jax.model.ctc_alignment import WILDCARD, WILDCARD_PENALTY
+from granite_jax.models.layers.ctc_alignment import WILDCARD, WILDCARD_PENALTY
 
 
 def align(logits: np.ndarray, labels: Sequence[int]) -> np.ndarray | None:

@@ -11,19 +11,20 @@ import soundfile as sf
 import soxr
 
 from granite_jax.audio.ffmpeg import FFmpegDecoder
-from granite_jax.audio.load import SAMPLE_RATE, load_audio, open_recording
+from granite_jax.audio.load import load_audio, open_recording
 from granite_jax.errors import AudioError, GraniteError
+from granite_jax.waveform import SAMPLING_RATE
 
 
-def tone(seconds=1.0, rate=SAMPLE_RATE, hertz=440.0):
+def tone(seconds=1.0, rate=SAMPLING_RATE, hertz=440.0):
     return (0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
 
 
 def noise(seconds=1.0):
-    return np.random.default_rng(0).uniform(-0.5, 0.5, int(seconds * SAMPLE_RATE)).astype(np.float32)
+    return np.random.default_rng(0).uniform(-0.5, 0.5, int(seconds * SAMPLING_RATE)).astype(np.float32)
 
 
-def encode(samples, rate=SAMPLE_RATE, form="WAV", subtype=None):
+def encode(samples, rate=SAMPLING_RATE, form="WAV", subtype=None):
     buffer = io.BytesIO()
     sf.write(buffer, samples, rate, format=form, subtype=subtype)
     return buffer.getvalue()
@@ -129,7 +130,7 @@ def test_the_audio_of_data_sets_is_taken(tmp_path):
 
 def test_a_file_object_at_its_end_is_read_from_its_beginning():
     file = io.BytesIO()
-    sf.write(file, tone(), SAMPLE_RATE, format="WAV")
+    sf.write(file, tone(), SAMPLING_RATE, format="WAV")
     assert load_audio(file).duration == 1.0
 
 
@@ -141,7 +142,7 @@ def test_samples_are_the_callers_no_more():
 
 
 def test_silence_is_audio():
-    assert not load_audio(np.zeros(SAMPLE_RATE, np.float32)).samples.any()
+    assert not load_audio(np.zeros(SAMPLING_RATE, np.float32)).samples.any()
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
@@ -153,7 +154,7 @@ def test_resampling_block_by_block_equals_resampling_at_once(rate):
     as_pair = load_audio((samples, rate)).samples
     as_file = load_audio(encode(samples, rate, subtype="FLOAT")).samples
     # Then all equal the one-shot result
-    expected = soxr.resample(samples, rate, SAMPLE_RATE)
+    expected = soxr.resample(samples, rate, SAMPLING_RATE)
     for read in (as_array, as_pair, as_file):
         np.testing.assert_allclose(read, expected, atol=1e-6)
 
@@ -168,7 +169,7 @@ def test_a_channel_that_is_the_same_as_an_earlier_one_is_flagged(source):
     flags = []
     for channel in range(4):
         blocks = open_recording(given, channel=channel).blocks()
-        assert sum(map(len, blocks)) == 9 * SAMPLE_RATE
+        assert sum(map(len, blocks)) == 9 * SAMPLING_RATE
         flags.append(blocks.condition.flags)
     assert flags == [(), (), ("duplicate-channel",), ()]
 
@@ -176,8 +177,8 @@ def test_a_channel_that_is_the_same_as_an_earlier_one_is_flagged(source):
 def test_long_stereo_files_are_mixed_and_resampled():
     left, right = tone(5, 48_000), tone(5, 48_000, hertz=880)
     audio = load_audio(encode(np.stack([left, right], 1), 48_000, "FLAC"))
-    assert audio.samples.shape == (5 * SAMPLE_RATE,) and audio.condition.flags == ()
-    np.testing.assert_allclose(audio.samples, soxr.resample((left + right) / 2, 48_000, SAMPLE_RATE), atol=1e-4)
+    assert audio.samples.shape == (5 * SAMPLING_RATE,) and audio.condition.flags == ()
+    np.testing.assert_allclose(audio.samples, soxr.resample((left + right) / 2, 48_000, SAMPLING_RATE), atol=1e-4)
 
 
 @pytest.mark.parametrize("source", ["file", "array"])
@@ -217,12 +218,12 @@ def test_the_extension_does_not_matter(tmp_path):
 def test_wav_with_less_data_than_its_header_claims_gives_what_is_there(claimed):
     wav = bytearray(encode(tone()))
     wav[40:44] = claimed.to_bytes(4, "little")
-    assert load_audio(bytes(wav)).samples.shape == (SAMPLE_RATE,)
+    assert load_audio(bytes(wav)).samples.shape == (SAMPLING_RATE,)
 
 
 @pytest.mark.parametrize("claimed", [0, 50_000_000], ids=["unknown", "too many"])
 def test_flac_of_unknown_or_overstated_length_is_read_to_its_end(claimed):
-    assert load_audio(with_flac_length(encode(tone(), form="FLAC"), claimed)).samples.shape == (SAMPLE_RATE,)
+    assert load_audio(with_flac_length(encode(tone(), form="FLAC"), claimed)).samples.shape == (SAMPLING_RATE,)
 
 
 def test_overlong_files_are_refused_by_their_header_before_any_decoding(monkeypatch):
@@ -233,7 +234,7 @@ def test_overlong_files_are_refused_by_their_header_before_any_decoding(monkeypa
 
 def test_decoding_stops_at_the_limit_when_the_header_keeps_silent(monkeypatch):
     # Given a small file that unpacks to ten minutes
-    bomb = with_flac_length(encode(np.zeros(600 * SAMPLE_RATE, np.int16), form="FLAC"), 0)
+    bomb = with_flac_length(encode(np.zeros(600 * SAMPLING_RATE, np.int16), form="FLAC"), 0)
     assert len(bomb) < 100_000
     # When it is read up to 5 seconds
     seconds, sounds = [], FFmpegDecoder.sounds

@@ -13,17 +13,18 @@ import pytest
 import soundfile as sf
 
 from granite_jax.audio import load, resample
-from granite_jax.audio.load import SAMPLE_RATE, Audio, Recording, load_audio, num_channels, open_recording
+from granite_jax.audio.load import Audio, Recording, load_audio, num_channels, open_recording
 from granite_jax.errors import AudioError
+from granite_jax.waveform import SAMPLING_RATE
 
 RATE = 8000
 
 
-def tone(seconds: float = 1.0, rate: int = SAMPLE_RATE, hertz: float = 440.0) -> np.ndarray:
+def tone(seconds: float = 1.0, rate: int = SAMPLING_RATE, hertz: float = 440.0) -> np.ndarray:
     return (0.3 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
 
 
-def encode(samples: np.ndarray, rate: int = SAMPLE_RATE, form: str = "WAV", subtype: str | None = None) -> bytes:
+def encode(samples: np.ndarray, rate: int = SAMPLING_RATE, form: str = "WAV", subtype: str | None = None) -> bytes:
     buffer = io.BytesIO()
     sf.write(buffer, samples, rate, format=form, subtype=subtype)
     return buffer.getvalue()
@@ -65,7 +66,7 @@ def test_memory_is_bounded(tmp_path: Path, form: str, channels: int, megabytes: 
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert num_samples == 3600 * SAMPLE_RATE
+    assert num_samples == 3600 * SAMPLING_RATE
     assert peak < megabytes << 20
 
 
@@ -73,7 +74,7 @@ def test_there_is_a_limit_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
     # Given audio that is longer than the default limit, when it is opened, then the limit is that of the caller
     monkeypatch.setattr(load, "MAX_SECONDS", 2.0)
     for source in (data := encode(tone(3)), tone(3), Audio("audio", tone(3))):
-        assert len(joined(open_recording(source))[0]) == 3 * SAMPLE_RATE
+        assert len(joined(open_recording(source))[0]) == 3 * SAMPLING_RATE
         with pytest.raises(AudioError, match="audio: is longer than 1 seconds"):
             joined(open_recording(source, max_seconds=1))
     with pytest.raises(AudioError, match="audio: is longer than 2 seconds"):
@@ -101,8 +102,10 @@ def test_an_mp3_that_goes_on_behind_its_declared_end_is_decoded_once() -> None:
     data = data[:size_field] + len(data).to_bytes(4, "big") + data[size_field + 4 :]
     # When they are read, then neither is there twice
     samples, _ = joined(open_recording(data))
-    assert abs(len(samples) / SAMPLE_RATE - 12) < 0.2
-    spectra = [np.abs(np.fft.rfft(samples[start * SAMPLE_RATE :][: 4 * SAMPLE_RATE])).argmax() / 4 for start in (1, 7)]
+    assert abs(len(samples) / SAMPLING_RATE - 12) < 0.2
+    spectra = [
+        np.abs(np.fft.rfft(samples[start * SAMPLING_RATE :][: 4 * SAMPLING_RATE])).argmax() / 4 for start in (1, 7)
+    ]
     assert spectra == [440, 880]
 
 
@@ -111,7 +114,7 @@ def test_channels_may_cancel_in_one_chunk_only(monkeypatch: pytest.MonkeyPatch, 
     # Given channels that are alike, then of opposite phase, then alike
     monkeypatch.setattr(resample, "CHUNK_VALUES", 2 << 16)
     size = 1 << 16
-    one, other = tone(3 * size / SAMPLE_RATE), tone(3 * size / SAMPLE_RATE) / 2
+    one, other = tone(3 * size / SAMPLING_RATE), tone(3 * size / SAMPLING_RATE) / 2
     other[size : 2 * size] *= -2
     frames = np.stack([one, other], 1)
     # When they are mixed, then the loudest is taken where they cancel out, and the mean elsewhere
@@ -148,10 +151,10 @@ def test_media_files_are_read_in_blocks(channels: int) -> None:
     written, rows = io.BytesIO(), np.stack([tone(12), tone(12, hertz=880)])[:channels]
     layout = {1: "mono", 2: "stereo"}[channels]
     with av.open(written, "w", format="mov") as container:
-        stream: Any = container.add_stream("pcm_s16le", rate=SAMPLE_RATE, layout=layout)
+        stream: Any = container.add_stream("pcm_s16le", rate=SAMPLING_RATE, layout=layout)
         packed = np.round(rows * 32767).astype(np.int16).T.reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(packed, format="s16", layout=layout)
-        frame.sample_rate = SAMPLE_RATE
+        frame.sample_rate = SAMPLING_RATE
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     recording = open_recording(written.getvalue())
@@ -180,7 +183,7 @@ def test_recordings_can_be_read_again(tmp_path: Path) -> None:
     behind.seek(6)
     with open(path, "rb") as file:
         sources: list[Any] = [path, str(path), data, bytearray(data), io.BytesIO(data), Pipe(data), file, behind]
-        for source in [*sources, expected, (expected, SAMPLE_RATE), Audio("a", expected), {"bytes": data}]:
+        for source in [*sources, expected, (expected, SAMPLING_RATE), Audio("a", expected), {"bytes": data}]:
             recording = open_recording(source)
             begun = recording.blocks()
             assert len(next(begun)) < len(expected)
@@ -245,7 +248,7 @@ def test_channels_are_counted(tmp_path: Path) -> None:
     assert num_channels(Audio("a", tone())) == num_channels(open_recording(data)) == 1
     # And a file can be read afterwards
     file = io.BytesIO(data)
-    assert num_channels(file) == 5 and load_audio(file).duration == 1000 / SAMPLE_RATE
+    assert num_channels(file) == 5 and load_audio(file).duration == 1000 / SAMPLING_RATE
 
 
 @pytest.mark.parametrize(

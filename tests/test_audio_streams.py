@@ -9,8 +9,9 @@ import pytest
 import soundfile as sf
 
 from granite_jax.audio import frames
-from granite_jax.audio.load import SAMPLE_RATE, load_audio, load_segment
+from granite_jax.audio.load import load_audio, load_segment
 from granite_jax.errors import AudioError
+from granite_jax.waveform import SAMPLING_RATE
 
 FORMATS = {
     "wav": ("WAV", "PCM_16"),
@@ -31,13 +32,13 @@ ID3V2 = b"ID3\x04\x00\x00" + bytes([0, 0, 2, 0]) + b"\xff\xfb\x90\x00" * 64  # 2
 APE = b"APETAGEX" + struct.pack("<IIII", 2000, 40, 1, 0xA000_0000) + bytes(8) + b"\x00artist" + bytes(33)
 
 
-def sweep(low=200.0, seconds=SECONDS, rate=SAMPLE_RATE):
+def sweep(low=200.0, seconds=SECONDS, rate=SAMPLING_RATE):
     """A tone that rises by an octave."""
     time = np.arange(int(seconds * rate)) / rate
     return (0.4 * np.sin(2 * np.pi * low * time * (1 + time / (2 * seconds)))).astype(np.float32)
 
 
-def encode(samples, kind, rate=SAMPLE_RATE):
+def encode(samples, kind, rate=SAMPLING_RATE):
     form, subtype = FORMATS[kind]
     options = {"bitrate_mode": "VARIABLE", "compression_level": 0.5} if kind == "mp3-vbr" else {}
     buffer = io.BytesIO()
@@ -88,8 +89,8 @@ def test_a_segment_may_span_streams(kind, offset, duration):
     file = io.BytesIO(encode(sweep(), kind) + encode(sweep(700), kind))
     whole = load_audio(file.getvalue()).samples
     segment = load_segment(file, "a", offset=offset, duration=duration)
-    start = int(offset * SAMPLE_RATE)
-    expected = whole[start:] if duration is None else whole[start : start + int(duration * SAMPLE_RATE)]
+    start = int(offset * SAMPLING_RATE)
+    expected = whole[start:] if duration is None else whole[start : start + int(duration * SAMPLING_RATE)]
     edge = 40 if kind == "opus" else 0  # of resampling from 48 kHz
     np.testing.assert_allclose(
         segment.samples[edge : len(expected) - edge], expected[edge : len(expected) - edge], atol=1e-3
@@ -102,7 +103,7 @@ def test_a_segment_may_be_far_behind_the_first_streams(kind):
     file = io.BytesIO(b"".join(encode(sweep(200 + 100 * i), kind) for i in range(8)))
     whole = load_audio(file.getvalue()).samples
     segment = load_segment(file, "a", offset=11.0, duration=0.5).samples
-    np.testing.assert_allclose(segment[40:-40], whole[11 * SAMPLE_RATE + 40 :][: len(segment) - 80], atol=2e-3)
+    np.testing.assert_allclose(segment[40:-40], whole[11 * SAMPLING_RATE + 40 :][: len(segment) - 80], atol=2e-3)
 
 
 def test_the_length_limit_is_of_all_streams_together():
@@ -202,7 +203,7 @@ def without_first_frame(data):
 @pytest.mark.parametrize(("kind", "seconds"), [("mp3", 10), ("mp3-vbr", 10), ("mp3", 300)])
 def test_an_mp3_without_its_header_is_decoded_to_the_end(kind, seconds):
     # Given silence and then noise, of which a variable bitrate takes much less and much more than the mean
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, seconds * SAMPLE_RATE // 2).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, seconds * SAMPLING_RATE // 2).astype(np.float32)
     data = without_first_frame(encode(np.concatenate([0 * noise, noise]), kind))
     # When it is read, then all of it is there
     audio = load_audio(data)
@@ -223,7 +224,7 @@ def test_junk_in_the_middle_of_an_mp3_is_passed_over():
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_without_its_end_is_decoded_and_flagged(kind, share):
     # Given the first part of a recording, in which sound has little to predict it
-    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * SAMPLE_RATE).astype(np.float32)
+    noise = np.random.default_rng(0).uniform(-0.3, 0.3, 5 * SAMPLING_RATE).astype(np.float32)
     data = encode(noise, kind)
     # When it is read
     audio = load_audio(data[: int(share * len(data))])
@@ -260,7 +261,7 @@ def test_a_part_is_the_same_whether_or_not_the_format_can_seek(form, subtype):
     # When a part is read
     part = load_segment(buffer, "a", offset=1.5, duration=1.0).samples
     # Then it is what the whole has there, but for the resampling at its edges
-    assert len(part) == SAMPLE_RATE
+    assert len(part) == SAMPLING_RATE
     np.testing.assert_allclose(part[500:-500], whole[24_500:39_500], atol=0.02)
 
 
@@ -354,7 +355,7 @@ def test_odd_samples_without_padding_may_be_followed_by_chunks():
     eight_bits = (sweep()[:-1] * 127 + 128).astype(np.uint8).tobytes()
     chunks = b"LIST" + struct.pack("<I", 5000) + b"INFO" + b"x" * 4996
     data = b"RIFF" + struct.pack("<I", 36 + len(eight_bits) + len(chunks)) + b"WAVEfmt "
-    data += struct.pack("<IHHIIHH", 16, 1, 1, SAMPLE_RATE, SAMPLE_RATE, 1, 8)
+    data += struct.pack("<IHHIIHH", 16, 1, 1, SAMPLING_RATE, SAMPLING_RATE, 1, 8)
     data += b"data" + struct.pack("<I", len(eight_bits)) + eight_bits + chunks
     assert load_audio(data).samples.size == len(eight_bits)
 
@@ -403,7 +404,7 @@ def test_hundreds_of_streams_are_joined(kind):
 
 def test_many_empty_streams_take_no_time(monkeypatch):
     # Given a thousand headers without samples, and junk that resembles frames
-    empty = b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLE_RATE, 1)
+    empty = b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLING_RATE, 1)
     scans = []
     monkeypatch.setattr(frames, "find", lambda data: scans.append(len(data)))
     with pytest.raises(AudioError):
@@ -416,7 +417,7 @@ def test_many_empty_streams_take_no_time(monkeypatch):
     ("data", "most"),
     [
         # Headers without samples, pages with lengths that lead nowhere, and tags of no length
-        (b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLE_RATE, 1), 20_000),
+        (b".snd" + struct.pack(">IIIII", 24, 0, 3, SAMPLING_RATE, 1), 20_000),
         (b"OggS\0\2" + bytes(20) + b"\x05" + b"\xff" * 5, 30_000),
         (b"APETAGEX" + struct.pack("<IIII", 2000, 0, 1, 0) + bytes(8), 30_000),
         (b"ID3\x04\x00\x00\x00\x00\x00\x00", 30_000),
@@ -441,6 +442,6 @@ def test_hostile_repetitions_are_read_in_linear_time(data, most):
 
 def test_a_segment_does_not_reach_into_the_next_stream():
     file = io.BytesIO(b"".join(encode(sweep(low, 3, 8000), "wav", 8000) for low in (200, 700)))
-    assert len(load_segment(file, "a", offset=1, duration=2.00003).samples) == 2 * SAMPLE_RATE
+    assert len(load_segment(file, "a", offset=1, duration=2.00003).samples) == 2 * SAMPLING_RATE
     with pytest.raises(AudioError, match="duration is 0, not a positive number"):
         load_segment(file, "a", duration=0.0)

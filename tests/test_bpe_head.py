@@ -17,7 +17,8 @@ import granite_jax as gj
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
-from granite_jax.model import bpe_head, granite_speech
+from granite_jax.models import granite_speech
+from granite_jax.models.layers import bpe_head
 from granite_jax.options import TranscribeOptions
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import draft_budget, make_bucket

@@ -13,11 +13,10 @@ from granite_jax.batch.parts import weights_identity
 from granite_jax.checkpoint.tree import expected_shapes, flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError, GraniteError
-from granite_jax.model.config import Config, TensorFacts
+from granite_jax.models.granite_speech.config import Config, TensorFacts
+from granite_jax.models.granite_speech.releases import RELEASES, release_of
+from granite_jax.models.registry import release as release_named
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.variants import RELEASES
-from granite_jax.variants import release as release_named
-from granite_jax.variants.releases import release_of
 
 ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 

@@ -22,12 +22,11 @@ from granite_jax.checkpoint.tree import expected_shapes, flatten, unflatten
 from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import AudioError, CheckpointError
-from granite_jax.model.config import Config, TensorFacts
+from granite_jax.models.granite_speech.config import Config, TensorFacts
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.variants import granite_speech
 
-TABLE = granite_speech.VARIANT.tensors
-FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax" / "model" / "granite-4.0-1b-speech.json").read_text())
+TABLE = granite_speech.FAMILY.tensors
+FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax/models/granite_speech/config.json").read_text())
 CLIP = Path(__file__).parents[1] / "samples" / "request.wav"
 Q0 = "encoder.layers.0.attn.to_q.weight"
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 
 
 def test_collapse_drops_repetitions_and_blanks_but_keeps_letters_doubled_across_a_blank():

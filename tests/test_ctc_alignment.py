@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from granite_jax.model import ctc
-from granite_jax.model.ctc_alignment import WILDCARD, align
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.ctc_alignment import WILDCARD, align
 
 FRAMES, LABELS, CLASSES = 12, 6, 5
 ALIGN = jax.jit(align)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from goldens.cases import sounds
 
-from granite_jax.model import features
-from granite_jax.model.features import MIN_SAMPLES, log_mel, num_frames
+from granite_jax.models.layers import features
+from granite_jax.models.layers.features import log_mel, num_frames
+from granite_jax.waveform import MIN_SAMPLES
 
 run = jax.jit(log_mel)
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from granite_jax.checkpoint import files, orbax
+from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.tree import unflatten
 from granite_jax.errors import CheckpointError
+from granite_jax.files import paths
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_names_with_directories_are_refused(checkpoint: Path, name: str) -> None:
     # Given a name that an index file might hold, when it is looked up, then it is refused before the disk is asked
     with pytest.raises(CheckpointError, match="is not a file of this directory$"):
-        files.find(checkpoint, name)
+        paths.find(checkpoint, name)
 
 
 def test_links_out_of_the_directory_are_refused(checkpoint: Path) -> None:
@@ -39,8 +40,8 @@ def test_links_out_of_the_directory_are_refused(checkpoint: Path) -> None:
     # When they are looked up, then they are refused; a link to a file of the directory is not
     for name in ("up", "twice", "absolute"):
         with pytest.raises(CheckpointError, match=f"{name}: is a link that leads out of the directory$"):
-            files.find(checkpoint, name)
-    assert files.find(checkpoint, "inside") == checkpoint / "inside"
+            paths.find(checkpoint, name)
+    assert paths.find(checkpoint, "inside") == checkpoint / "inside"
 
 
 def test_what_is_no_file_is_not_found(checkpoint: Path) -> None:
@@ -49,15 +50,15 @@ def test_what_is_no_file_is_not_found(checkpoint: Path) -> None:
     (checkpoint / "loop").symlink_to("loop")
     (checkpoint / "nothing").symlink_to("nowhere")
     for name in ("params", "pipe", "loop", "nothing", "x" * 5000):
-        assert files.find(checkpoint, name) is None
+        assert paths.find(checkpoint, name) is None
         with pytest.raises(CheckpointError, match="no such file$"):
-            files.require(checkpoint, name)
+            paths.require(checkpoint, name)
 
 
 def test_a_name_that_is_no_line_of_text_is_escaped(checkpoint: Path) -> None:
     # Given a name with a line break, as an index may hold, when it is asked for, then the error is one line
     with pytest.raises(CheckpointError, match=r"checkpoint/'a\\rb': no such file$"):
-        files.require(checkpoint, "a\rb")
+        paths.require(checkpoint, "a\rb")
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_links_within_and_pipes_below_params(checkpoint: Path) -> None:
     (checkpoint / "params" / "deep" / "file").write_bytes(b"12345")
     (checkpoint / "params" / "link").symlink_to("deep/file")
     (checkpoint / "params" / "again").symlink_to("deep")
-    assert files.check_links(checkpoint / "params") == 10
+    assert paths.check_links(checkpoint / "params") == 10
 
     # And a pipe, which would be waited for, is refused
     os.mkfifo(checkpoint / "params" / "pipe")
     with pytest.raises(CheckpointError, match="params/pipe: is no file$"):
-        files.check_links(checkpoint / "params")
+        paths.check_links(checkpoint / "params")
 
 
 def test_links_into_the_hubs_own_blobs_are_followed(tmp_path: Path) -> None:
@@ -106,17 +107,17 @@ def test_links_into_the_hubs_own_blobs_are_followed(tmp_path: Path) -> None:
     (snapshot / "tokenizer.json").symlink_to(other / "blobs" / "hash")
 
     # When they are followed, then those into its own blobs are, at any depth, and no others
-    assert files.find(snapshot, "config.json") == snapshot / "config.json"
-    assert files.check_links(snapshot / "params") == 3
+    assert paths.find(snapshot, "config.json") == snapshot / "config.json"
+    assert paths.check_links(snapshot / "params") == 3
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is a link that leads out of the directory$"):
-        files.find(snapshot, "tokenizer.json")
+        paths.find(snapshot, "tokenizer.json")
 
 
 def test_files_too_small_for_what_they_declare_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given four megabytes of zeros that compresses to next to nothing
     expected = {"encoder.out.kernel": (1 << 10, 1 << 10), "encoder.out.bias": (6,)}
     ocp.save(tmp_path / "params", unflatten({path: np.zeros(shape, np.float32) for path, shape in expected.items()}))
-    size = files.check_links(tmp_path / "params")
+    size = paths.check_links(tmp_path / "params")
     declared = 4 * ((1 << 20) + 6)
     assert 16 * size < declared
 

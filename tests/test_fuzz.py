@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from granite_jax.checkpoint.directory import Checkpoint
 from granite_jax.convert import adapter
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.pretrained import open_checkpoint
 
 pytestmark = pytest.mark.fuzz

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.recognition.guards import check_text, ctc_words, is_silent
 from granite_jax.recognition.repetition import find_loop
 

@@ -17,7 +17,7 @@ from granite_jax.keywords.options import KeywordOptions
 from granite_jax.keywords.phrases import IN_PLACE, Place, places
 from granite_jax.keywords.spotter import SpottingScores
 from granite_jax.keywords.utterance import utterance_automaton
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.text.tokenizer import Tokenizer
 
 

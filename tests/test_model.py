@@ -9,9 +9,10 @@ import pytest
 from goldens.cases import CASES, GOLDEN_CASES, GOLDEN_SOUNDS, STRIDE, fingerprint, golden_path, sounds
 from plain_transcriber import PlainTranscriber
 
-from granite_jax.model import decoder, granite_speech
-from granite_jax.model.decoder import KVCache
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.layers import decoder
+from granite_jax.models.layers.decoder import KVCache
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import make_bucket
 from granite_jax.transcriber import Transcriber

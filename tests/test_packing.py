@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from goldens.cases import CASES
 
-from granite_jax.model import ctc, granite_speech
-from granite_jax.model.features import log_mel, num_frames, packed_log_mel
-from granite_jax.model.packed_encoder import pack_frames
-from granite_jax.model.packing import Packing
+from granite_jax.models import granite_speech
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.features import log_mel, num_frames, packed_log_mel
+from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.packed.packing import Packing
 from granite_jax.pretrained import open_checkpoint
 
 SECOND = 16_000

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from granite_jax import GraniteError, cli
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.planning import aot, work
 from granite_jax.planning.largest_batch import largest_batch
 from granite_jax.planning.roofline import CHIPS, Roofline, find_chip, roofline

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.options import TranscribeOptions
 from granite_jax.recognition.policy import ACCEPT, Accept, Again, Attempt, Decision, Split, decide
 

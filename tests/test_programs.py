@@ -11,8 +11,8 @@ from plain_transcriber import PlainTranscriber
 from retraces import retraces
 
 from granite_jax.keywords.spotter import make_keyword_batch
-from granite_jax.model.config import Config
-from granite_jax.model.granite_speech import abstract_params
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.granite_speech.functions import abstract_params
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.speech_lm_programs import SpeechLMPrograms
 

@@ -8,10 +8,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from granite_jax.errors import CheckpointError, PromptError
+from granite_jax.models.granite_speech.releases import RELEASES
 from granite_jax.text import chat_template
 from granite_jax.text.tasks import LANGUAGES, Capabilities, ChatTemplate, PromptTokens, instruction, language_code
 from granite_jax.text.tokenizer import Tokenizer
-from granite_jax.variants import RELEASES
 
 SPECIALS = ["<|end_of_text|>", "<|pad|>", "<|audio|>", "<|start_of_role|>", "<|end_of_role|>"]
 RAW = "can you transcribe the speech into a written format?"

@@ -17,11 +17,10 @@ from granite_jax.checkpoint.tree import flatten, unflatten
 from granite_jax.convert.reader import read_leaves
 from granite_jax.convert.safetensors_file import StoredTensor
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.variants import granite_speech
 
-_, EMBEDDING = granite_speech.VARIANT.tensors.tied
+_, EMBEDDING = granite_speech.FAMILY.tensors.tied
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

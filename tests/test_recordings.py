@@ -15,7 +15,7 @@ from granite_jax.audio.resample import WHOLE, Condition
 from granite_jax.audio.segment import AudioSegment
 from granite_jax.engine.stages import Reply
 from granite_jax.errors import CheckpointError
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.options import TranscribeOptions
 from granite_jax.recognition.policy import ACCEPT, Again, Decision, Split
 from granite_jax.recognition.recordings import RecordingDecoder, join_texts

@@ -9,7 +9,7 @@ import pytest
 from goldens.cases import ROTARY_PATH
 
 from granite_jax.errors import CheckpointError
-from granite_jax.model.rotary import Rotary
+from granite_jax.models.layers.rotary import Rotary
 
 GOLDENS = json.loads(ROTARY_PATH.read_text())
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from granite_jax.audio.resample import SAMPLE_RATE
 from granite_jax.audio.segment import AudioSegment, cut, halve
+from granite_jax.waveform import SAMPLING_RATE
 
 
 def speech(seconds: float, seed: int = 0) -> np.ndarray:
     """A noise whose level changes four times a second, and is never low for long."""
-    size = round(seconds * SAMPLE_RATE)
-    level = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(size) / SAMPLE_RATE)
+    size = round(seconds * SAMPLING_RATE)
+    level = 0.55 + 0.45 * np.sin(2 * np.pi * 4 * np.arange(size) / SAMPLING_RATE)
     return (0.2 * level * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
 
 
 def silence(seconds: float, level: float = 1e-3) -> np.ndarray:
     rng = np.random.default_rng(1)
-    return (level * rng.standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)
+    return (level * rng.standard_normal(round(seconds * SAMPLING_RATE))).astype(np.float32)
 
 
 def check_tiles(samples: np.ndarray, segments: list[AudioSegment], seconds: float) -> None:
@@ -32,7 +32,7 @@ def check_tiles(samples: np.ndarray, segments: list[AudioSegment], seconds: floa
     for segment in segments:
         end = segment.offset + len(segment.samples)
         assert segment.offset <= segment.begin and segment.end <= end
-        assert len(segment.samples) <= seconds * SAMPLE_RATE
+        assert len(segment.samples) <= seconds * SAMPLING_RATE
         np.testing.assert_array_equal(segment.samples, samples[segment.offset : end])
 
 
@@ -49,7 +49,7 @@ def test_segments_tile_any_recording(seed: int, seconds: float, block: int, over
 
 
 def test_short_audio_is_one_segment() -> None:
-    for size in (0, 1, 30 * SAMPLE_RATE):
+    for size in (0, 1, 30 * SAMPLING_RATE):
         (segment,) = cut([np.ones(size, np.float32)], 30.0)
         assert segment.is_whole and len(segment.samples) == size and not segment.overlaps
 
@@ -68,14 +68,14 @@ def test_cuts_are_in_pauses() -> None:
     check_tiles(samples, segments, 20.0)
     assert not any(segment.overlaps for segment in segments)
     for segment in segments[:-1]:
-        assert any(start < segment.end / SAMPLE_RATE < end for start, end in pauses)
+        assert any(start < segment.end / SAMPLING_RATE < end for start, end in pauses)
 
 
 def talk(seconds: float) -> tuple[np.ndarray, np.ndarray]:
     """Words of a loud vowel and a weak consonant, ten before each pause of 0.5 s; and whether a sample is in a word."""
-    rng, vowel, consonant = np.random.default_rng(2), round(0.2 * SAMPLE_RATE), round(0.25 * SAMPLE_RATE)
-    level = np.concatenate([np.full(vowel, 0.1), np.full(consonant, 0.01)] * 10 + [np.zeros(SAMPLE_RATE // 2)])
-    level = np.resize(level, round(seconds * SAMPLE_RATE))
+    rng, vowel, consonant = np.random.default_rng(2), round(0.2 * SAMPLING_RATE), round(0.25 * SAMPLING_RATE)
+    level = np.concatenate([np.full(vowel, 0.1), np.full(consonant, 0.01)] * 10 + [np.zeros(SAMPLING_RATE // 2)])
+    level = np.resize(level, round(seconds * SAMPLING_RATE))
     return (level * rng.standard_normal(len(level)) + silence(seconds)).astype(np.float32), level > 0
 
 
@@ -86,7 +86,7 @@ def sharp_cuts(samples: np.ndarray, seconds: float) -> list[int]:
     return [s.end for s in segments[:-1] if s.end == s.offset + len(s.samples)]
 
 
-_TIME = np.arange(120 * SAMPLE_RATE) / SAMPLE_RATE
+_TIME = np.arange(120 * SAMPLING_RATE) / SAMPLING_RATE
 
 
 def mains(hertz: float, harmonics: int) -> np.ndarray:
@@ -127,35 +127,35 @@ def test_words_that_noise_hides_are_no_pauses(level: float, seconds: float) -> N
 
 
 def test_digital_silence_is_cut_sharply() -> None:
-    assert len(sharp_cuts(np.full(100 * SAMPLE_RATE, 0.1, np.float32), 30.0)) >= 3
+    assert len(sharp_cuts(np.full(100 * SAMPLING_RATE, 0.1, np.float32), 30.0)) >= 3
 
 
 def test_offsets_are_those_of_the_cuts() -> None:
     # Given 65 s with pauses at 29 and 58 s, when cut at 30 s, then the segments begin there, not at 30 and 60
     samples = speech(65)
     for second in (29, 58):
-        samples[second * SAMPLE_RATE : round((second + 0.5) * SAMPLE_RATE)] = silence(0.5)
-    begins = [segment.begin / SAMPLE_RATE for segment in cut([samples], 30.0)]
+        samples[second * SAMPLING_RATE : round((second + 0.5) * SAMPLING_RATE)] = silence(0.5)
+    begins = [segment.begin / SAMPLING_RATE for segment in cut([samples], 30.0)]
     np.testing.assert_allclose(begins, [0, 29.25, 58.25], atol=0.1)
 
 
 def test_speech_without_pauses_overlaps_at_the_quietest_place() -> None:
     # Given speech without a pause, and one place that is quieter for 80 ms
     samples = speech(40)
-    quiet = round(27.3 * SAMPLE_RATE)
+    quiet = round(27.3 * SAMPLING_RATE)
     samples[quiet : quiet + 1280] *= 0.01
     first, second = cut([samples], 30.0)
     # Then it is cut there, and both sides have a second more
     assert abs(first.end - quiet - 640) < 640
     assert first.overlaps and second.overlaps
-    assert first.offset + len(first.samples) - first.end == first.end - second.offset == SAMPLE_RATE
+    assert first.offset + len(first.samples) - first.end == first.end - second.offset == SAMPLING_RATE
 
 
 def test_the_quietest_place_can_be_at_the_end_of_the_window() -> None:
     samples = speech(40)
-    samples[29 * SAMPLE_RATE - 1600 : 29 * SAMPLE_RATE] *= 0.001
+    samples[29 * SAMPLING_RATE - 1600 : 29 * SAMPLING_RATE] *= 0.001
     first, _ = cut([samples], 30.0)
-    assert 28.9 <= first.end / SAMPLE_RATE <= 29.0
+    assert 28.9 <= first.end / SAMPLING_RATE <= 29.0
 
 
 @pytest.mark.parametrize("level", [0.0, 1e-4, 0.3])
@@ -168,9 +168,9 @@ def test_monotonous_audio_ends(level: float) -> None:
 def test_halves_of_a_segment_tile_it() -> None:
     samples = speech(100)
     for segment in list(cut([samples], 30.0)):
-        if segment.end - segment.begin < 5 * SAMPLE_RATE:
+        if segment.end - segment.begin < 5 * SAMPLING_RATE:
             continue
-        for at in (None, -5, 8 * SAMPLE_RATE, 10**9):
+        for at in (None, -5, 8 * SAMPLING_RATE, 10**9):
             left, right = halve(segment, at=at)
             assert (left.begin, left.end, right.end) == (segment.begin, right.begin, segment.end)
             assert (left.is_last, right.is_last) == (False, segment.is_last)
@@ -178,4 +178,4 @@ def test_halves_of_a_segment_tile_it() -> None:
                 end = half.offset + len(half.samples)
                 np.testing.assert_array_equal(half.samples, samples[half.offset : end])
                 assert segment.offset <= half.offset <= half.begin < half.end <= end
-                assert half.end - half.begin >= SAMPLE_RATE
+                assert half.end - half.begin >= SAMPLING_RATE

@@ -15,7 +15,7 @@ from plain_transcriber import PlainTranscriber
 import granite_jax as gj
 from granite_jax.checkpoint.tree import expected_shapes, flatten
 from granite_jax.engine.sharding import DeviceMesh
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.partition import param_shardings
 

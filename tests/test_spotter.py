@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from granite_jax.keywords import spotter
 from granite_jax.keywords.spotter import WIDTH, KeywordBatch, make_keyword_batch
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 
 
 def best_alignment(relative: np.ndarray, labels: list[int]) -> tuple[float, int, int]:

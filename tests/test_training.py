@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from granite_jax.model import granite_speech
-from granite_jax.model.config import Config
-from granite_jax.model.features import num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.features import num_frames
 from granite_jax.training import batches, steps
 from granite_jax.training.recipes.demo import recipe
 

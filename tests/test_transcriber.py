@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from granite_jax import AudioError, CheckpointError, ContextError, GraniteError, PromptError, Transcriber
 from granite_jax.evaluation import heldout
-from granite_jax.model.features import num_frames
+from granite_jax.models.layers.features import num_frames
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import Bucket, default_buckets, longest_audio
 from granite_jax.text.tasks import Capabilities, instruction

@@ -14,16 +14,16 @@ from granite_jax import variants
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities
 
 RELEASED, RENAMED = "encoder.input_linear.weight", "encoder.first.weight"
 
 
-def _variant() -> variants.Variant:
+def _variant() -> variants.Family:
     """Granite Speech under another name, with a tensor renamed and one task."""
-    base = variants.VARIANTS["granite_speech"]
+    base = variants.FAMILIES["granite_speech"]
     rules = tuple(dataclasses.replace(r, hf=RENAMED) if r.hf == RELEASED else r for r in base.tensors.rules)
     return dataclasses.replace(
         base,
@@ -51,7 +51,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_an_entry_is_read_converted_and_exported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a registry with one more entry
-    monkeypatch.setattr(variants, "VARIANTS", {**variants.VARIANTS, "granite_speech_renamed": _variant()})
+    monkeypatch.setattr(variants, "FAMILIES", {**variants.FAMILIES, "granite_speech_renamed": _variant()})
     # When a checkpoint of that type is converted there and back
     convert(source, tmp_path / "orbax")
     convert(tmp_path / "orbax", tmp_path / "back")

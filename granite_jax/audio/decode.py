@@ -11,7 +11,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from granite_jax import git_lfs
 from granite_jax.audio.clock import Chunk, Clock, Sound, Span, joined_spans
 from granite_jax.audio.ffmpeg import FFmpegDecoder, NoSeekError
 from granite_jax.audio.markers import TRAILER, is_only_tags, read
@@ -20,7 +19,6 @@ from granite_jax.audio.resample import (
     MAX_AMPLITUDE,
     MAX_CHANNELS,
     RATE_LIMITS,
-    SAMPLE_RATE,
     Blocks,
     Condition,
     Mixer,
@@ -34,6 +32,8 @@ from granite_jax.audio.resample import (
 from granite_jax.audio.sndfile import SndfileDecoder
 from granite_jax.audio.views import FileView, UnreadableError, View, has_marker, view_of
 from granite_jax.errors import AudioError
+from granite_jax.files import git_lfs
+from granite_jax.waveform import SAMPLING_RATE
 
 _MAX_PARTS = 10_000
 _MAX_UNREADABLE = 100
@@ -73,7 +73,7 @@ def decode(
         for (_, rate, _), run in itertools.groupby(pieces, key=_Piece.kind):
             for block in resample(mixer(piece.frames for piece in run), rate, limit):
                 num_samples += len(block)
-                if num_samples > limit * SAMPLE_RATE + 1:  # resampling rounds lengths up
+                if num_samples > limit * SAMPLING_RATE + 1:  # resampling rounds lengths up
                     raise_too_long(limit)
                 yield block
     if offset and num_samples == 0:

@@ -19,9 +19,9 @@ from av.error import FFmpegError
 
 from granite_jax.audio.clock import Sound
 from granite_jax.audio.parts import Part
-from granite_jax.audio.resample import BLOCK_FRAMES, one_line
+from granite_jax.audio.resample import BLOCK_FRAMES
 from granite_jax.audio.views import UnreadableError, View
-from granite_jax.errors import AudioError
+from granite_jax.errors import AudioError, one_line
 
 _MIN_LEAD = 0.1  # seconds that sound begins after the file at least, to be more than a codec's delay
 _MAX_LOST = 10.0  # seconds that can be missing from the beginning of Ogg; others' clocks begin later

@@ -22,7 +22,6 @@ import numpy as np
 from granite_jax.audio import decode
 from granite_jax.audio.resample import (
     BLOCK_FRAMES,
-    SAMPLE_RATE,
     WHOLE,
     Blocks,
     Condition,
@@ -30,17 +29,15 @@ from granite_jax.audio.resample import (
     check_channels,
     check_rate,
     checked,
-    one_line,
     raise_too_long,
     resample,
     scale,
 )
-from granite_jax.errors import AudioError
+from granite_jax.errors import AudioError, one_line, printable
+from granite_jax.waveform import MIN_SAMPLES, SAMPLING_RATE
 
 __all__ = [
     "MAX_SECONDS",
-    "MIN_SAMPLES",
-    "SAMPLE_RATE",
     "Audio",
     "Recording",
     "RecordingBlocks",
@@ -51,8 +48,6 @@ __all__ = [
     "open_recording",
 ]
 
-MIN_SAMPLES = 257
-"""Reflect padding of the 512-point STFT needs more than 256 samples."""
 MAX_SECONDS = 4 * 3600.0
 """Default length limit."""
 
@@ -80,7 +75,7 @@ class Audio:
     @property
     def duration(self) -> float:
         """Length in seconds."""
-        return len(self.samples) / SAMPLE_RATE
+        return len(self.samples) / SAMPLING_RATE
 
 
 class RecordingBlocks(Iterator[np.ndarray]):
@@ -235,7 +230,7 @@ def _read(name: str, blocks: Blocks, limit: float) -> Audio:
                 break
             num_samples += len(parts[-1])
             # A recording can have been opened without this limit. Resampling rounds lengths up.
-            if num_samples > limit * SAMPLE_RATE + 1:
+            if num_samples > limit * SAMPLING_RATE + 1:
                 raise_too_long(limit)
     check_samples(num_samples)
     return Audio(name, np.concatenate(parts), condition)
@@ -283,11 +278,6 @@ def _unpacked(source: Any) -> Any:
         decoded = source.get_all_samples()
         return decoded.data, decoded.sample_rate
     return source
-
-
-def printable(name: str) -> str:
-    """The name for messages: on one line, whatever characters it contains."""
-    return name if name and name.isprintable() else ascii(name)
 
 
 def _check_limit(max_seconds: float) -> float:
@@ -451,7 +441,7 @@ def _split_pair(source: Any, sampling_rate: float | None) -> tuple[Any, float]:
     """Splits (array, rate), as `soundfile.read` returns it; a bare array is at `sampling_rate`."""
     is_pair = isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], Real)
     if not (is_pair and np.ndim(source[1]) == 0):
-        return source, SAMPLE_RATE if sampling_rate is None else check_rate(sampling_rate)
+        return source, SAMPLING_RATE if sampling_rate is None else check_rate(sampling_rate)
     rate = check_rate(source[1])
     if sampling_rate is not None and check_rate(sampling_rate) != rate:
         raise AudioError(f"comes with a rate of {rate:g} Hz, but sampling_rate={sampling_rate!r} was given")
@@ -485,7 +475,7 @@ def _frames_of(source: Any) -> np.ndarray:
 def _audio_blocks(audio: Audio, limit: float) -> Blocks:
     samples = audio.samples
     blocks = (samples[start : start + BLOCK_FRAMES] for start in range(0, len(samples), BLOCK_FRAMES))
-    yield from resample(blocks, SAMPLE_RATE, limit)
+    yield from resample(blocks, SAMPLING_RATE, limit)
     return audio.condition
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import soxr
 
 from granite_jax.errors import AudioError
+from granite_jax.waveform import SAMPLING_RATE
 
-SAMPLE_RATE = 16_000
 """Hz; the only rate the model's features are defined for."""
 RATE_LIMITS = (1_000, 768_000)
 """Hz; accepted sampling rates of recordings."""
@@ -166,7 +166,7 @@ def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> Iterato
     Raises:
       TooLongError: there are more than `limit` seconds, which may be infinite.
     """
-    stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+    stream = None if rate == SAMPLING_RATE else soxr.ResampleStream(rate, SAMPLING_RATE, 1, dtype="float32")
     num_frames = 0
     for block in blocks:
         num_frames += len(block)
@@ -184,8 +184,3 @@ def resample(blocks: Iterable[np.ndarray], rate: float, limit: float) -> Iterato
 def raise_too_long(limit: float) -> NoReturn:
     """Raises TooLongError for audio of more than `limit` seconds."""
     raise TooLongError(f"is longer than {limit:g} seconds")
-
-
-def one_line(value: object) -> str:
-    """The start of another library's message, on one line, for use in this program's messages."""
-    return " ".join(str(value).split())[:200]

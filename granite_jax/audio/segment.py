@@ -17,14 +17,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from granite_jax.audio.resample import SAMPLE_RATE
+from granite_jax.waveform import SAMPLING_RATE
 
 __all__ = ["AudioSegment", "cut", "halve"]
 
-_HOP = SAMPLE_RATE // 100
+_HOP = SAMPLING_RATE // 100
 _PAUSE = 30  # hops, 0.3 s: shorter gaps can be part of a word
-_OVERLAP = SAMPLE_RATE  # samples on both sides of a cut through speech
-_LAST = SAMPLE_RATE  # the fewest samples of a recording's last segment
+_OVERLAP = SAMPLING_RATE  # samples on both sides of a cut through speech
+_LAST = SAMPLING_RATE  # the fewest samples of a recording's last segment
 _LOCAL, _STEP = 400, 40  # hops among which the background is looked for, and after which it is looked for again
 _CONTRAST = 19  # dB between speech and background below which nothing is a pause
 _CLEAR = 30  # dB above which the background hides nothing of a word
@@ -70,7 +70,7 @@ def cut(blocks: Iterable[np.ndarray], seconds: float, *, overlap: bool = True) -
       blocks: the recording in parts of any size, float32 `[n]` at 16 kHz.
       overlap: whether segments overlap where there is no pause.
     """
-    limit = round(seconds * SAMPLE_RATE)
+    limit = round(seconds * SAMPLING_RATE)
     parts: list[np.ndarray] = []
     size, offset, begin = 0, 0, 0  # of the parts
     for block in blocks:

@@ -8,8 +8,9 @@ from typing import Any, cast
 import soundfile as sf
 
 from granite_jax.audio.clock import Sound
-from granite_jax.audio.resample import BLOCK_FRAMES, one_line
+from granite_jax.audio.resample import BLOCK_FRAMES
 from granite_jax.audio.views import UnreadableError, View
+from granite_jax.errors import one_line
 
 _UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2**63 - 1 frames for streams of unknown length.
 

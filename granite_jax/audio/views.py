@@ -13,8 +13,7 @@ from granite_jax.audio import frames
 from granite_jax.audio.clock import Span
 from granite_jax.audio.markers import blocks, find_marker, read
 from granite_jax.audio.parts import Part
-from granite_jax.audio.resample import one_line
-from granite_jax.errors import AudioError
+from granite_jax.errors import AudioError, one_line
 
 _DECODER_DELAY = 529  # samples of MP3
 _AROUND = 25  # frames, whose mean length says how much sound was in bytes that cannot be decoded

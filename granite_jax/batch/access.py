@@ -18,9 +18,8 @@ import fsspec
 import fsspec.config
 import tenacity
 
-from granite_jax.audio.load import AccessError, open_regular, printable
-from granite_jax.audio.resample import one_line
-from granite_jax.errors import AudioError, GraniteError
+from granite_jax.audio.load import AccessError, open_regular
+from granite_jax.errors import AudioError, GraniteError, one_line, printable
 
 PROTOCOLS = ("file", "gs", "s3")
 """Protocols that are allowed by default."""

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from granite_jax.audio.load import printable
 from granite_jax.batch.access import AudioStorage, scheme
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, printable
 
 AUDIO_SUFFIXES = (
     *(".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc"),

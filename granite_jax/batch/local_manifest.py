@@ -5,11 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from granite_jax.audio.load import printable
 from granite_jax.batch.access import AudioStorage, retried, scheme
 from granite_jax.batch.listing import describe_skipped, is_listing, list_audio, to_line
 from granite_jax.batch.store import LocalStore, Store
-from granite_jax.errors import AudioError, GraniteError
+from granite_jax.errors import AudioError, GraniteError, printable
 
 _LISTING = "manifest.jsonl"
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from granite_jax.audio.load import printable
 from granite_jax.batch.audio_fields import MAX_TEXT, audio_fields, is_lhotse, text_field, uncertain_excerpt
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, printable
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.keywords.options import check_boost, keyword_entries
 from granite_jax.options import TranscribeOptions

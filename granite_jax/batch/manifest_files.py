@@ -24,13 +24,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from granite_jax import git_lfs
-from granite_jax.audio.load import printable
 from granite_jax.audio.parts import looks_like_audio, media_format
 from granite_jax.batch.access import scheme
 from granite_jax.batch.audio_fields import NAMES, OTHER_NAMES, name_of_audio
 from granite_jax.batch.listing import AUDIO_SUFFIXES
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, printable
+from granite_jax.files import git_lfs
 
 _NUMBERS = ("offset", "duration")
 _COLUMNS = (*NAMES, *OTHER_NAMES, *_NUMBERS, "id", "task", "target_language", "to", "prompt", "keywords", "text")

@@ -12,12 +12,13 @@ import numpy as np
 
 from granite_jax.audio.decode import decode
 from granite_jax.audio.load import AccessError, Audio, Recording, check_samples, decode_array, open_recording
-from granite_jax.audio.resample import SAMPLE_RATE, WHOLE, Blocks, Condition, check_rate, one_line
+from granite_jax.audio.resample import WHOLE, Blocks, Condition, check_rate
 from granite_jax.batch.access import AudioStorage, retried
 from granite_jax.batch.file_versions import Detection, version_of
 from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reader_processes import Killed, ReaderProcesses
-from granite_jax.errors import AudioError, GraniteError
+from granite_jax.errors import AudioError, GraniteError, one_line
+from granite_jax.waveform import SAMPLING_RATE
 
 Kind = Literal["threads", "processes"]
 
@@ -92,7 +93,7 @@ class Reader:
         parts: list[np.ndarray] = []
         num_samples = 0
         with contextlib.closing(recording.decode()) as blocks:
-            while num_samples <= self.hold_seconds * SAMPLE_RATE:
+            while num_samples <= self.hold_seconds * SAMPLING_RATE:
                 try:
                     parts.append(next(blocks))
                 except StopIteration as end:

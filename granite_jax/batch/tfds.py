@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.audio.resample import SAMPLE_RATE, one_line
-from granite_jax.errors import AudioError, GraniteError
+from granite_jax.errors import AudioError, GraniteError, one_line
+from granite_jax.waveform import SAMPLING_RATE
 
 AUDIO = ("audio", "speech", "voice")
 """Names that the audio feature can have, in order of preference."""
@@ -71,5 +71,5 @@ def open_dataset(directory: str, split: str) -> Examples:
         raise GraniteError(f"{directory}#{split}: is no prepared data set ({one_line(error)})") from error
     metadata = builder.info.metadata or {}
     metadata_rates = (metadata.get(key) for key in ("sampling_rate", "sample_rate"))
-    rate = getattr(features[audio], "sample_rate", None) or next(filter(None, metadata_rates), SAMPLE_RATE)
+    rate = getattr(features[audio], "sample_rate", None) or next(filter(None, metadata_rates), SAMPLING_RATE)
     return Examples(source, features, audio, int(rate))

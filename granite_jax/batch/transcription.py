@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from granite_jax.audio.load import AccessError, printable
+from granite_jax.audio.load import AccessError
 from granite_jax.batch.manifest import Entry
 from granite_jax.batch.reading import EntryAudio
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, printable
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.options import TranscribeOptions
 from granite_jax.results import Transcript

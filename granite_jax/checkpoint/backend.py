@@ -4,8 +4,7 @@ import warnings
 
 import jax
 
-from granite_jax.audio.resample import one_line
-from granite_jax.errors import BackendError
+from granite_jax.errors import BackendError, one_line
 
 _REFUSED = {
     "jax_debug_infs": "the model's masks and limits are infinite",

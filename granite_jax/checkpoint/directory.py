@@ -24,15 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from granite_jax.array_types import Shape
-from granite_jax.checkpoint import files, lora, orbax
+from granite_jax.checkpoint import lora, orbax
 from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER
 from granite_jax.checkpoint.tree import expected_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError, PromptError
-from granite_jax.model.config import Config
-from granite_jax.model.json_fields import read_json
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.registry import Release, family_of, release_of
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
-from granite_jax.variants import Release, variant_of
 
 # A conversion copies these files, where present, and no others: a directory can contain anything.
 COMPANIONS = (
@@ -145,7 +146,7 @@ class Checkpoint(abc.ABC):
         """
         # For this class, transformers 5 splits text by GPT-2's rule, whatever the file says.
         gpt2 = str(self._tokenizer_config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer"
-        path = files.require(self.directory, TOKENIZER)
+        path = paths.require(self.directory, TOKENIZER)
         tokenizer = Tokenizer.from_file(path, pre_tokenizer="gpt2" if gpt2 else "file")
         vocab_size, audio_id = self.config.decoder.vocab_size, self.config.audio_token_id
         if tokenizer.vocab_size > vocab_size:
@@ -183,29 +184,28 @@ class Checkpoint(abc.ABC):
     @property
     def release(self) -> Release | None:
         """The published model that this is, or was tuned from; None if that is unknown."""
-        find = variant_of(self.config.model_type).release_of
-        return find(self.config, self.raw_config, self.directory.absolute()) if find else None
+        return release_of(self.config, self.raw_config, self.directory.absolute())
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the model was trained for: `granite_jax` in `config.json`, or else its release, or else its variant."""
-        known = self.release or variant_of(self.config.model_type)
+        """What the model was trained for: `granite_jax` in `config.json`, or else its release, or else its family."""
+        known = self.release or family_of(self.config.model_type)
         return Capabilities.from_config(self.raw_config, known.capabilities)
 
     @property
     def _tokenizer_config(self) -> dict[str, Any]:
-        path = files.find(self.directory, "tokenizer_config.json")
+        path = paths.find(self.directory, "tokenizer_config.json")
         return read_json(path) if path is not None else {}
 
     def _chat_template_source(self) -> str | None:
-        path = files.find(self.directory, CHAT_TEMPLATE)
+        path = paths.find(self.directory, CHAT_TEMPLATE)
         if path is not None:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise CheckpointError(f"{path}: not a readable text file ({error})") from error
         for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            path = files.find(self.directory, name)
+            path = paths.find(self.directory, name)
             template = read_json(path).get("chat_template") if path is not None else None
             if isinstance(template, list):  # several named templates
                 named = {str(t.get("name")): t.get("template") for t in template if isinstance(t, Mapping)}

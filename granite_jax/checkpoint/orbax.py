@@ -23,11 +23,10 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from granite_jax.array_types import Shape
-from granite_jax.checkpoint import files
 from granite_jax.checkpoint.tree import check_shapes, flatten, raise_named, unflatten
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import TensorFacts
-from granite_jax.model.json_fields import read_json
+from granite_jax.files import paths
+from granite_jax.files.json_fields import read_json
 
 PARAMS, TENSORS = "params", "tensors.json"
 _MARKER = "commit_success.txt"
@@ -119,7 +118,7 @@ def read_into(
 
 def stored_dtypes(directory: Path, expected: Mapping[str, Shape]) -> dict[str, np.dtype]:
     """Checks the stored tree against `expected` before anything is loaded; the dtype of every leaf by dotted path."""
-    size = files.check_links(directory / PARAMS)
+    size = paths.check_links(directory / PARAMS)
     tree = _orbax(directory, "read", ocp.metadata).metadata
     if not isinstance(tree, Mapping):  # Orbax only logs that its manifest is damaged
         raise CheckpointError(f"{directory / PARAMS}: holds no parameter tree that Orbax can read")
@@ -136,19 +135,19 @@ def stored_dtypes(directory: Path, expected: Mapping[str, Shape]) -> dict[str, n
     return {path: DTYPES[name] for path, name in dtypes.items()}
 
 
-def tensor_facts(directory: Path) -> TensorFacts:
-    """What the tensors tell about the configuration; no weights are read.
+def leaf_shapes(directory: Path) -> dict[str, Shape]:
+    """The shapes of the leaves by dotted path, as the directory says; no weights are read.
 
     Raises CheckpointError if neither `tensors.json` nor Orbax's own metadata can be read.
     """
-    if (path := files.find(directory, TENSORS)) is not None:
+    if (path := paths.find(directory, TENSORS)) is not None:
         records = read_json(path)
         shapes = {name: record.get("shape") for name, record in records.items() if isinstance(record, Mapping)}
     else:
         tree = _orbax(directory, "read", ocp.metadata).metadata
         shapes = {name: list(x.shape) for name, x in flatten(tree if isinstance(tree, Mapping) else {}).items()}
     valid = {name: tuple(shape) for name, shape in shapes.items() if isinstance(shape, list)}
-    return TensorFacts.from_shapes({n: shape for n, shape in valid.items() if all(type(size) is int for size in shape)})
+    return {name: shape for name, shape in valid.items() if all(type(size) is int for size in shape)}
 
 
 def _groups(paths: list[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -168,7 +167,7 @@ def _read_records(
     directory: Path, expected: Mapping[str, Shape], dtypes: Mapping[str, np.dtype], names: list[str]
 ) -> dict[str, Any]:
     """Reads `tensors.json` and checks that it describes this checkpoint's leaves."""
-    path = files.find(directory, TENSORS)
+    path = paths.find(directory, TENSORS)
     if path is None:
         raise CheckpointError(
             f"{directory / TENSORS}: no such file; without it damage goes unnoticed (verify=False loads nevertheless)"

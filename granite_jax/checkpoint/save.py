@@ -16,7 +16,7 @@ from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.lora import Adapter
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.errors import CheckpointError
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 

@@ -76,10 +76,10 @@ def plan(
     import jax
     import jax.numpy as jnp
 
+    from granite_jax.models.registry import release
     from granite_jax.planning import aot, roofline
     from granite_jax.pretrained import open_checkpoint
     from granite_jax.recognition.buckets import make_bucket
-    from granite_jax.variants import release
 
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine, if any, is left alone
     as_json = format == "json"

@@ -15,14 +15,12 @@ from typing import Any
 
 import soundfile
 
-from granite_jax.audio.load import printable
-from granite_jax.audio.resample import one_line
 from granite_jax.batch.access import AudioStorage, scheme
 from granite_jax.batch.listing import root_of, split_tfds
 from granite_jax.batch.manifest import FIELDS, MAX_LINE, Entry, ignored_fields, parse_line
 from granite_jax.batch.manifest_files import to_json_lines
 from granite_jax.batch.tfds import open_dataset
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, one_line, printable
 from granite_jax.options import TranscribeOptions
 
 KNOWN = {

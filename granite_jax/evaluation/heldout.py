@@ -11,10 +11,9 @@ import numpy as np
 import soundfile
 import tensorflow_datasets as tfds
 
-from granite_jax.audio.resample import one_line
-from granite_jax.checkpoint.files import cache_directory
-from granite_jax.errors import GraniteError
-from granite_jax.model.features import SAMPLING_RATE
+from granite_jax.errors import GraniteError, one_line
+from granite_jax.files.paths import cache_directory
+from granite_jax.waveform import SAMPLING_RATE
 
 CLIPS = Path(__file__).with_name("heldout_clips")
 """300 clips of synthetic speech and `heldout.jsonl`."""

@@ -11,8 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from granite_jax.audio.load import printable
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, printable
 
 
 @dataclass(frozen=True)

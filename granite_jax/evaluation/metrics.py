@@ -15,8 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
 
-from granite_jax.audio.resample import one_line
-from granite_jax.errors import GraniteError
+from granite_jax.errors import GraniteError, one_line
 from granite_jax.evaluation.normalize import normalizer
 
 RESAMPLES = 2_000

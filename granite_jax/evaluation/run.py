@@ -33,12 +33,12 @@ from granite_jax.evaluation.keyword_lists import KeywordList, lists_of, read_key
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
-from granite_jax.model.features import SAMPLING_RATE
 from granite_jax.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.text.tasks import Capabilities, language_code
 from granite_jax.transcriber import Transcriber
+from granite_jax.waveform import SAMPLING_RATE
 
 RESULTS = "results.json"
 PART_SIZE = 128

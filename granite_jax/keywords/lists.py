@@ -15,7 +15,7 @@ from granite_jax.keywords import spotter
 from granite_jax.keywords.automaton import STATES, KeywordAutomaton, Phrase, build_automaton
 from granite_jax.keywords.options import Entry, KeywordOptions, check_boost, keyword_entries
 from granite_jax.keywords.phrases import Place, phrases_of
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.text.chat_template import check_text
 from granite_jax.text.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.spotter import SpottingScores
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 
 _SLACK = 4  # frames by which a keyword and the words of the draft that it replaces can differ at either end
 _CUT = 3.0  # nats that a keyword loses where it begins or ends inside a word of the greedy text

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import CTCLogits, Lengths
-from granite_jax.model.ctc import BLANK
+from granite_jax.models.layers.ctc import BLANK
 
 MAX_KEYWORDS = 2048  # for one utterance
 WIDTH = 32  # characters of a keyword that are scored

@@ -19,11 +19,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.stages import Lowered
 
-from granite_jax.audio.resample import one_line
 from granite_jax.engine.compilation import abstract_results
 from granite_jax.engine.sharding import REPLICATED, DeviceList, DeviceMesh
-from granite_jax.errors import GraniteError
-from granite_jax.model.config import Config
+from granite_jax.errors import GraniteError, one_line
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.options import RecognizerName
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.ctc_programs import CTCPrograms

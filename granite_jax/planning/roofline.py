@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from granite_jax.errors import GraniteError
-from granite_jax.model.config import Config
-from granite_jax.model.ctc import FRAME_SECONDS
-from granite_jax.model.features import SAMPLING_RATE, num_frames
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.ctc import FRAME_SECONDS
+from granite_jax.models.layers.features import num_frames
 from granite_jax.options import RecognizerName
 from granite_jax.planning import work
 from granite_jax.planning.work import Work
 from granite_jax.planning.workload import Workload
+from granite_jax.waveform import SAMPLING_RATE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,10 @@ each weight and each input once, whatever a program reads again.
 
 import dataclasses
 
-from granite_jax.model.config import Config, DecoderConfig, EncoderConfig, ProjectorConfig
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.decoder import DecoderConfig
+from granite_jax.models.layers.encoder import EncoderConfig
+from granite_jax.models.layers.projector import ProjectorConfig
 
 _SAMPLE_BYTES = 4  # audio is float32 whatever the weights are
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import numpy as np
 from jaxtyping import Float
 
-from granite_jax.audio.load import printable
-from granite_jax.errors import GraniteError
-from granite_jax.model import ctc
-from granite_jax.model.features import HOP, NUM_MELS, SAMPLING_RATE
+from granite_jax.errors import GraniteError, printable
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.features import HOP, NUM_MELS
 from granite_jax.recognition.words import locate_words
 from granite_jax.results import Emissions, Transcript, Word
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 try:
     from matplotlib import font_manager

@@ -5,8 +5,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from granite_jax.model.config import Config
-from granite_jax.model.features import HOP, SAMPLING_RATE, num_frames
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.features import HOP, num_frames
+from granite_jax.waveform import SAMPLING_RATE
 
 TEXT_ROOM = 64  # prompt tokens, besides those of the audio, that every bucket holds
 MIN_NEW_TOKENS = 200  # the released model's own limit
@@ -98,9 +99,9 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
 def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
     """At most five buckets, 15 programs: full batches of short audio, and single rows up to the model's limit.
 
-    Programs compute what is filled (see `model.packing`), so that shapes cost memory, not time. Segments of recordings
-    fit a full batch. Models of many positions have one bucket more, for short audio with thousands of keywords in its
-    prompt.
+    Programs compute what is filled (see `models.layers.packed`), so that shapes cost memory, not time. Segments of
+    recordings fit a full batch. Models of many positions have one bucket more, for short audio with thousands of
+    keywords in its prompt.
     """
     limit = config.max_seconds
     lengths = sorted({min(seconds, limit) for seconds in (10.0, max(30.0, segment_seconds))})

@@ -12,7 +12,6 @@ import numpy as np
 
 from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.stages import Collect, Outcome, Row, Stage
-from granite_jax.model.features import SAMPLING_RATE
 from granite_jax.recognition.alignment import Aligner
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.ctc_programs import CTCPrograms, encoder_params
@@ -21,6 +20,7 @@ from granite_jax.recognition.rows import ctc_decoded_row, encoder_inputs, failed
 from granite_jax.recognition.utterances import Decoded, Utterance, silence
 from granite_jax.text.chat_template import PromptTokens
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 
 class CTC:

@@ -11,7 +11,7 @@ from granite_jax.engine.compilation import Lowerable
 from granite_jax.engine.programs import Programs
 from granite_jax.engine.sharding import BATCH, REPLICATED, DeviceMesh
 from granite_jax.keywords.spotter import KeywordBatch
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.encoding import (
     ALIGN,

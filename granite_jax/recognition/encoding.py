@@ -10,12 +10,13 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from granite_jax.array_types import AudioEmbeddings, CTCLogits, Lengths, Params, Samples
 from granite_jax.keywords import spotter
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch, SpottingScores
-from granite_jax.model import ctc, granite_speech
-from granite_jax.model.bpe_head import Importance
-from granite_jax.model.config import Config
-from granite_jax.model.ctc_alignment import Alignment, align
-from granite_jax.model.features import num_frames, packed_log_mel
-from granite_jax.model.packed_encoder import pack_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.bpe_head import Importance
+from granite_jax.models.layers.ctc_alignment import Alignment, align
+from granite_jax.models.layers.features import num_frames, packed_log_mel
+from granite_jax.models.layers.packed.encoder import pack_frames
 
 ENCODE, ENCODE_WITH_LOGITS, ALIGN = "encode", "encode with logits", "align"
 

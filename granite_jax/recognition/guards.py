@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.recognition.repetition import find_loop
 
 Problem = Literal["loop", "length", "hole", "invention"]

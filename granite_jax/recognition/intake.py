@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from granite_jax.audio.load import Audio, is_encoded, load_audio, printable
+from granite_jax.audio.load import Audio, is_encoded, load_audio
 from granite_jax.audio.resample import TooLongError
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
 from granite_jax.engine.stages import Request
-from granite_jax.errors import ContextError, GraniteError, PromptError
+from granite_jax.errors import ContextError, GraniteError, PromptError, printable
 from granite_jax.keywords.options import keyword_entries
-from granite_jax.model.config import Config
-from granite_jax.model.features import SAMPLING_RATE
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
 from granite_jax.recognition.buckets import longest_audio, new_token_budget
 from granite_jax.recognition.inputs import Input
@@ -30,6 +29,7 @@ from granite_jax.recognition.utterances import Utterance
 from granite_jax.results import Transcript
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 _MAX_PLANS = 16
 

@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
-from granite_jax.audio.load import Audio, check_samples, is_encoded, open_recording, printable
+from granite_jax.audio.load import Audio, check_samples, is_encoded, open_recording
 from granite_jax.audio.resample import Condition
 from granite_jax.audio.segment import AudioSegment, cut
 from granite_jax.engine.engine import Engine
 from granite_jax.engine.readers import Readers
 from granite_jax.engine.stages import Reply, Request, Ticket
-from granite_jax.errors import AudioError, ContextError, GraniteError
+from granite_jax.errors import AudioError, ContextError, GraniteError, printable
 from granite_jax.recognition.recordings import RecordingDecoder
 from granite_jax.recognition.utterances import Utterance
 

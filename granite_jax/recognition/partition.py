@@ -13,8 +13,8 @@ import jax
 from granite_jax.checkpoint.tree import expected_shapes, unflatten
 from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.errors import GraniteError
-from granite_jax.model import granite_speech
-from granite_jax.model.config import Config
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
 
 PARTITION_RULES: Mapping[str, int] = {
     r"encoder\.layers\.ff[12]\.up\.(kernel|bias)": -1,

@@ -6,7 +6,7 @@ from typing import Any
 
 from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.sharding import DeviceMesh
-from granite_jax.model.config import Config
+from granite_jax.models.granite_speech.config import Config
 from granite_jax.options import RecognizerName
 from granite_jax.recognition.buckets import Bucket, encoder_buckets
 from granite_jax.recognition.ctc import CTC

@@ -20,17 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from granite_jax.audio.resample import SAMPLE_RATE, WHOLE, Condition
+from granite_jax.audio.resample import WHOLE, Condition
 from granite_jax.audio.segment import AudioSegment, halve
 from granite_jax.engine.stages import Reply, Ticket
 from granite_jax.errors import CheckpointError
-from granite_jax.model import ctc
+from granite_jax.models.layers import ctc
 from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
 from granite_jax.recognition.policy import FIRST, MAX_SPLITS, Accept, Again, Attempt, Split
 from granite_jax.recognition.utterances import Decoded, Utterance
 from granite_jax.recognition.words import SPACE, split_words
 from granite_jax.results import FLAGS, Segment, Transcript, Word
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 OnSegment = Callable[[str, Segment], None]
 Submit = Callable[[Utterance, Callable[[Reply], None]], Ticket]
@@ -49,9 +50,9 @@ class _Part:
 
     def __post_init__(self) -> None:
         self.overlaps = self.audio.overlaps
-        self.offset = self.audio.offset / SAMPLE_RATE
-        self.begin, self.end = self.audio.begin / SAMPLE_RATE, self.audio.end / SAMPLE_RATE
-        self.heard_until = (self.audio.offset + len(self.audio.samples)) / SAMPLE_RATE
+        self.offset = self.audio.offset / SAMPLING_RATE
+        self.begin, self.end = self.audio.begin / SAMPLING_RATE, self.audio.end / SAMPLING_RATE
+        self.heard_until = (self.audio.offset + len(self.audio.samples)) / SAMPLING_RATE
         is_smallest = self.attempt.splits == MAX_SPLITS or self.end - self.begin < MIN_SEGMENT_SECONDS
         self.attempt = dataclasses.replace(self.attempt, can_split=not is_smallest)
 
@@ -177,7 +178,7 @@ class RecordingDecoder:
 
     def _split(self, part: _Part, seconds: float | None) -> None:
         """Has the halves of a part decoded in its place; `seconds` as in `Split`."""
-        at = None if seconds is None else round((seconds - _MARGIN) * SAMPLE_RATE)
+        at = None if seconds is None else round((seconds - _MARGIN) * SAMPLING_RATE)
         halves = halve(part.audio, overlap=self._options.is_transcript, at=at)
         attempt = Attempt(splits=part.attempt.splits + 1)
         index = self._parts.index(part)

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from granite_jax.audio.load import printable
+from granite_jax.errors import printable
 from granite_jax.keywords.automaton import KeywordAutomaton
 from granite_jax.keywords.matches import filter_matches, repair
 from granite_jax.keywords.spotter import KeywordBatch, make_keyword_batch
 from granite_jax.keywords.utterance import utterance_automaton
-from granite_jax.model import ctc
-from granite_jax.model.bpe_head import bpe_tokens
-from granite_jax.model.features import num_frames
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.bpe_head import bpe_tokens
+from granite_jax.models.layers.features import num_frames
 from granite_jax.options import DraftFrom
 from granite_jax.recognition.buckets import draft_budget
 from granite_jax.recognition.encoding import Encoded

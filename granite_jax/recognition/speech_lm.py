@@ -17,8 +17,8 @@ from granite_jax.decoding import DecodeState
 from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.stages import Collect, Enqueue, Outcome, Row, Stage
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
-from granite_jax.model.config import Config
-from granite_jax.model.features import SAMPLING_RATE, num_frames
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.features import num_frames
 from granite_jax.recognition.alignment import Aligner
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.encoding import ALIGN, Encoded, encode_name
@@ -35,6 +35,7 @@ from granite_jax.recognition.speech_lm_programs import DECODE, PREFILL, SpeechLM
 from granite_jax.recognition.utterances import Utterance, silence
 from granite_jax.text.chat_template import PromptTokens
 from granite_jax.text.tokenizer import Tokenizer
+from granite_jax.waveform import SAMPLING_RATE
 
 _DECODED = ("tokens", "log_probs", "draft_positions", "num_tokens", "num_forward_passes", "num_accepted", "ended")
 _MAX_CACHED_LISTS = 8  # lists of keywords whose arrays stay on the device

@@ -36,10 +36,10 @@ from granite_jax.errors import GraniteError
 from granite_jax.keywords.automaton import BatchedAutomata, no_keywords
 from granite_jax.keywords.selector import KeywordSelector
 from granite_jax.keywords.spotter import KeywordBatch
-from granite_jax.model import granite_speech
-from granite_jax.model.bpe_head import Importance
-from granite_jax.model.config import Config
-from granite_jax.model.decoder import KVCache
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.bpe_head import Importance
+from granite_jax.models.layers.decoder import KVCache
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.encoding import (
     ALIGN,
@@ -62,7 +62,7 @@ class Speculation:
     Fields:
       window: draft tokens proposed in one decode step.
       realign: name of the rule in `decoding.REALIGN` that finds where the draft goes on after a rejection.
-      importance: which activations the BPE head's weights of frames come from, as in `model.bpe_head`. Nothing
+      importance: which activations the BPE head's weights of frames come from, as in `models.layers.bpe_head`. Nothing
         published says which one the released heads were trained with.
     """
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from granite_jax.model import ctc
-from granite_jax.model.ctc_alignment import WILDCARD, align
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.ctc_alignment import WILDCARD, align
 from granite_jax.results import Word
 
 SPACE = ord(" ")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from granite_jax.model.features import HOP
+from granite_jax.models.layers.features import HOP
 from granite_jax.training.corpus import Corpus
 
 BUCKET_FRAMES = (130, 170, 220, 300, 500, 800, 1410)  # 20 ms encoder frames

@@ -16,10 +16,11 @@ import optax
 from jaxtyping import Array, Float
 
 from granite_jax.array_types import Features, Lengths, Logits, Samples, Tokens
-from granite_jax.model import bpe_head, granite_speech
-from granite_jax.model.config import Config
-from granite_jax.model.encoder import BatchStatistics, EncoderOutput
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers import bpe_head
+from granite_jax.models.layers.encoder import BatchStatistics, EncoderOutput
+from granite_jax.models.layers.features import log_mel, num_frames
 
 MIDDLE_WEIGHT = 0.2
 ALIGNMENT_WEIGHT = 0.3

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import GraniteSpeechForConditionalGeneration
 
 from granite_jax.convert import convert
-from granite_jax.model import granite_speech
+from granite_jax.models import granite_speech
 from granite_jax.pretrained import open_checkpoint
 
 # peft, of a model that is not where it was loaded from.

@@ -21,8 +21,8 @@ from transformers import GraniteSpeechForConditionalGeneration
 
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
-from granite_jax.model import granite_speech
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import make_bucket
 from granite_jax.transcriber import Transcriber

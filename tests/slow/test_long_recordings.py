@@ -12,9 +12,9 @@ from subtitle_rules import violations
 
 import granite_jax as gj
 from benchmarks.long_recordings import compare, compose, noises, utterances
-from granite_jax.audio.resample import SAMPLE_RATE
 from granite_jax.text.subtitles import cues
 from granite_jax.training.recipes.demo.noise import white
+from granite_jax.waveform import SAMPLING_RATE
 
 ROOT = Path(__file__).parents[2]
 CTC = {"speculative": "relaxed-fast", "ctc_threshold": 1e9}  # every text is the encoder's own
@@ -57,7 +57,7 @@ def test_nothing_is_written_where_nobody_speaks(asr: gj.Transcriber) -> None:
 @pytest.mark.soak
 def test_nothing_is_written_in_three_hours_of_faint_noise(asr: gj.Transcriber) -> None:
     # Given a recording, half of it silence and half hardly audible noise
-    half = 90 * 60 * SAMPLE_RATE
+    half = 90 * 60 * SAMPLING_RATE
     sound = np.concatenate([np.zeros(half, np.float32), white(np.random.default_rng(0), half) * np.float32(1e-3)])
     # When transcribed, then there is no text
     transcript = asr.transcribe(sound)
@@ -74,7 +74,7 @@ def test_subtitles_of_a_recording_keep_the_rules(asr: gj.Transcriber) -> None:
     assert " ".join(word.text for word in words) == transcript.text
     for word, following in itertools.pairwise(words):
         assert word.start < word.end <= following.start + 1e-6
-    assert words[0].start >= 0 and words[-1].end <= len(samples) / SAMPLE_RATE
+    assert words[0].start >= 0 and words[-1].end <= len(samples) / SAMPLING_RATE
     # And each segment begins and ends with its words
     for segment in transcript.segments:
         if segment.words:

@@ -35,9 +35,10 @@ from orbax.checkpoint import v1 as ocp
 from granite_jax import pretrained
 from granite_jax.convert.safetensors_file import make_header
 from granite_jax.evaluation.metrics import score
-from granite_jax.model import ctc, granite_speech
-from granite_jax.model.config import Config
-from granite_jax.model.features import log_mel, num_frames
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.results import disagreement
 from granite_jax.text.tasks import ChatTemplate, instruction
 from granite_jax.training import batches

@@ -1,10 +1,6 @@
-"""`granite_speech`: granite-4.0-1b-speech and its relatives, with the tensor names of the released checkpoints."""
+"""The tensor names of the released checkpoints."""
 
-from granite_jax.model import granite_speech
-from granite_jax.model.config import Config
-from granite_jax.text.tasks import Capabilities
-from granite_jax.variants.releases import release_of
-from granite_jax.variants.tensors import (
+from granite_jax.models.tensor_table import (
     BIAS_HALVES,
     DEPTHWISE,
     HALVES,
@@ -17,7 +13,6 @@ from granite_jax.variants.tensors import (
     linear,
     norm,
 )
-from granite_jax.variants.variant import Variant
 
 _HEAD = "language_model.lm_head.weight"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -100,20 +95,14 @@ def _decoder() -> list[Rule]:
     ]
 
 
-VARIANT = Variant(
-    read_config=Config.from_dict,
-    abstract_params=granite_speech.abstract_params,
-    tensors=TensorTable(
-        rules=(*_encoder(), *_projector(), *_decoder()),
-        tied=(_HEAD, _EMBEDDING),
-        separate={"out_llm.": "out_llm.safetensors"},
-        counter="encoder.layers.{layer}.conv.batch_norm.num_batches_tracked",
-        ignored=(  # tables that are computed from the config
-            "encoder.attention_dists",
-            "language_model.model.rotary_emb.inv_freq",
-            "language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq",
-        ),
+TABLE = TensorTable(
+    rules=(*_encoder(), *_projector(), *_decoder()),
+    tied=(_HEAD, _EMBEDDING),
+    separate={"out_llm.": "out_llm.safetensors"},
+    counter="encoder.layers.{layer}.conv.batch_norm.num_batches_tracked",
+    ignored=(  # tables that are computed from the config
+        "encoder.attention_dists",
+        "language_model.model.rotary_emb.inv_freq",
+        "language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq",
     ),
-    capabilities=Capabilities(),
-    release_of=release_of,
 )

@@ -21,10 +21,35 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import Cache, Hidden, Lengths, Logits, Tokens
-from granite_jax.model.config import DecoderConfig
+from granite_jax.models.layers.rotary import Rotary
 
 _QUERY_CHUNK = 512  # prompt positions whose scores are held at once
 _FIRST_PREFIX, _PREFIX_STEP = 64, 64  # slots of the cache
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Granite language model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rotary: Rotary
+    rms_norm_eps: float
+    hidden_act: str
+    embedding_multiplier: float
+    attention_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int | None
 
 
 @jax.tree_util.register_dataclass

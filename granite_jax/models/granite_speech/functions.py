@@ -25,15 +25,17 @@ from granite_jax.array_types import (
     Params,
     Tokens,
 )
-from granite_jax.model import bpe_head, packed_decoder, packed_encoder
-from granite_jax.model.bpe_head import Importance
-from granite_jax.model.config import Config
-from granite_jax.model.decoder import Decoder, KVCache
-from granite_jax.model.encoder import Encoder, EncoderOutput
-from granite_jax.model.packed_decoder import PackedPrompts
-from granite_jax.model.packed_encoder import PackedEncoderOutput, PackedLabels
-from granite_jax.model.packing import Packing
-from granite_jax.model.projector import Projector
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers import bpe_head
+from granite_jax.models.layers.bpe_head import Importance
+from granite_jax.models.layers.decoder import Decoder, KVCache
+from granite_jax.models.layers.encoder import Encoder, EncoderOutput
+from granite_jax.models.layers.packed import decoder as packed_decoder
+from granite_jax.models.layers.packed import encoder as packed_encoder
+from granite_jax.models.layers.packed.decoder import PackedPrompts
+from granite_jax.models.layers.packed.encoder import PackedEncoderOutput, PackedLabels
+from granite_jax.models.layers.packed.packing import Packing
+from granite_jax.models.layers.projector import Projector
 
 LOGIT_ROWS = 256  # positions whose logits are held at once
 

@@ -4,14 +4,30 @@ Reference: `GraniteSpeechEncoderProjector` and `Blip2QFormerModel` of transforme
 Frames past a row's end are zeros and, as in the reference, attended to within the last window.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, AudioEmbeddings, Lengths
-from granite_jax.model.config import ProjectorConfig
-from granite_jax.model.layer_norm import LayerNorm
+from granite_jax.models.layers.layer_norm import LayerNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """Windowed Q-Former: `window_size` encoder frames become `num_queries` audio embeddings."""
+
+    hidden_size: int
+    encoder_hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: str
+    layer_norm_eps: float
+    window_size: int
+    num_queries: int
 
 
 class MultiHeadAttention(nnx.Module):

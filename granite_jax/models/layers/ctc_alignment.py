@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import CTCLogits, Lengths
-from granite_jax.model.ctc import BLANK
+from granite_jax.models.layers.ctc import BLANK
 
 WILDCARD = -1
 """The label of something spoken that has no labels, or unknown ones, such as "25" (twenty five)."""

@@ -13,8 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import AudioEmbeddings, Cache, Lengths, Tokens
-from granite_jax.model.decoder import Attention, Decoder, DecoderLayer
-from granite_jax.model.packing import Packing, put
+from granite_jax.models.layers.decoder import Attention, Decoder, DecoderLayer
+from granite_jax.models.layers.packed.packing import Packing, put
 
 
 class PackedPrompts(NamedTuple):

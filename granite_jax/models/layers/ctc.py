@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import CTCLogits, Lengths
-from granite_jax.model.features import HOP, SAMPLING_RATE
+from granite_jax.models.layers.features import HOP
+from granite_jax.waveform import SAMPLING_RATE
 
 BLANK = 0
 FRAME_SECONDS = 2 * HOP / SAMPLING_RATE

@@ -15,10 +15,38 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, Mask
-from granite_jax.model.bpe_head import Importance
-from granite_jax.model.config import EncoderConfig
-from granite_jax.model.ctc import BLANK
-from granite_jax.model.layer_norm import LayerNorm
+from granite_jax.models.layers.bpe_head import Importance
+from granite_jax.models.layers.ctc import BLANK
+from granite_jax.models.layers.layer_norm import LayerNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Conformer CTC encoder. Frames are 20 ms (two 10 ms log-mel frames stacked)."""
+
+    input_dim: int
+    num_layers: int
+    hidden_dim: int
+    feedforward_mult: int
+    num_heads: int
+    dim_head: int
+    output_dim: int  # CTC labels, blank included
+    context_size: int  # frames of one attention block
+    max_pos_emb: int
+    conv_kernel_size: int
+    conv_expansion_factor: int
+    bpe_output_dim: int = 0  # labels of the BPE head, blank included; 0 if there is none
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels inside the convolution module."""
+        return self.hidden_dim * self.conv_expansion_factor
+
+    @property
+    def self_condition_layer(self) -> int:
+        """Index of the block whose output is conditioned on its own CTC posteriors; -1 for none."""
+        return self.num_layers // 2 - 1
+
 
 Heads = Float[Array, "b t heads h"]
 Blocks = Float[Array, "b m q heads h"]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from granite_jax.errors import CheckpointError
-from granite_jax.model.json_fields import boolean, number, positive_integer, positive_number, without_nulls
+from granite_jax.files.json_fields import boolean, number, positive_integer, positive_number, without_nulls
 
 _PREFIX, _MAX_FACTOR = "text_config.", 1e6
 _KEYS = {

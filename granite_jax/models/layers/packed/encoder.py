@@ -20,12 +20,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import AudioEmbeddings, Lengths
-from granite_jax.model import ctc
-from granite_jax.model.bpe_head import Importance
-from granite_jax.model.config import Config
-from granite_jax.model.encoder import Encoder, shifted_products
-from granite_jax.model.packing import Packing, put
-from granite_jax.model.projector import Projector
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers import ctc
+from granite_jax.models.layers.bpe_head import Importance
+from granite_jax.models.layers.encoder import Encoder, shifted_products
+from granite_jax.models.layers.packed.packing import Packing, put
+from granite_jax.models.layers.projector import Projector
 
 _MIN_GAP = 2  # frames whose place `packed_log_mel` needs
 

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from granite_jax import git_lfs
 from granite_jax.errors import CheckpointError
+from granite_jax.files import git_lfs
 
 
 def find(directory: Path, name: str) -> Path | None:

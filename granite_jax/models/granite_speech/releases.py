@@ -10,28 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from granite_jax.errors import GraniteError
-from granite_jax.model.config import Config
-from granite_jax.model.rotary import Rotary
+from granite_jax.models.family import Release
+from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.layers.rotary import Rotary
 from granite_jax.text.tasks import LANGUAGES, SPEECH_LANGUAGES, Capabilities, Prompts
 
 _EUROPEAN = ("en", "fr", "de", "es", "pt")
 _RAW = Prompts().transcribe
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """A published model.
-
-    Fields:
-      name: as on the hub, where all belong to `ibm-granite`.
-      config: its configuration, without reading a checkpoint.
-      capabilities: tasks, languages and prompts of its card.
-    """
-
-    name: str
-    config: Config
-    capabilities: Capabilities
 
 
 def _releases() -> list[Release]:
@@ -99,14 +84,6 @@ def _replaced(config: Config, **changes: Any) -> Config:
 RELEASES: Mapping[str, Release] = {release.name: release for release in _releases()}
 
 
-def release(name: str) -> Release:
-    """The published model of this name, with or without `ibm-granite/`. Raises GraniteError if there is none."""
-    key = name.removeprefix("ibm-granite/").lower()
-    if key not in RELEASES:
-        raise GraniteError(f"no published model {name!r:.80} is known, only {', '.join(RELEASES)}")
-    return RELEASES[key]
-
-
 def release_of(config: Config, raw: Mapping[str, Any], directory: Path) -> Release | None:
     """The published model that a checkpoint is, or was tuned from; None if that is unknown.
 
@@ -126,11 +103,3 @@ def release_of(config: Config, raw: Mapping[str, Any], directory: Path) -> Relea
     if has_yarn:
         return RELEASES["granite-speech-5.0-2b"]
     return RELEASES["granite-speech-4.1-2b"] if config.encoder.bpe_output_dim else None
-
-
-def recorded(raw: Mapping[str, Any], config: Config, release: Release | None) -> Mapping[str, Any]:
-    """The dictionary of a `config.json`, naming the release if nothing else but a directory's name tells it."""
-    section = raw.get("granite_jax", {})
-    if release is None or not isinstance(section, Mapping) or release_of(config, raw, Path("unnamed")) is release:
-        return raw
-    return {**raw, "granite_jax": {**section, "model": release.name}}

@@ -11,14 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from granite_jax.array_types import Features, Lengths, Samples
-from granite_jax.model.packing import Packing, put
+from granite_jax.models.layers.packed.packing import Packing, put
+from granite_jax.waveform import SAMPLING_RATE
 
-SAMPLING_RATE = 16_000  # Hz
 HOP = 160  # samples: 10 ms
 WINDOW = 400  # samples: 25 ms, centered in the FFT
 FFT = 512
 NUM_MELS = 80
-MIN_SAMPLES = FFT // 2 + 1  # fewer cannot be reflected at the FFT's margin
 
 _MARGIN = WINDOW // 2  # the window is zero beyond it, so no more of the reflected signal is read
 

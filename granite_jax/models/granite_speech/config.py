@@ -13,79 +13,15 @@ from typing import Any
 
 from granite_jax.array_types import Shape
 from granite_jax.errors import CheckpointError
-from granite_jax.model.features import HOP, SAMPLING_RATE
-from granite_jax.model.json_fields import boolean, number, positive_integer, read_json, require, section, without_nulls
-from granite_jax.model.rotary import Rotary
+from granite_jax.files.json_fields import boolean, number, positive_integer, read_json, require, section, without_nulls
+from granite_jax.models.layers.decoder import DecoderConfig
+from granite_jax.models.layers.encoder import EncoderConfig
+from granite_jax.models.layers.features import HOP
+from granite_jax.models.layers.projector import ProjectorConfig
+from granite_jax.models.layers.rotary import Rotary
+from granite_jax.waveform import SAMPLING_RATE
 
-_GRANITE_4_0_1B = Path(__file__).with_name("granite-4.0-1b-speech.json")
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Conformer CTC encoder. Frames are 20 ms (two 10 ms log-mel frames stacked)."""
-
-    input_dim: int
-    num_layers: int
-    hidden_dim: int
-    feedforward_mult: int
-    num_heads: int
-    dim_head: int
-    output_dim: int  # CTC labels, blank included
-    context_size: int  # frames of one attention block
-    max_pos_emb: int
-    conv_kernel_size: int
-    conv_expansion_factor: int
-    bpe_output_dim: int = 0  # labels of the BPE head, blank included; 0 if there is none
-
-    @property
-    def inner_dim(self) -> int:
-        """Channels inside the convolution module."""
-        return self.hidden_dim * self.conv_expansion_factor
-
-    @property
-    def self_condition_layer(self) -> int:
-        """Index of the block whose output is conditioned on its own CTC posteriors; -1 for none."""
-        return self.num_layers // 2 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class ProjectorConfig:
-    """Windowed Q-Former: `window_size` encoder frames become `num_queries` audio embeddings."""
-
-    hidden_size: int
-    encoder_hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    hidden_act: str
-    layer_norm_eps: float
-    window_size: int
-    num_queries: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Granite language model."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rotary: Rotary
-    rms_norm_eps: float
-    hidden_act: str
-    embedding_multiplier: float
-    attention_multiplier: float
-    residual_multiplier: float
-    logits_scaling: float
-    tie_word_embeddings: bool
-    bos_token_id: int | None
-    eos_token_id: int
-    pad_token_id: int | None
+_GRANITE_4_0_1B = Path(__file__).with_name("config.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +43,13 @@ class TensorFacts:
         """From the shapes of a parameter tree's leaves by dotted path; those that are missing are reported later."""
         last = {path: shape[-1] for path, shape in shapes.items() if shape}
         return cls(
-            has_head=HEAD in shapes,
-            attention_dim=last.get(QUERY, 0),
-            bpe_output_dim=last.get(BPE_HEAD, 0),
+            has_head=_HEAD in shapes,
+            attention_dim=last.get(_QUERY, 0),
+            bpe_output_dim=last.get(_BPE_HEAD, 0),
         )
 
 
-HEAD, QUERY, BPE_HEAD = "decoder.head.kernel", "encoder.layers.attention.q.kernel", "encoder.out_bpe.kernel"
+_HEAD, _QUERY, _BPE_HEAD = "decoder.head.kernel", "encoder.layers.attention.q.kernel", "encoder.out_bpe.kernel"
 """The leaves that `TensorFacts` are read from."""
 
 
@@ -215,6 +151,11 @@ class Config:
     def num_audio_tokens(self, num_frames):
         """Audio embeddings of `num_frames` encoder frames: works on ints and on integer arrays."""
         return -(-num_frames // self.projector.window_size) * self.projector.num_queries
+
+
+def read_config(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Config:
+    """`Config.from_dict`, with the facts that the shapes of the parameter tree's leaves tell; None: with none."""
+    return Config.from_dict(raw, None if shapes is None else TensorFacts.from_shapes(shapes))
 
 
 def _version(raw: Mapping[str, Any]) -> tuple[int, int] | None:

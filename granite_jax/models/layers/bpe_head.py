@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import Activations, Lengths
-from granite_jax.model.ctc import BLANK, collapse
+from granite_jax.models.layers.ctc import BLANK, collapse
 
 WINDOW = 4
 _ROWS = 256  # windows whose logits are held at once

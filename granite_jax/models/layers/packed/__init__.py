@@ -1,0 +1,1 @@
+"""The same layers over rows packed side by side: a schedule for inference that computes no padding."""

@@ -1,0 +1,64 @@
+"""The families by the `model_type` of their `config.json`, and the published models by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from granite_jax.array_types import Shape
+from granite_jax.errors import CheckpointError, GraniteError
+from granite_jax.models.family import Family, Release
+from granite_jax.models.granite_speech.family import FAMILY as GRANITE_SPEECH
+
+FAMILIES: dict[str, Family] = {"granite_speech": GRANITE_SPEECH}
+"""An entry makes a family known to everything: directories, conversion, recognizers, planning."""
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a `model_type`. Raises CheckpointError if there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        supported = " or ".join(map(repr, FAMILIES))
+        raise CheckpointError(f"config: model_type {model_type!a:.80} is not supported, only {supported}")
+    return FAMILIES[model_type]
+
+
+def read_config(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Any:
+    """Reads the dictionary of a Hugging Face `config.json` of any family.
+
+    Args:
+      shapes: of the parameter tree's leaves by dotted path, for what the file leaves open.
+
+    Raises:
+      CheckpointError: naming the key that is missing, ill-typed or asks for what is not implemented.
+    """
+    return family_of(raw.get("model_type")).read_config(raw, shapes)
+
+
+def releases() -> dict[str, Release]:
+    """The published models of all families by name."""
+    return {name: release for family in FAMILIES.values() for name, release in family.releases.items()}
+
+
+def release(name: str) -> Release:
+    """The published model of this name, with or without `ibm-granite/`. Raises GraniteError if there is none."""
+    known, key = releases(), name.removeprefix("ibm-granite/").lower()
+    if key not in known:
+        raise GraniteError(f"no published model {name!r:.80} is known, only {', '.join(known)}")
+    return known[key]
+
+
+def release_of(config: Any, raw: Mapping[str, Any], directory: Path) -> Release | None:
+    """The published model that a checkpoint is, or was tuned from; None if that is unknown.
+
+    Args:
+      raw: the dictionary of its `config.json`.
+    """
+    find = family_of(config.model_type).release_of
+    return find(config, raw, directory) if find else None
+
+
+def with_release_name(raw: Mapping[str, Any], config: Any, release: Release | None) -> Mapping[str, Any]:
+    """The dictionary of a `config.json`, naming the release if nothing else except a directory's name tells it."""
+    section = raw.get("granite_jax", {})
+    if release is None or not isinstance(section, Mapping) or release_of(config, raw, Path("unnamed")) is release:
+        return raw
+    return {**raw, "granite_jax": {**section, "model": release.name}}
