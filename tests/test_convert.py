@@ -23,9 +23,10 @@ from granite_jax.convert import convert, mapping, writer
 from granite_jax.convert.reader import read_leaves
 from granite_jax.errors import AudioError, CheckpointError
 from granite_jax.models.granite_speech.config import Config, TensorFacts
+from granite_jax.models.granite_speech.family import FAMILY
 from granite_jax.pretrained import open_checkpoint
 
-TABLE = granite_speech.FAMILY.tensors
+TABLE = FAMILY.tensors
 FULL_SIZE = json.loads((Path(__file__).parents[1] / "granite_jax/models/granite_speech/config.json").read_text())
 CLIP = Path(__file__).parents[1] / "samples" / "request.wav"
 Q0 = "encoder.layers.0.attn.to_q.weight"

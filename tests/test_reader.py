@@ -18,9 +18,10 @@ from granite_jax.convert.reader import read_leaves
 from granite_jax.convert.safetensors_file import StoredTensor
 from granite_jax.errors import CheckpointError
 from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.granite_speech.family import FAMILY
 from granite_jax.pretrained import open_checkpoint
 
-_, EMBEDDING = granite_speech.FAMILY.tensors.tied
+_, EMBEDDING = FAMILY.tensors.tied
 Q0 = "encoder.layers.0.attn.to_q.weight"
 
 

@@ -27,6 +27,7 @@ from granite_jax.array_types import (
 )
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.layers import bpe_head
+from granite_jax.models.layers.binding import bind
 from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.decoder import Decoder, KVCache
 from granite_jax.models.layers.encoder import Encoder, EncoderOutput
@@ -67,15 +68,8 @@ def _abstract_model(config: Config) -> Model:
     return nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)), graph=False)
 
 
-@functools.lru_cache(maxsize=8)
-def _definitions(config: Config) -> dict[str, Any]:
-    """The parts' structure without arrays."""
-    model = _abstract_model(config)
-    return {part: nnx.split(getattr(model, part), graph=False)[0] for part in ("encoder", "projector", "decoder")}
-
-
 def _part(config: Config, params: Params, name: str) -> Any:
-    return nnx.merge(_definitions(config)[name], params[name])
+    return bind(getattr(_abstract_model(config), name), params[name])
 
 
 def compute_dtype(params: Params, dtype: DTypeLike | None) -> jnp.dtype:
@@ -113,6 +107,7 @@ def encode(
     capture_layers: bool = False,
     train: bool = False,
     importance: Importance = "before",
+    remat: bool = False,
     dtype: DTypeLike | None = None,
 ) -> EncoderOutput:
     """Runs the Conformer encoder.
@@ -123,9 +118,10 @@ def encode(
       capture_layers: also return every block's output.
       train: normalize by the batch's own statistics.
       importance: which activations of the middle block the output's `importance` is computed from.
+      remat: compute every block again in the backward pass, and keep only what goes from one to the next.
     """
     encoder: Encoder = _part(config, params, "encoder")
-    options = {"capture_layers": capture_layers, "train": train, "importance": importance}
+    options = {"capture_layers": capture_layers, "train": train, "importance": importance, "remat": remat}
     return encoder(features.astype(dtype), lengths, **options)
 
 
@@ -232,6 +228,7 @@ def prefill(
     *,
     capacity: int | None = None,
     logit_positions: Int[Array, "b m"] | None = None,
+    remat: bool = False,
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "b m v"], KVCache]:
     """Runs the language model over prompts.
@@ -242,6 +239,7 @@ def prefill(
       audio: audio embeddings `[b, a, e]`, or None for text alone.
       capacity: positions of the cache, at least `p`; default `p`.
       logit_positions: positions `[b, m]` whose logits are computed; default each row's last.
+      remat: as in `encode`.
 
     Returns:
       float32 logits `[b, m, v]` and the cache, `lengths` positions a row.
@@ -253,7 +251,7 @@ def prefill(
         index = jnp.clip(jnp.cumsum(is_audio, axis=1, dtype=jnp.int32) - 1, 0, audio.shape[1] - 1)
         gathered = jnp.take_along_axis(audio.astype(dtype), index[..., None], axis=1)
         embeddings = jnp.where(is_audio[..., None], gathered, embeddings)
-    hidden, k, v = decoder(embeddings)
+    hidden, k, v = decoder(embeddings, remat=remat)
     padding = (capacity or tokens.shape[1]) - tokens.shape[1]
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0))) for x in (k, v))
     if logit_positions is None:

@@ -21,7 +21,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import Cache, Hidden, Lengths, Logits, Tokens
+from granite_jax.models.layers import linear
+from granite_jax.models.layers.linear import Linear
 from granite_jax.models.layers.rotary import Rotary
+from granite_jax.models.layers.stack import for_layers, make_layers
 
 _QUERY_CHUNK = 512  # prompt positions whose scores are held at once
 _FIRST_PREFIX, _PREFIX_STEP = 64, 64  # slots of the cache
@@ -137,10 +140,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q = nnx.Linear(width, heads * config.head_dim, use_bias=False, rngs=rngs)
-        self.k = nnx.Linear(width, groups * config.head_dim, use_bias=False, rngs=rngs)
-        self.v = nnx.Linear(width, groups * config.head_dim, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(heads * config.head_dim, width, use_bias=False, rngs=rngs)
+        self.q = Linear(width, heads * config.head_dim, rngs, use_bias=False)
+        self.k = Linear(width, groups * config.head_dim, rngs, use_bias=False)
+        self.v = Linear(width, groups * config.head_dim, rngs, use_bias=False)
+        self.out = Linear(heads * config.head_dim, width, rngs, use_bias=False)
 
     def __call__(
         self,
@@ -232,9 +235,9 @@ class DecoderLayer(nnx.Module):
         self.input_norm = RMSNorm(width, config.rms_norm_eps)
         self.attention = Attention(config, rngs)
         self.post_norm = RMSNorm(width, config.rms_norm_eps)
-        self.gate = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(width, inner, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(inner, width, use_bias=False, rngs=rngs)
+        self.gate = Linear(width, inner, rngs, use_bias=False)
+        self.up = Linear(width, inner, rngs, use_bias=False)
+        self.down = Linear(inner, width, rngs, use_bias=False)
 
     def __call__(self, h: Hidden, cos: jax.Array, sin: jax.Array, cached: tuple | None):
         mixed, k, v = self.attention(self.input_norm(h), cos, sin, cached)
@@ -249,28 +252,29 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, equal layers stacked on a leading axis and scanned, final norm, language-model head."""
+    """Embedding, equal layers one after another, final norm, language-model head."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         self.embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.vmap(lambda rngs: DecoderLayer(config, rngs), graph=False)(
-            rngs.split(config.num_hidden_layers)
-        )
+        self.layers = make_layers(lambda rngs: DecoderLayer(config, rngs), config.num_hidden_layers, rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.head = nnx.Linear(config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs)
+            self.head = Linear(config.hidden_size, config.vocab_size, rngs, use_bias=False)
 
     def embed(self, tokens: Tokens) -> Hidden:
         """Token embeddings, not yet multiplied by `embedding_multiplier`."""
         return self.embedding(tokens)
 
-    def __call__(self, embeddings: Hidden, cache: KVCache | None = None) -> tuple[Hidden, Cache, Cache]:
+    def __call__(
+        self, embeddings: Hidden, cache: KVCache | None = None, *, remat: bool = False
+    ) -> tuple[Hidden, Cache, Cache]:
         """Runs all layers over a step of `p` embeddings a row.
 
         Args:
           embeddings: unscaled embeddings of tokens or audio.
           cache: the positions before the step, or None if there are none.
+          remat: as in `for_layers`.
 
         Returns:
           Normed activations `[b, p, e]`, and the step's keys and values `[l, b, k, p, h]` for `KVCache.append`.
@@ -279,24 +283,17 @@ class Decoder(nnx.Module):
         h = embeddings * config.embedding_multiplier
         positions = jnp.arange(h.shape[1], dtype=jnp.int32)[None] + (0 if cache is None else cache.lengths[:, None])
         cos, sin = config.rotary.tables(jnp.broadcast_to(positions, h.shape[:2]), config.head_dim)
-        definition, layers = nnx.split(self.layers, graph=False)
 
-        def layer(h, state):
-            weights, index = state
-            cached = None if cache is None else (cache, index)
-            h, k, v = nnx.merge(definition, weights)(h, cos, sin, cached)
+        def run(h, layer, index):
+            # The cache is not scanned: every layer would then read all of its slots.
+            h, k, v = layer(h, cos, sin, None if cache is None else (cache, index))
             return h, (k, v)
 
-        # The cache is not scanned: every layer would then read all of its slots.
-        indices = None if cache is None else jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        h, (k, v) = jax.lax.scan(layer, h, (layers, indices))
+        h, (k, v) = for_layers(self.layers, run, h, remat=remat)
         return self.norm(h), k, v
 
     def logits(self, h: Hidden) -> Logits:
         """Logits of normed activations, float32, divided by `logits_scaling`."""
-        if self.config.tie_word_embeddings:
-            kernel, equation = self.embedding.embedding[...], "bpd,vd->bpv"
-        else:
-            kernel, equation = self.head.kernel[...], "bpd,dv->bpv"
-        logits = jnp.einsum(equation, h, kernel, preferred_element_type=jnp.float32)
-        return logits / self.config.logits_scaling
+        tied = self.config.tie_word_embeddings
+        head = {"weight": self.embedding.embedding[...]} if tied else self.head.parts
+        return linear.apply(head, h, jnp.float32) / self.config.logits_scaling

@@ -18,6 +18,8 @@ from granite_jax.array_types import Activations, CTCLogits, Features, Lengths, M
 from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.ctc import BLANK
 from granite_jax.models.layers.layer_norm import LayerNorm
+from granite_jax.models.layers.linear import Linear
+from granite_jax.models.layers.stack import for_layers, make_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,8 @@ class FeedForward(nnx.Module):
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         width = config.hidden_dim * config.feedforward_mult
         self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
-        self.up = nnx.Linear(config.hidden_dim, width, rngs=rngs)
-        self.down = nnx.Linear(width, config.hidden_dim, rngs=rngs)
+        self.up = Linear(config.hidden_dim, width, rngs)
+        self.down = Linear(width, config.hidden_dim, rngs)
 
     def __call__(self, h: Activations) -> Activations:
         return self.down(jax.nn.silu(self.up(self.norm(h))))
@@ -81,9 +83,9 @@ class BlockAttention(nnx.Module):
         self.config = config
         inner = config.num_heads * config.dim_head
         self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
-        self.q = nnx.Linear(config.hidden_dim, inner, use_bias=False, rngs=rngs)
-        self.kv = nnx.LinearGeneral(config.hidden_dim, (2, inner), use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
+        self.q = Linear(config.hidden_dim, inner, rngs, use_bias=False)
+        self.kv = Linear(config.hidden_dim, (2, inner), rngs, use_bias=False)
+        self.out = Linear(inner, config.hidden_dim, rngs)
         self.relative = nnx.Embed(2 * config.max_pos_emb + 1, config.dim_head, rngs=rngs)
 
     def __call__(self, h: Activations, valid: Mask) -> Activations:
@@ -152,10 +154,10 @@ class ConvolutionModule(nnx.Module):
         self.config = config
         inner, kernel = config.inner_dim, config.conv_kernel_size
         self.norm = LayerNorm(config.hidden_dim, 1e-5, rngs)
-        self.up = nnx.LinearGeneral(config.hidden_dim, (2, inner), rngs=rngs)
+        self.up = Linear(config.hidden_dim, (2, inner), rngs)
         self.depthwise = nnx.Param(jax.random.normal(rngs.params(), (kernel, inner)) * kernel**-0.5)
         self.batch_norm = BatchNorm(inner)
-        self.down = nnx.Linear(inner, config.hidden_dim, rngs=rngs)
+        self.down = Linear(inner, config.hidden_dim, rngs)
 
     def __call__(self, h: Activations, valid: Mask, train: bool) -> tuple[Activations, BatchStatistics]:
         x = self.gated(h, valid)
@@ -252,16 +254,16 @@ class EncoderOutput:
 
 
 class Encoder(nnx.Module):
-    """The Conformer stack: equal blocks, stacked on a leading axis and scanned."""
+    """The Conformer stack: equal blocks, one after another."""
 
     def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.input = nnx.Linear(config.input_dim, config.hidden_dim, rngs=rngs)
-        self.layers = nnx.vmap(lambda rngs: ConformerBlock(config, rngs), graph=False)(rngs.split(config.num_layers))
-        self.out = nnx.Linear(config.hidden_dim, config.output_dim, rngs=rngs)
-        self.out_mid = nnx.Linear(config.output_dim, config.hidden_dim, rngs=rngs)
+        self.input = Linear(config.input_dim, config.hidden_dim, rngs)
+        self.layers = make_layers(lambda rngs: ConformerBlock(config, rngs), config.num_layers, rngs)
+        self.out = Linear(config.hidden_dim, config.output_dim, rngs)
+        self.out_mid = Linear(config.output_dim, config.hidden_dim, rngs)
         if config.bpe_output_dim:
-            self.out_bpe = nnx.Linear(config.hidden_dim, config.bpe_output_dim, rngs=rngs)
+            self.out_bpe = Linear(config.hidden_dim, config.bpe_output_dim, rngs)
 
     def __call__(
         self,
@@ -271,20 +273,19 @@ class Encoder(nnx.Module):
         capture_layers: bool,
         train: bool,
         importance: Importance,
+        remat: bool = False,
     ) -> EncoderOutput:
         """Encodes features whose rows hold `lengths` valid frames.
 
         `train` normalizes by the batch's own statistics; `capture_layers` keeps every block's output; `importance`
-        says which activations of the middle block that of frames is computed from.
+        says which activations of the middle block that of frames is computed from; `remat` as in `for_layers`.
         """
         valid = jnp.arange(features.shape[1], dtype=jnp.int32)[None, :] < lengths[:, None]
-        definition, layers = nnx.split(self.layers, graph=False)
         condition = functools.partial(self.condition, importance=importance)
 
-        def block(carry, layer_and_index):
+        def run(carry, block, index):
             h, weights = carry
-            layer, index = layer_and_index
-            h, statistics = nnx.merge(definition, layer)(h, valid, train)
+            h, statistics = block(h, valid, train)
             captured = h if capture_layers else None
             is_middle = index == self.config.self_condition_layer
             carry = jax.lax.cond(is_middle, condition, lambda h: (h, weights), h)
@@ -292,9 +293,7 @@ class Encoder(nnx.Module):
 
         h = self.input(features)
         weights = h[..., 0].astype(jnp.float32) * 0  # varies like `h` under shard_map
-        (h, weights), (captured, statistics) = jax.lax.scan(
-            block, (h, weights), (layers, jnp.arange(self.config.num_layers, dtype=jnp.int32))
-        )
+        (h, weights), (captured, statistics) = for_layers(self.layers, run, (h, weights), remat=remat)
         return EncoderOutput(h, captured, statistics, weights)
 
     def condition(self, h: Activations, importance: Importance) -> tuple[Activations, Float[Array, "b t"]]:

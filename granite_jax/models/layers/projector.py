@@ -13,6 +13,8 @@ from jaxtyping import Array, Float
 
 from granite_jax.array_types import Activations, AudioEmbeddings, Lengths
 from granite_jax.models.layers.layer_norm import LayerNorm
+from granite_jax.models.layers.linear import Linear
+from granite_jax.models.layers.stack import for_layers, make_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,10 @@ class MultiHeadAttention(nnx.Module):
     def __init__(self, config: ProjectorConfig, context_dim: int, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
         width = config.hidden_size
-        self.q = nnx.Linear(width, width, rngs=rngs)
-        self.k = nnx.Linear(context_dim, width, rngs=rngs)
-        self.v = nnx.Linear(context_dim, width, rngs=rngs)
-        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.q = Linear(width, width, rngs)
+        self.k = Linear(context_dim, width, rngs)
+        self.v = Linear(context_dim, width, rngs)
+        self.out = Linear(width, width, rngs)
         self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
@@ -62,8 +64,8 @@ class QFormerLayer(nnx.Module):
         width = config.hidden_size
         self.self_attention = MultiHeadAttention(config, width, rngs)
         self.cross_attention = MultiHeadAttention(config, config.encoder_hidden_size, rngs)
-        self.up = nnx.Linear(width, config.intermediate_size, rngs=rngs)
-        self.down = nnx.Linear(config.intermediate_size, width, rngs=rngs)
+        self.up = Linear(width, config.intermediate_size, rngs)
+        self.down = Linear(config.intermediate_size, width, rngs)
         self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
 
     def __call__(self, x: jax.Array, window: jax.Array) -> jax.Array:
@@ -73,17 +75,15 @@ class QFormerLayer(nnx.Module):
 
 
 class Projector(nnx.Module):
-    """Q-Former layers, stacked on a leading axis and scanned, and the projection to the language model."""
+    """Q-Former layers, one after another, and the projection to the language model."""
 
     def __init__(self, config: ProjectorConfig, output_dim: int, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.output_dim = config, output_dim
         width = config.hidden_size
         self.query = nnx.Param(jax.random.normal(rngs.params(), (1, config.num_queries, width)))
         self.norm = LayerNorm(width, config.layer_norm_eps, rngs)
-        self.layers = nnx.vmap(lambda rngs: QFormerLayer(config, rngs), graph=False)(
-            rngs.split(config.num_hidden_layers)
-        )
-        self.out = nnx.Linear(width, output_dim, rngs=rngs)
+        self.layers = make_layers(lambda rngs: QFormerLayer(config, rngs), config.num_hidden_layers, rngs)
+        self.out = Linear(width, output_dim, rngs)
 
     def __call__(self, h: Activations, lengths: Lengths) -> AudioEmbeddings:
         """Encoder activations with `lengths` valid frames -> `Config.num_audio_tokens(lengths)` embeddings a row."""
@@ -103,6 +103,5 @@ class Projector(nnx.Module):
         x = jnp.broadcast_to(x, (batch, windows, config.num_queries, config.hidden_size))
         # Adds zeros that depend on the rows: under shard_map a scan's carry must vary with the mesh from the start.
         x += h[:, :, :1, :1] * 0
-        definition, layers = nnx.split(self.layers, graph=False)
-        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(definition, layer)(x, h), None), x, layers)
+        x, _ = for_layers(self.layers, lambda x, layer, _: (layer(x, h), None), x)
         return self.out(x)

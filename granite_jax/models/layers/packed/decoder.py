@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import AudioEmbeddings, Cache, Lengths, Tokens
 from granite_jax.models.layers.decoder import Attention, Decoder, DecoderLayer
 from granite_jax.models.layers.packed.packing import Packing, put
+from granite_jax.models.layers.stack import for_layers
 
 
 class PackedPrompts(NamedTuple):
@@ -52,7 +52,6 @@ def prefill(
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
     is_audio = prompts.tokens == prompts.audio_token
     audio_index = jnp.cumsum(is_audio, axis=1, dtype=jnp.int32) - 1
-    definition, layers = nnx.split(decoder.layers, graph=False)
 
     def embed(start, carry):
         h, cos, sin = carry
@@ -82,10 +81,8 @@ def prefill(
         ),
     )
 
-    def layer(carry, weights):
-        block: DecoderLayer = nnx.merge(definition, weights)
-
-        def run(start, carry):
+    def run(carry, block: DecoderLayer, _):
+        def run_chunk(start, carry):
             h, k, v = carry
             x = packing.take(h, start)[None]
             tables = (packing.take(table, start)[None] for table in (cos, sin))
@@ -98,11 +95,11 @@ def prefill(
             mixed = _attend(block.attention, query[0], k, v, packing, start)
             return put(h, block.finish(x, block.attention.output(mixed[None]))[0], start), k, v
 
-        h, k, v = packing.for_chunks(run, carry)
+        h, k, v = packing.for_chunks(run_chunk, carry)
         return (h, k, v), tuple(_rows(x, packing, capacity) for x in (k, v))
 
     empty = packing.zeros(packing.longest, kv_heads, head_dim, dtype=dtype).swapaxes(0, 1)
-    (h, _, _), (k, v) = jax.lax.scan(layer, (h, empty, empty), layers)
+    (h, _, _), (k, v) = for_layers(decoder.layers, run, (h, empty, empty))
     return decoder.norm(h[None])[0], k, v
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import AudioEmbeddings, Lengths
@@ -26,6 +25,7 @@ from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.encoder import Encoder, shifted_products
 from granite_jax.models.layers.packed.packing import Packing, put
 from granite_jax.models.layers.projector import Projector
+from granite_jax.models.layers.stack import for_layers
 
 _MIN_GAP = 2  # frames whose place `packed_log_mel` needs
 
@@ -89,14 +89,11 @@ def encode(
     after = config.conv_kernel_size - 1 - before
     context = config.context_size
     blocks = Blocks.of(packing, context)
-    definition, layers = nnx.split(encoder.layers, graph=False)
 
     def embed(start, h):
         return put(h, encoder.input(packing.take(features, start)), start)
 
-    def layer(carry, weights_and_index):
-        weights, index = weights_and_index
-        block = nnx.merge(definition, weights)
+    def run(carry, block, index):
         attention, convolution = block.attention, block.convolution
         relative = attention.relative_table()
         kernel = convolution.depthwise[...].astype(jnp.float32)
@@ -157,7 +154,7 @@ def encode(
         packing.zeros(context, width, dtype=dtype),
         packing.zeros(before + after, config.inner_dim, dtype=dtype),
     )
-    (h, importances, *_), _ = jax.lax.scan(layer, carry, (layers, jnp.arange(config.num_layers, dtype=jnp.int32)))
+    (h, importances, *_), _ = for_layers(encoder.layers, run, carry)
     return PackedEncoderOutput(h, importances)
 
 
@@ -223,7 +220,7 @@ def project(projector: Projector, hidden: Float[Array, "p d"], packing: Packing)
         windows = jnp.where(valid[:, None], frames, 0).reshape(1, group, size, -1)
         return put(audio, projector.windows(windows)[0], i * group)
 
-    width = projector.out.out_features
+    width = projector.output_dim
     audio = jnp.zeros((most + group, config.num_queries, width), hidden.dtype) + hidden[:1, :1, None] * 0
     audio = jax.lax.fori_loop(jnp.int32(0), num_groups, project_group, audio)
     index = packing.starts[:, None] // size + jnp.arange(-(-packing.longest // size), dtype=jnp.int32)[None, :]

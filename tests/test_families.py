@@ -1,4 +1,4 @@
-"""A member of the family is one entry of the registry."""
+"""A family is one entry of the registry."""
 
 import dataclasses
 import json
@@ -10,25 +10,26 @@ import pytest
 from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
 
-from granite_jax import variants
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models import registry
+from granite_jax.models.family import Family
+from granite_jax.models.granite_speech.config import read_config
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.text.tasks import Capabilities
 
 RELEASED, RENAMED = "encoder.input_linear.weight", "encoder.first.weight"
 
 
-def _variant() -> variants.Family:
+def _family() -> Family:
     """Granite Speech under another name, with a tensor renamed and one task."""
-    base = variants.FAMILIES["granite_speech"]
+    base = registry.FAMILIES["granite_speech"]
     rules = tuple(dataclasses.replace(r, hf=RENAMED) if r.hf == RELEASED else r for r in base.tensors.rules)
     return dataclasses.replace(
         base,
-        read_config=lambda raw, facts: dataclasses.replace(
-            Config.from_dict({**raw, "model_type": "granite_speech"}, facts), model_type=raw["model_type"]
+        read_config=lambda raw, shapes: dataclasses.replace(
+            read_config({**raw, "model_type": "granite_speech"}, shapes), model_type=raw["model_type"]
         ),
         tensors=dataclasses.replace(base.tensors, rules=rules),
         capabilities=Capabilities(tasks=("punctuate",), languages=()),
@@ -51,7 +52,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_an_entry_is_read_converted_and_exported(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a registry with one more entry
-    monkeypatch.setattr(variants, "FAMILIES", {**variants.FAMILIES, "granite_speech_renamed": _variant()})
+    monkeypatch.setattr(registry, "FAMILIES", {**registry.FAMILIES, "granite_speech_renamed": _family()})
     # When a checkpoint of that type is converted there and back
     convert(source, tmp_path / "orbax")
     convert(tmp_path / "orbax", tmp_path / "back")

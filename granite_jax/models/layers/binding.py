@@ -1,0 +1,51 @@
+"""Joins modules with parameters: the tree decides in which form layers and their weights are kept."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from granite_jax.models.layers.linear import ADAPTER, FORMS, Linear
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def bind(module: M, params: Mapping[str, Any]) -> M:
+    """The module with these parameters.
+
+    Args:
+      module: with arrays or shapes, in the form that it is initialized in.
+      params: nested dictionaries like the module's own parameters, except that a linear layer can have another form
+        (`linear`), and a stack of layers can be `stack.separate`.
+
+    Raises:
+      ValueError: the tree has another structure.
+    """
+    return nnx.merge(_definition(module, jax.tree.structure(params)), params)
+
+
+@functools.lru_cache(maxsize=64)
+def _definition(module: nnx.Module, structure: Any) -> Any:
+    """The module's structure with the forms of a tree of this structure."""
+    tree = jax.tree.unflatten(structure, [None] * structure.num_leaves)
+    return nnx.split(_shaped(nnx.clone(module, graph=False), tree), graph=False)[0]
+
+
+def _shaped(module: Any, tree: Mapping[Any, Any]) -> Any:
+    """The module, or an `nnx.List` of copies of it, in the form of the tree."""
+    if all(isinstance(name, int) for name in tree):
+        return nnx.List([_shaped(nnx.clone(module, graph=False), layer) for layer in tree.values()])
+    if isinstance(module, Linear):
+        weights = tree.keys() - ADAPTER - {"bias"}
+        if weights in FORMS and (tree.keys() >= ADAPTER or not ADAPTER & tree.keys()):
+            del module.kernel
+            for name in tree.keys() - {"bias"}:
+                setattr(module, name, nnx.Param(jax.ShapeDtypeStruct((), jnp.float32)))
+        return module
+    for name, branch in tree.items():
+        if isinstance(branch, Mapping) and hasattr(module, name):
+            setattr(module, name, _shaped(getattr(module, name), branch))
+    return module
