@@ -22,7 +22,7 @@ def bind(module: M, params: Mapping[str, Any]) -> M:
         (`linear`), and a stack of layers can be `stack.separate`.
 
     Raises:
-      ValueError: the tree has another structure.
+      ValueError: naming leaves that are missing, or have no place in the module.
     """
     return nnx.merge(_definition(module, jax.tree.structure(params)), params)
 
@@ -31,7 +31,17 @@ def bind(module: M, params: Mapping[str, Any]) -> M:
 def _definition(module: nnx.Module, structure: Any) -> Any:
     """The module's structure with the forms of a tree of this structure."""
     tree = jax.tree.unflatten(structure, [None] * structure.num_leaves)
-    return nnx.split(_shaped(nnx.clone(module, graph=False), tree), graph=False)[0]
+    definition, state = nnx.split(_shaped(nnx.clone(module, graph=False), tree), graph=False)
+    expected, actual = (set(_paths(each)) for each in (nnx.to_pure_dict(state), tree))
+    if expected != actual:
+        problems = {"missing": expected - actual, "without a place in the module": actual - expected}
+        raise ValueError("; ".join(f"{name}: {', '.join(sorted(each))}" for name, each in problems.items() if each))
+    return definition
+
+
+def _paths(tree: Any) -> list[str]:
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None)
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
 def _shaped(module: Any, tree: Mapping[Any, Any]) -> Any:

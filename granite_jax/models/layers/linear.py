@@ -54,8 +54,8 @@ def apply(parts: Mapping[str, Array], x: jax.Array, dtype: DTypeLike | None = No
       dtype: of the result, in which products are accumulated; default that of `x` and the weights.
     """
     if "q" in parts:
-        y = _dot(x, parts["q"].astype(x.dtype), -parts["q"].ndim, jnp.float32) * parts["scale"].astype(jnp.float32)
-        y = y.astype(dtype or x.dtype)
+        y = _dot(x, parts["q"].astype(x.dtype), -parts["q"].ndim, jnp.float32)
+        y = (y * _like(y, parts["scale"])).astype(dtype or x.dtype)
     elif "weight" in parts:
         y = _dot(x, parts["weight"], -1, dtype)
     else:
@@ -64,8 +64,7 @@ def apply(parts: Mapping[str, Array], x: jax.Array, dtype: DTypeLike | None = No
         low = _dot(x, parts["a"].astype(x.dtype), 0)
         y += (parts["alpha"].astype(y.dtype) * _dot(low, parts["b"].astype(x.dtype), 0, y.dtype)).astype(y.dtype)
     if "bias" in parts:
-        bias = parts["bias"].astype(y.dtype)
-        y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        y += _like(y, parts["bias"])
     return y
 
 
@@ -74,3 +73,8 @@ def _dot(x: jax.Array, weights: jax.Array, axis: int, dtype: DTypeLike | None = 
     wide = jnp.result_type(x, weights)
     dimensions = (((x.ndim - 1,), (axis % weights.ndim,)), ((), ()))
     return jax.lax.dot_general(x.astype(wide), weights.astype(wide), dimensions, preferred_element_type=dtype)
+
+
+def _like(y: jax.Array, part: Array) -> jax.Array:
+    """A part `[*out]` with the dtype and the number of axes of `y`."""
+    return part.astype(y.dtype).reshape((1,) * (y.ndim - part.ndim) + part.shape)

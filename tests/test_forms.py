@@ -1,0 +1,192 @@
+"""The forms in which a parameter tree can have its layers and their weights: no block notices them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import hf_fixture
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from granite_jax.models import granite_speech
+from granite_jax.models.layers.features import log_mel, num_frames, packed_log_mel
+from granite_jax.models.layers.linear import Linear
+from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.stack import for_layers, make_layers, separate
+from granite_jax.pretrained import open_checkpoint
+
+Part = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    """A random model with a BPE head, its weights as NumPy arrays."""
+    directory = tmp_path_factory.mktemp("model")
+    hf_fixture.write_random_checkpoint(directory, tied=request.param, bpe_labels=30)
+    checkpoint = open_checkpoint(directory)
+    return checkpoint.config, checkpoint.read()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compute(config: Any, params: Any) -> list[jax.Array]:
+    """Everything that the model computes of two sounds, one of them short: row by row and packed."""
+    samples = jnp.asarray(np.random.default_rng(3).standard_normal((2, 16_000)), jnp.float32) * 0.1
+    lengths, tokens = jnp.array([16_000, 6_000], jnp.int32), jnp.full((2, 8), config.audio_token_id, jnp.int32)
+    tokens, frames = tokens.at[:, 6:].set(jnp.array([[5, 7], [9, 11]], jnp.int32)), num_frames(lengths)
+    encoded = granite_speech.encode(config, params, log_mel(samples, lengths), frames)
+    audio = granite_speech.project(config, params, encoded.hidden, frames)
+    valid = (jnp.arange(encoded.hidden.shape[1])[None] < frames[:, None])[..., None].astype(jnp.float32)
+    bpe = granite_speech.bpe_logits(config, params, encoded, frames)[:, :1]
+    filled = jnp.array([8, 7], jnp.int32)
+    logits, cache = granite_speech.prefill(config, params, tokens, filled, audio, capacity=12)
+    stepped, _ = granite_speech.decode_step(config, params, tokens[:, -2:], cache)
+    packing = pack_frames(config, frames, 50)
+    packed = granite_speech.encode_packed(config, params, packed_log_mel(samples, lengths, packing), packing)
+    reduced, _ = granite_speech.prefill_packed(
+        config, params, tokens, filled, audio, tokens[:, -1:], filled * 0 + 1,
+        lambda logits, _: logits.max(axis=-1), tokens[:, :2], capacity=12,
+    )  # fmt: skip
+    own = [packing.unpack(packed.labels.logits) * valid, packed.audio[:1]]
+    return [encoded.hidden * valid, encoded.importance, audio, bpe, logits, stepped, *own, reduced]
+
+
+def change_linears(tree: dict[str, Any], change: Callable[[Part], Part], stacked: bool = False) -> dict[str, Any]:
+    """The tree with other parts for every linear layer; those of stacked layers are changed one by one."""
+    if "kernel" not in tree:
+        return {
+            name: change_linears(branch, change, stacked or name == "layers") if isinstance(branch, dict) else branch
+            for name, branch in tree.items()
+        }
+    if not stacked:
+        return change(tree)
+    layers = [change({name: part[i] for name, part in tree.items()}) for i in range(len(tree["kernel"]))]
+    return {name: np.stack([layer[name] for layer in layers]) for name in layers[0]}
+
+
+def assert_equal_results(model: tuple[Any, Any], params: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(compute(model[0], params), compute(model[0], expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(jnp.abs(theirs).max()))
+
+
+def test_layers_can_be_separate_arrays(model) -> None:
+    # Given a tree whose layers have arrays of their own
+    params = {part: {**tree, "layers": separate(tree["layers"])} for part, tree in model[1].items()}
+    # When it computes, then everything is as with stacked arrays
+    assert_equal_results(model, params, model[1])
+
+
+def test_kernels_can_be_transposed(model) -> None:
+    # Given a tree with weights as [*out, in], when it computes, then everything is as with kernels
+    def transposed(part: Part) -> Part:
+        return {"weight": np.moveaxis(part["kernel"], 0, -1), **{k: v for k, v in part.items() if k == "bias"}}
+
+    assert_equal_results(model, change_linears(model[1], transposed), model[1])
+
+
+def quantized(part: Part) -> Part:
+    scale = np.abs(part["kernel"]).max(axis=0) / 127
+    q = np.round(part["kernel"] / np.maximum(scale, 1e-12)).astype(np.int8)
+    return {"q": q, "scale": scale.astype(np.float32), **{k: v for k, v in part.items() if k == "bias"}}
+
+
+def test_kernels_can_be_quantized(model) -> None:
+    # Given a tree of int8 weights with one scale for each output
+    def dequantized(part: Part) -> Part:
+        parts = quantized(part)
+        return {**part, "kernel": parts["q"].astype(np.float32) * parts["scale"]}
+
+    # When it computes, then everything is as with the float weights that these stand for
+    assert_equal_results(model, change_linears(model[1], quantized), change_linears(model[1], dequantized), 1e-4)
+
+
+@pytest.mark.parametrize("form", [lambda part: part, quantized], ids=["float", "int8"])
+def test_adapters_can_stay_beside_the_weights(model, form) -> None:
+    # Given a tree with a LoRA adapter in every linear layer, whose weights are floats or quantized
+    rng = np.random.default_rng(0)
+
+    def factors(part: Part) -> Part:
+        inputs, *outputs = part["kernel"].shape
+        a, b = (0.1 * rng.standard_normal(shape).astype(np.float32) for shape in ((inputs, 3), (3, *outputs)))
+        return {**part, "a": a, "b": b, "alpha": np.float32(1.5)}
+
+    def adapted(part: Part) -> Part:
+        return {**{k: v for k, v in part.items() if k in ("a", "b", "alpha")}, **form(without(part))}
+
+    def without(part: Part) -> Part:
+        return {name: value for name, value in part.items() if name in ("kernel", "bias")}
+
+    def merged(part: Part) -> Part:
+        parts = form(without(part))
+        kernel = parts["kernel"] if "kernel" in parts else parts["q"].astype(np.float32) * parts["scale"]
+        return without({**part, "kernel": kernel + part["alpha"] * np.tensordot(part["a"], part["b"], 1)})
+
+    params = change_linears(model[1], factors)
+    # When it computes, then everything is as with the adapter merged into the weights
+    assert_equal_results(model, change_linears(params, adapted), change_linears(params, merged), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda part: {**part, "a": part["kernel"]}, "without a place in the module: attention.k.a"),
+        (lambda part: {**part, "q": part["kernel"]}, "without a place in the module: attention.k.q"),
+        (lambda part: {"q": part["kernel"]}, "missing: attention.k.kernel"),
+        (lambda part: {**part, "bias": part["kernel"]}, "without a place in the module: attention.k.bias"),
+    ],
+)
+def test_other_forms_are_refused(model, change, problem) -> None:
+    # Given trees with half an adapter, two forms at once, half a form, or a part too much
+    config, params = model
+    params = {**params, "decoder": {**params["decoder"], "layers": change_linears(params["decoder"]["layers"], change)}}
+    # When one computes, then the error names the leaves
+    with pytest.raises(ValueError, match=problem.replace("attention", "layers.attention")):
+        compute(config, params)
+
+
+def test_rematerialized_layers_have_the_same_derivative_in_less_memory() -> None:
+    # Given a deep stack of layers
+    layers = make_layers(lambda rngs: Linear(64, 64, rngs), 12, nnx.Rngs(0))
+    definition, weights = nnx.split(layers, graph=False)
+    weights, x = nnx.to_pure_dict(weights), jnp.ones((256, 64), jnp.float32)
+
+    def loss(weights: Any, *, remat: bool) -> jax.Array:
+        def body(x: jax.Array, layer: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            for _ in range(8):
+                x = jnp.tanh(layer(x))
+            return x, index
+
+        last, indices = for_layers(nnx.merge(definition, weights), body, x, remat=remat)
+        return jnp.sum(last**2) + jnp.sum(indices).astype(jnp.float32)
+
+    gradients, sizes = [], []
+    for remat in (False, True):
+        # When its derivative is compiled with and without rematerialization
+        compiled = jax.jit(jax.grad(functools.partial(loss, remat=remat))).lower(weights).compile()
+        gradients.append(compiled(weights))
+        sizes.append(compiled.memory_analysis().temp_size_in_bytes)
+    # Then both have the same values, and one holds much less for the backward pass
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *gradients)
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+@pytest.mark.parametrize("form", [dict, separate], ids=["stacked", "separate"])
+def test_the_model_is_rematerialized_on_request(model, form) -> None:
+    # Given a loss of encoder and language model
+    config = model[0]
+    params = {part: {**tree, "layers": form(tree["layers"])} for part, tree in model[1].items()}
+
+    def loss(params: Any, remat: bool) -> jax.Array:
+        samples, lengths = jnp.full((1, 9_600), 0.01, jnp.float32), jnp.array([9_600], jnp.int32)
+        features, frames = log_mel(samples, lengths), num_frames(lengths)
+        hidden = granite_speech.encode(config, params, features, frames, remat=remat).hidden
+        tokens = jnp.arange(5, dtype=jnp.int32)[None]
+        logits, _ = granite_speech.prefill(config, params, tokens, lengths * 0 + 5, remat=remat)
+        return jnp.sum(hidden**2) + jnp.sum(logits**2)
+
+    # When it is differentiated, then layers are computed again in the backward pass, only if asked for
+    for remat in (False, True):
+        text = str(jax.make_jaxpr(jax.grad(lambda p, remat=remat: loss(p, remat)))(params))
+        assert ("remat" in text or "checkpoint" in text) == remat
