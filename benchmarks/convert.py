@@ -34,8 +34,8 @@ def write(directory: Path, scale: float) -> None:
     """Writes config.json and model.safetensors of random bfloat16 numbers between 2^-7 and 2."""
     from granite_jax.checkpoint.tree import expected_shapes
     from granite_jax.convert import mapping, safetensors_file
-    from granite_jax.models.granite_speech.family import FAMILY
     from granite_jax.models.granite_speech.config import Config
+    from granite_jax.models.granite_speech.family import FAMILY
 
     raw = json.loads(CONFIG.read_text())
     for section, key in (("encoder_config", "num_layers"), ("text_config", "num_hidden_layers")):

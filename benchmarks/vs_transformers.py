@@ -56,8 +56,7 @@ from benchmarks.timing import elapsed, measure_in_turns
 from granite_jax.convert import convert
 from granite_jax.evaluation.heldout import CLIPS
 from granite_jax.models import granite_speech
-from granite_jax.models.layers.features import packed_log_mel
-from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.packed.features import packed_log_mel
 
 RATE = 16_000
 BASELINE = "transformers"
@@ -281,7 +280,7 @@ def own_stages(asr: gj.Transcriber, params: Any, audio: list[np.ndarray], max_ne
         row[: len(values)] = values
     prompts = jnp.asarray(tokens), jnp.array([len(row) for row in ids])
 
-    packing = pack_frames(config, frames, int(gj.num_frames(samples.shape[1])))
+    packing = granite_speech.pack_frames(config, frames, int(gj.num_frames(samples.shape[1])))
     log_mel = jax.jit(lambda samples: packed_log_mel(samples, lengths, packing))
     encode = jax.jit(lambda params, features: granite_speech.encode_packed(config, params, features, packing).audio)
     no_draft = jnp.zeros((len(audio), 1), jnp.int32)

@@ -12,7 +12,7 @@ released granite-4.0-1b-speech. Texts have 3.2 tokens a second, drafts are right
 
 The minimum of each count is that of the audio alone: its own frames, windows, prompt and draft positions, and pairs of
 a query and a key; a decode step reads the weights and the filled slots of rows that still decode. FLOPs are counted by
-`granite_jax.planning.work`, which is tested against the compiler's own count.
+`granite_jax.models.granite_speech.work`, which is tested against the compiler's own count.
 """
 
 import argparse
@@ -38,15 +38,16 @@ from granite_jax.engine.scheduler import Scheduler
 from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.engine.stages import Reply
 from granite_jax.keywords.spotter import no_scores
+from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech import work
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.granite_speech.functions import LOGIT_ROWS
 from granite_jax.models.layers.decoder import KVCache
 from granite_jax.models.layers.features import num_frames
 from granite_jax.models.layers.packed.decoder import first_chunk_of_keys
-from granite_jax.models.layers.packed.encoder import Blocks, pack_frames, window_groups
+from granite_jax.models.layers.packed.encoder import Blocks, window_groups
 from granite_jax.models.layers.packed.packing import Packing
 from granite_jax.models.registry import release
-from granite_jax.planning import work
 from granite_jax.recognition.buckets import default_buckets, new_token_budget
 from granite_jax.recognition.encoding import Encoded
 from granite_jax.recognition.recognizer import make_request
@@ -177,7 +178,7 @@ class CountingPrograms:
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _encoder_loops(config: Config, lengths: jax.Array, longest: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Frames, attention blocks and projector windows that are computed for rows of these samples."""
-    packing = pack_frames(config, num_frames(lengths), longest)
+    packing = granite_speech.pack_frames(config, num_frames(lengths), longest)
     blocks = Blocks.of(packing, config.encoder.context_size)
     group, num_groups = window_groups(packing, config.projector.window_size)
     return packing.computed, blocks.num_groups * blocks.group, group * num_groups

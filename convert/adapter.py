@@ -22,7 +22,7 @@ from granite_jax.convert import mapping
 from granite_jax.errors import CheckpointError
 from granite_jax.files import paths
 from granite_jax.files.json_fields import read_json
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import ModelConfig
 from granite_jax.models.registry import family_of
 from granite_jax.models.tensor_table import LINEAR, Rule
 
@@ -156,7 +156,7 @@ def read_config(directory: Path) -> AdapterConfig | None:
         raise CheckpointError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
 
-def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
+def factors(lora: AdapterConfig, config: ModelConfig) -> list[Factor]:
     """The leaves of the subtree that `lora` asks for. Raises CheckpointError naming modules it cannot be applied to."""
     leaves = [factor for rule, shape in _rules(config) for factor in _factors(rule, lora, shape)]
     if not leaves:
@@ -164,7 +164,7 @@ def factors(lora: AdapterConfig, config: Config) -> list[Factor]:
     return leaves
 
 
-def read(directory: Path, config: Config) -> Adapter | None:
+def read(directory: Path, config: ModelConfig) -> Adapter | None:
     """The adapter of a directory as leaves of the parameter tree, or None if it has none.
 
     Raises:
@@ -180,7 +180,7 @@ def read(directory: Path, config: Config) -> Adapter | None:
     return Adapter(lora.rank, lora.alpha, lora.target_modules, shapes, _scales(lora, config))
 
 
-def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Factor]:
+def match(names: Iterable[str], lora: AdapterConfig, config: ModelConfig) -> list[Factor]:
     """As `factors`, with the file's own spelling of names.
 
     Raises:
@@ -194,7 +194,9 @@ def match(names: Iterable[str], lora: AdapterConfig, config: Config) -> list[Fac
     return [dataclasses.replace(factor, names=tuple(spelled[name] for name in factor.names)) for factor in targets]
 
 
-def hf_tensors(lora: AdapterConfig, config: Config, names: mapping.Spelling = "released") -> Iterator[mapping.HFTensor]:
+def hf_tensors(
+    lora: AdapterConfig, config: ModelConfig, names: mapping.Spelling = "released"
+) -> Iterator[mapping.HFTensor]:
     """For every tensor: its name, its shape, the path of its leaf, and the function that extracts it from the leaf."""
     for factor in factors(lora, config):
         for number, (name, shape) in enumerate(zip(factor.names, factor.tensor_shapes, strict=True)):
@@ -225,7 +227,7 @@ def _factors(rule: Rule, lora: AdapterConfig, shape: Shape) -> list[Factor]:
     ]
 
 
-def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
+def _scales(lora: AdapterConfig, config: ModelConfig) -> dict[str, np.ndarray]:
     scales_by_path = {}
     for rule, shape in _rules(config):
         if rule.transform is LINEAR:
@@ -235,7 +237,7 @@ def _scales(lora: AdapterConfig, config: Config) -> dict[str, np.ndarray]:
     return scales_by_path
 
 
-def _rules(config: Config) -> list[tuple[Rule, Shape]]:
+def _rules(config: ModelConfig) -> list[tuple[Rule, Shape]]:
     """The rules of the leaves that the model has, and the leaves' shapes."""
     rules, shapes = family_of(config.model_type).tensors.rules, expected_shapes(config)
     return [(rule, shapes[rule.path]) for rule in rules if rule.path in shapes]

@@ -142,6 +142,15 @@ def hf_tensors(table: TensorTable, shapes: Mapping[str, Shape]) -> Iterator[HFTe
                 yield rule.hf.format(layer=layer), shape, rule.path, functools.partial(_tensor_of, rule, layer)
 
 
+def counters(table: TensorTable, shapes: Mapping[str, Shape]) -> list[str]:
+    """The names of the counters, which belong to the layers beside whose tensors they are."""
+    if table.counter is None:
+        return []
+    prefix, _, _ = table.counter.partition("{layer}")
+    rule = next(rule for rule in table.rules if rule.stacked and rule.hf.startswith(prefix))
+    return [table.counter.format(layer=layer) for layer in _layers(rule, shapes)]
+
+
 def _tensor_of(rule: Rule, layer: int, leaf: np.ndarray) -> np.ndarray:
     return rule.transform.to_hf(leaf[layer] if rule.stacked else leaf)
 

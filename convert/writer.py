@@ -122,15 +122,9 @@ def _write_processor_config(checkpoint: Checkpoint, hf_dir: Path) -> None:
     """Writes what `AutoProcessor` of transformers needs, unless the checkpoint came with it."""
     if (hf_dir / "preprocessor_config.json").exists() or (hf_dir / "processor_config.json").exists():
         return
-    projector = checkpoint.config.projector
-    raw = {
-        "feature_extractor_type": "GraniteSpeechFeatureExtractor",
-        "melspec_kwargs": {"hop_length": 160, "n_fft": 512, "n_mels": 80, "sample_rate": 16000, "win_length": 400},
-        "processor_class": "GraniteSpeechProcessor",
-        "projector_downsample_rate": projector.window_size // projector.num_queries,
-        "projector_window_size": projector.window_size,
-        "sampling_rate": 16000,
-    }
+    if checkpoint.family.processor_config is None:
+        return
+    raw = checkpoint.family.processor_config(checkpoint.config)
     (hf_dir / "preprocessor_config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
@@ -143,11 +137,8 @@ def _with_dtype(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _entries(checkpoint: Checkpoint, dtypes: Mapping[str, np.dtype], names: mapping.Spelling) -> list[_Entry]:
     # Nothing reads the counters, but transformers writes them: a checkpoint without them would look incomplete.
-    counter = family_of(checkpoint.config.model_type).tensors.counter
-    names_of_counters = (
-        [counter.format(layer=i) for i in range(checkpoint.config.encoder.num_layers)] if counter else []
-    )
     zero = np.zeros((), np.int64)
+    names_of_counters = mapping.counters(checkpoint.family.tensors, expected_shapes(checkpoint.config))
     counters = [_Entry(name, (), zero.dtype, None, lambda _: zero) for name in names_of_counters]
     tensors = [
         _Entry(name, shape, dtypes[path], path, tensor_of) for name, shape, path, tensor_of in _tensors(checkpoint)

@@ -27,9 +27,8 @@ from granite_jax.errors import CheckpointError, GraniteError
 from granite_jax.files.paths import cache_directory
 from granite_jax.keywords.lists import lists_by_input
 from granite_jax.keywords.options import KeywordList, keyword_entries
-from granite_jax.models import granite_speech
-from granite_jax.models.granite_speech.config import Config
-from granite_jax.models.layers.features import log_mel, num_frames
+from granite_jax.models.family import ModelConfig
+from granite_jax.models.registry import default_recognizer, model_of
 from granite_jax.options import (
     ModelOptions,
     Parallel,
@@ -72,7 +71,7 @@ class Transcriber:
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         params: Any,
         tokenizer: Tokenizer,
         *,
@@ -95,13 +94,13 @@ class Transcriber:
           template: chat template; default that of Granite Speech 4.0.
           capabilities: tasks and languages the checkpoint was trained for; default the released model's.
           batch_size: rows of a full batch on each device; default 64 on a TPU, 32 on a GPU, 8 on a CPU.
-          buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default `buckets.default_buckets`.
+          buckets: the shapes to compile for, of 1 row and of `batch_size` rows; default those of `recognition.buckets`.
           speculation: how drafts are proposed; the defaults are measured.
           devices: devices to run on; default all local devices, or only the first CPU.
           parallel: how batches are spread over devices: "shard_map", or "pmap" with the same results.
           model_parallel: devices that share one copy of the weights, split between them; for models too big for one.
           compile_ahead: begin to compile the programs of all buckets, while a function returns the parameters.
-          recognizer: whose programs these are; default the language model's.
+          recognizer: whose programs these are; default the first of the model's family.
         """
         self.config = config
         self.tokenizer = tokenizer
@@ -123,7 +122,7 @@ class Transcriber:
             buckets=self.buckets,
             speculation=speculation,
             word_offsets=self.capabilities.word_offsets,
-            compile_ahead=(recognizer or "speech-lm") if compile_ahead else None,
+            compile_ahead=(recognizer or default_recognizer(config)) if compile_ahead else None,
         )
         self._engine = Engine(Scheduler(devices.replicas, self.batch_size))
         self.readers = Readers(self._engine)
@@ -214,7 +213,7 @@ class Transcriber:
           words: compile those that time words, too, which audio of several segments needs; for up to a minute.
         """
         recognizer = self.recognizer(options)
-        prompt = self.template.tokens(self.tokenizer, self.capabilities.prompts.transcribe)
+        prompt = self._intake.default_prompt(options)
         timed = {
             bucket: words and bucket.samples <= LONG_PASS * SAMPLING_RATE
             for bucket in (recognizer.buckets if buckets is None else buckets)
@@ -433,8 +432,8 @@ class Transcriber:
         padded[0, : len(samples)] = samples
         programs = self.recognizer().programs
         params, lengths = programs.devices.unstack(self.params), np.array([len(samples)], np.int32)
-        arrays = _emissions(self.config, self._dtype, params, padded, lengths)
-        return Emissions(*(np.asarray(array)[0, : num_frames(len(samples))] for array in arrays))
+        *arrays, frames = map(np.asarray, _emissions(self.config, self._dtype, params, padded, lengths))
+        return Emissions(*(array[0, : frames[0]] for array in arrays))
 
     def segment_seconds(self, options: TranscribeOptions) -> float:
         """The longest audio, in seconds, that is decoded in one pass. Raises GraniteError as `stream` does."""
@@ -443,10 +442,11 @@ class Transcriber:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _emissions(config: Config, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, jax.Array]:
-    features = log_mel(samples, lengths)
-    hidden = granite_speech.encode(config, params, features, num_frames(lengths), dtype=dtype).hidden
-    return features, granite_speech.ctc_logits(config, params, hidden, dtype=dtype)
+def _emissions(config: Any, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, ...]:
+    """Features and CTC logits of rows of audio, and how many frames each has."""
+    encoding = model_of(config, "ctc").encode(config, params, samples, lengths, dtype=dtype, with_audio=False)
+    packing = encoding.packing
+    return packing.unpack(encoding.features), packing.unpack(encoding.labels.logits), packing.lengths
 
 
 def _checked_deadline(seconds: Any) -> float:

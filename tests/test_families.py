@@ -2,23 +2,40 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import ctc_family
 import hf_fixture
+import jax
 import numpy as np
 import pytest
+from batch_jobs import results
 from hf_fixture import TINY
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
+import granite_jax as gj
+from granite_jax import batch, cli
 from granite_jax.checkpoint.tree import flatten
-from granite_jax.convert import convert
+from granite_jax.convert import convert, mapping
+from granite_jax.engine.sharding import DeviceMesh
 from granite_jax.errors import CheckpointError
 from granite_jax.models import registry
 from granite_jax.models.family import Family
 from granite_jax.models.granite_speech.config import read_config
+from granite_jax.models.layers import ctc, linear
+from granite_jax.models.work import Workload
+from granite_jax.planning import roofline
 from granite_jax.pretrained import open_checkpoint
+from granite_jax.recognition.buckets import Bucket
+from granite_jax.recognition.partition import param_shardings, split_axis
 from granite_jax.text.tasks import Capabilities
+from granite_jax.waveform import SAMPLING_RATE
 
+SAMPLES = Path(__file__).parents[1] / "samples"
 RELEASED, RENAMED = "encoder.input_linear.weight", "encoder.first.weight"
 
 
@@ -70,3 +87,120 @@ def test_an_unknown_type_is_named(source: Path) -> None:
     # Given a checkpoint of a type without an entry, when it is opened, then the error names the file, type and choices
     with pytest.raises(CheckpointError, match=r"config\.json: config: model_type 'granite_speech_renamed' .*only"):
         open_checkpoint(source)
+
+
+@pytest.fixture(scope="module")
+def encoder_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The embedded checkpoint's encoder as a checkpoint of a registered family without anything else."""
+    directory, demo = tmp_path_factory.mktemp("ctc") / "hf", open_checkpoint("demo")
+    directory.mkdir()
+    encoder = dataclasses.replace(demo.config.encoder, bpe_output_dim=0)
+    recorded = {name: demo.raw_config["granite_jax"][name] for name in ("word_offsets", "segment_seconds")}
+    raw = {"model_type": "tiny_ctc", "encoder": dataclasses.asdict(encoder), "granite_jax": recorded}
+    (directory / "config.json").write_text(json.dumps(raw))
+    shutil.copy(demo.directory / "tokenizer.json", directory)
+    leaves = {path: leaf for path, leaf in demo.leaves() if path in ctc_family.PATHS}
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    tensors = mapping.hf_tensors(ctc_family.FAMILY.tensors, shapes)
+    save_file(
+        {name: np.array(tensor_of(leaves[path]), np.float32) for name, _, path, tensor_of in tensors},
+        directory / "model.safetensors",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry.FAMILIES, "tiny_ctc", ctc_family.FAMILY)
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def asr(encoder_alone: Path) -> gj.Transcriber:
+    buckets = [Bucket(rows, 10 * SAMPLING_RATE, 0, 0) for rows in (1, 2)]
+    return gj.Transcriber.from_pretrained(encoder_alone, dtype="float32", batch_size=2, buckets=buckets)
+
+
+def test_a_family_of_an_encoder_alone_transcribes(asr: gj.Transcriber) -> None:
+    # Given real sentences, and what the embedded checkpoint's encoder writes of them
+    sounds = [str(SAMPLES / name) for name in ("request.wav", "one-name.wav", "two-names.wav")]
+    expected = gj.Transcriber.from_pretrained("demo", dtype="float32", batch_size=2).transcribe(
+        sounds, recognizer="ctc", word_timestamps=True, keywords=["kravdab"]
+    )
+    # When a family with the same encoder transcribes them, with its only recognizer
+    found = asr.transcribe(sounds, word_timestamps=True, keywords=["kravdab"])
+    # Then texts, tokens, words, confidences and keywords are the same
+    assert [transcript.text for transcript in found] == [transcript.text for transcript in expected]
+    assert all(transcript.text and transcript.stats["route"] == "ctc" for transcript in found)
+    assert [transcript.segments for transcript in found] == [transcript.segments for transcript in expected]
+    assert [transcript.tokens for transcript in found] == [transcript.tokens for transcript in expected]
+    # And alone in its batch, each has the same result
+    assert asr.transcribe(sounds[1], word_timestamps=True, keywords=["kravdab"]) == found[1]
+
+
+def test_recordings_and_emissions_of_an_encoder_alone(asr: gj.Transcriber) -> None:
+    # Given a recording of several segments, when it is transcribed, then its segments have times and words
+    recording = asr.transcribe(str(SAMPLES / "long.wav"), segment_seconds=8, word_timestamps=True)
+    assert len(recording.segments) > 2 and all(segment.words for segment in recording.segments)
+    # And the emissions spell the text of one sentence
+    emissions = asr.ctc_emissions(str(SAMPLES / "request.wav"))
+    assert (
+        ctc.to_text(emissions.ctc_logits.argmax(-1)).split()
+        == asr.transcribe(str(SAMPLES / "request.wav")).text.split()
+    )
+
+
+@pytest.mark.parametrize("fields", [{"task": "translate", "target_language": "fr"}, {"draft_from": "ctc"}], ids=str)
+def test_options_of_a_language_model_are_refused_without_one(asr: gj.Transcriber, fields: dict[str, Any]) -> None:
+    with pytest.raises(gj.GraniteError, match=f"{next(iter(fields))} is for the language model"):
+        asr.transcribe(np.zeros(16_000, np.float32), **fields)
+    with pytest.raises(gj.GraniteError, match="recognizer='speech-lm' cannot run 'tiny_ctc', only 'ctc' can"):
+        asr.transcribe(np.zeros(16_000, np.float32), recognizer="speech-lm")
+    with pytest.raises(gj.GraniteError, match="draft is for the language model"):
+        asr.transcribe(np.zeros(16_000, np.float32), draft="x")
+
+
+def test_a_family_is_converted_inspected_planned_and_run_in_batches(encoder_alone: Path, tmp_path: Path) -> None:
+    # Given a checkpoint of the family, when it is converted there and back
+    convert(encoder_alone, tmp_path / "orbax")
+    convert(tmp_path / "orbax", tmp_path / "back")
+    # Then no bit has changed
+    before, after = (load_file(path / "model.safetensors") for path in (encoder_alone, tmp_path / "back"))
+    assert set(before) == set(after) and all(np.array_equal(before[name], after[name]) for name in before)
+    # And it is described without limits that it does not have
+    result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "orbax")])
+    assert result.exit_code == 0 and "positions" not in result.output and "60 s" in result.output
+    # And several devices give the text of one, by every way of spreading rows
+    texts = [
+        gj.Transcriber.from_pretrained(
+            tmp_path / "orbax", dtype="float32", batch_size=1, devices=jax.devices()[:count], parallel=parallel,
+            buckets=[Bucket(1, 10 * SAMPLING_RATE, 0, 0)], compilation_cache=False,
+        ).transcribe([str(SAMPLES / "request.wav"), str(SAMPLES / "one-name.wav")])
+        for count, parallel in ((1, "shard_map"), (2, "shard_map"), (2, "pmap"))
+    ]  # fmt: skip
+    assert texts[0] == texts[1] == texts[2]
+    # And a job's lines have them
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"id": "a", "audio": "request.wav"}) + "\n")
+    batch.run(tmp_path / "manifest.jsonl", tmp_path / "out", tmp_path / "orbax", root=SAMPLES, batch_size=1)
+    (line,) = results(tmp_path / "out")
+    assert line["text"] == texts[0][0].text
+    # And nothing is claimed of a chip for which its work is not counted
+    with pytest.raises(gj.GraniteError, match="no roofline for 'tiny_ctc'"):
+        roofline.roofline(ctc_family.TINY, roofline.CHIPS["v5e"], Workload(1, 10.0), recognizer="ctc")
+
+
+def test_a_model_is_split_by_its_familys_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given a family with a rule for one kind of layer, in every form of its weights
+    rules = {r"encoder\.layers\.ff1\.up": linear.OUTPUTS, r"encoder\.layers\.ff1\.down": linear.INPUTS}
+    monkeypatch.setitem(
+        registry.FAMILIES,
+        "tiny_ctc",
+        dataclasses.replace(ctc_family.FAMILY, partition_rules=lambda config, parts: rules),
+    )
+    # When its weights are placed on two devices that share a copy
+    shardings = flatten(param_shardings(ctc_family.TINY, DeviceMesh.make(jax.devices()[:2], model_parallel=2)))
+    # Then outputs and inputs are split, and nothing else is
+    split = {path: tuple(sharding.spec) for path, sharding in shardings.items() if any(sharding.spec)}
+    assert split == {
+        "encoder.layers.ff1.up.kernel": (None, None, "model"),
+        "encoder.layers.ff1.up.bias": (None, "model"),
+        "encoder.layers.ff1.down.kernel": (None, "model"),
+    }
+    axes = {part: split_axis(rules, f"encoder.layers.3.ff1.down.{part}") for part in ("q", "scale", "a", "b", "bias")}
+    assert axes == {"q": -2, "scale": None, "a": -2, "b": None, "bias": None}

@@ -12,9 +12,9 @@ import pytest
 from flax import nnx
 
 from granite_jax.models import granite_speech
-from granite_jax.models.layers.features import log_mel, num_frames, packed_log_mel
+from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.models.layers.linear import Linear
-from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.packed.features import packed_log_mel
 from granite_jax.models.layers.stack import for_layers, make_layers, separate
 from granite_jax.pretrained import open_checkpoint
 
@@ -43,7 +43,7 @@ def compute(config: Any, params: Any) -> list[jax.Array]:
     filled = jnp.array([8, 7], jnp.int32)
     logits, cache = granite_speech.prefill(config, params, tokens, filled, audio, capacity=12)
     stepped, _ = granite_speech.decode_step(config, params, tokens[:, -2:], cache)
-    packing = pack_frames(config, frames, 50)
+    packing = granite_speech.pack_frames(config, frames, 50)
     packed = granite_speech.encode_packed(config, params, packed_log_mel(samples, lengths, packing), packing)
     reduced, _ = granite_speech.prefill_packed(
         config, params, tokens, filled, audio, tokens[:, -1:], filled * 0 + 1,

@@ -14,8 +14,8 @@ from goldens.cases import CASES
 
 from granite_jax.models import granite_speech
 from granite_jax.models.layers import ctc
-from granite_jax.models.layers.features import log_mel, num_frames, packed_log_mel
-from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.features import log_mel, num_frames
+from granite_jax.models.layers.packed.features import packed_log_mel
 from granite_jax.models.layers.packed.packing import Packing
 from granite_jax.pretrained import open_checkpoint
 
@@ -90,9 +90,9 @@ def plain(config, params, samples, lengths):
 @functools.partial(jax.jit, static_argnums=0)
 def packed(config, params, samples, lengths):
     """The same, packed and brought back."""
-    packing = pack_frames(config, num_frames(lengths), num_frames(samples.shape[1]))
+    packing = granite_speech.pack_frames(config, num_frames(lengths), num_frames(samples.shape[1]))
     features = packed_log_mel(samples, lengths, packing)
-    output, labels, audio = granite_speech.encode_packed(config, params, features, packing)
+    _, _, output, labels, audio = granite_speech.encode_packed(config, params, features, packing)
     by_frame = features, output.hidden, labels.logits, labels.labels
     return tuple(map(packing.unpack, by_frame)), audio, (labels.entropy, labels.speech_frames)
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 from granite_jax.models import granite_speech
+from granite_jax.models.granite_speech import work
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.granite_speech.releases import RELEASES
 from granite_jax.models.layers.decoder import KVCache
-from granite_jax.planning import work
-from granite_jax.planning.work import Work
+from granite_jax.models.work import Work
 
 ROWS = 2
 _FRAMES = 128  # two attention blocks of each row

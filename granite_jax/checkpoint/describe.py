@@ -47,10 +47,7 @@ def describe(checkpoint: Checkpoint, *, verify: bool = False) -> dict[str, Any]:
         "speech_languages": list(capabilities.speech_languages),
         "prompts": _prompts(capabilities),
         "limits": {
-            "positions": config.decoder.max_position_embeddings,
-            "vocabulary": config.decoder.vocab_size,
-            "ctc_labels": config.encoder.output_dim,
-            "bpe_labels": config.encoder.bpe_output_dim,
+            **checkpoint.family.limits(config),
             "prompt_keywords": capabilities.prompts.max_keywords,
         },
         "adapter": None
@@ -87,8 +84,8 @@ def _prompts(capabilities: Capabilities) -> dict[str, str]:
 def to_lines(description: dict[str, Any]) -> list[str]:
     """Formats a description as readable lines.
 
-    Its limits have two more: `seconds` of audio that fit the positions with the default number of new tokens, and
-    `seconds_with_one_token`.
+    Its limits have `seconds` of audio that fit one pass, with a language model those that fit its positions with the
+    default number of new tokens, and `seconds_with_one_token`.
     """
     limits, adapter = description["limits"], description["adapter"]
     model = f", {description['model']} or tuned from it" if description["model"] else ""
@@ -96,15 +93,20 @@ def to_lines(description: dict[str, Any]) -> list[str]:
     for part, count in description["parameters"].items():
         lines.append(f"  {part:10} {count:>15,} parameters {description['bytes'][part]:>15,} bytes")
     languages = ", ".join(f"{code} ({LANGUAGES[code]})" for code in description["languages"])
-    heads = f", {limits['bpe_labels']} labels of the BPE head" if limits["bpe_labels"] else ""
+    names = {"positions": "positions", "vocabulary": "tokens", "ctc_labels": "CTC labels"}
+    names |= {"bpe_labels": "labels of the BPE head", "prompt_keywords": "keywords in a prompt"}
+    shown = (f"{limits[name]:,} {words}" for name, words in names.items() if limits.get(name))
     lines += [
         f"  tasks      {', '.join(description['tasks'])}",
         f"  speech     {', '.join(description['speech_languages'])}",
         f"  languages  {languages or 'no translation'}",
-        f"  limits     {limits['positions']:,} positions, {limits['vocabulary']:,} tokens, "
-        f"{limits['ctc_labels']} CTC labels{heads}, {limits['prompt_keywords']:,} keywords in a prompt",
-        f"  audio      {limits['seconds']:.0f} s with the default max_new_tokens, "
-        f"{limits['seconds_with_one_token']:.0f} s with max_new_tokens=1",
+        f"  limits     {', '.join(shown)}",
+        f"  audio      {limits['seconds']:.0f} s"
+        + (
+            f" with the default max_new_tokens, {limits['seconds_with_one_token']:.0f} s with max_new_tokens=1"
+            if "seconds_with_one_token" in limits
+            else ""
+        ),
     ]
     lines += [f"  prompt     {purpose}: {text}" for purpose, text in description["prompts"].items()]
     if adapter is not None:

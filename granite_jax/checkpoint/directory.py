@@ -30,8 +30,8 @@ from granite_jax.checkpoint.tree import expected_shapes, flatten, raise_named, u
 from granite_jax.errors import CheckpointError, PromptError
 from granite_jax.files import paths
 from granite_jax.files.json_fields import read_json
-from granite_jax.models.granite_speech.config import Config
-from granite_jax.models.registry import Release, family_of, release_of
+from granite_jax.models.family import Family, ModelConfig, Release
+from granite_jax.models.registry import family_of, release_of
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
 
@@ -66,9 +66,9 @@ class Checkpoint(abc.ABC):
     kind: ClassVar[Literal["orbax", "hf"]]
 
     directory: Path
-    config: Config
+    config: Any
     raw_config: Mapping[str, Any] = dataclasses.field(repr=False, compare=False)
-    read_adapter: Callable[[Path, Config], lora.Adapter | None] = dataclasses.field(repr=False, compare=False)
+    read_adapter: Callable[[Path, ModelConfig], lora.Adapter | None] = dataclasses.field(repr=False, compare=False)
 
     @abc.abstractmethod
     def leaves(
@@ -148,17 +148,10 @@ class Checkpoint(abc.ABC):
         gpt2 = str(self._tokenizer_config.get("tokenizer_class")).removesuffix("Fast") == "GPT2Tokenizer"
         path = paths.require(self.directory, TOKENIZER)
         tokenizer = Tokenizer.from_file(path, pre_tokenizer="gpt2" if gpt2 else "file")
-        vocab_size, audio_id = self.config.decoder.vocab_size, self.config.audio_token_id
-        if tokenizer.vocab_size > vocab_size:
-            raise CheckpointError(f"{path}: has {tokenizer.vocab_size} tokens, the model {vocab_size}")
         try:
-            token_id = tokenizer.special_id(ChatTemplate.audio_token)
+            self.family.check_tokenizer(self.config, tokenizer)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        if token_id != audio_id:
-            raise CheckpointError(
-                f"{path}: {ChatTemplate.audio_token} is token {token_id}, but {audio_id} in config.json"
-            )
         return tokenizer
 
     def chat_template(self) -> ChatTemplate:
@@ -171,15 +164,23 @@ class Checkpoint(abc.ABC):
         return ChatTemplate(self._chat_template_source(), **special)
 
     def check_text(self) -> None:
-        """Checks tokenizer and chat template, which no weights need, but every transcript.
+        """Checks the tokenizer, and the chat template of a language model, which only transcripts need.
 
         Raises:
           CheckpointError: one of them is missing, damaged or not of this model.
         """
         try:
+            if "speech-lm" not in self.family.recognizers:
+                self.tokenizer()
+                return
             self.chat_template().tokens(self.tokenizer(), self.capabilities.prompts.transcribe)
         except PromptError as error:
             raise CheckpointError(f"{self.directory}: {error}") from error
+
+    @property
+    def family(self) -> Family:
+        """The family of its `model_type`."""
+        return family_of(self.config.model_type)
 
     @property
     def release(self) -> Release | None:
@@ -189,7 +190,7 @@ class Checkpoint(abc.ABC):
     @property
     def capabilities(self) -> Capabilities:
         """What the model was trained for: `granite_jax` in `config.json`, or else its release, or else its family."""
-        known = self.release or family_of(self.config.model_type)
+        known = self.release or self.family
         return Capabilities.from_config(self.raw_config, known.capabilities)
 
     @property

@@ -16,7 +16,7 @@ from granite_jax.checkpoint import orbax
 from granite_jax.checkpoint.lora import Adapter
 from granite_jax.checkpoint.tree import expected_shapes
 from granite_jax.errors import CheckpointError
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import ModelConfig
 
 CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 
@@ -24,7 +24,7 @@ CONFIG, TOKENIZER, CHAT_TEMPLATE = "config.json", "tokenizer.json", "chat_templa
 def write_weights(
     directory: Path,
     raw_config: Mapping[str, Any] | Path,
-    config: Config,
+    config: ModelConfig,
     leaves: orbax.Leaves,
     adapter: Adapter | None = None,
 ) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from granite_jax.array_types import Shape
 from granite_jax.errors import CheckpointError
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import ModelConfig
 from granite_jax.models.registry import family_of
 
 
@@ -25,7 +25,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def expected_shapes(config: Config) -> Mapping[str, Shape]:
+def expected_shapes(config: ModelConfig) -> Mapping[str, Shape]:
     """The shape of every leaf that `config` asks for, by dotted path."""
     params = family_of(config.model_type).abstract_params(config)
     return types.MappingProxyType({path: leaf.shape for path, leaf in flatten(params).items()})

@@ -26,10 +26,13 @@ def inspect(
     try:
         opened = open_checkpoint(checkpoint, revision)
         description = describe(opened, verify=verify)
-        prompt = opened.chat_template().tokens(opened.tokenizer(), opened.capabilities.prompts.transcribe)
-        length = len(prompt.prefix) + len(prompt.suffix)
-        description["limits"]["seconds"] = longest_audio(opened.config, length)
-        description["limits"]["seconds_with_one_token"] = longest_audio(opened.config, length, 1)
+        limits = description["limits"]
+        limits["seconds"] = opened.config.max_seconds
+        if "speech-lm" in opened.family.recognizers:
+            prompt = opened.chat_template().tokens(opened.tokenizer(), opened.capabilities.prompts.transcribe)
+            length = len(prompt.prefix) + len(prompt.suffix)
+            limits["seconds"] = longest_audio(opened.config, length)
+            limits["seconds_with_one_token"] = longest_audio(opened.config, length, 1)
     except GraniteError as error:
         fail(str(error))
         raise typer.Exit(2 if isinstance(error, BackendError) else 1) from None

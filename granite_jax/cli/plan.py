@@ -11,9 +11,9 @@ import typer
 from granite_jax.cli import options
 from granite_jax.cli.terminal import fail, line
 from granite_jax.errors import GraniteError
+from granite_jax.models.work import PROMPT_TOKENS, TOKENS_PER_SECOND, Workload
 from granite_jax.options import RecognizerName
 from granite_jax.planning.largest_batch import largest_batch as search_largest_batch
-from granite_jax.planning.workload import PROMPT_TOKENS, TOKENS_PER_SECOND, Workload
 
 if TYPE_CHECKING:
     from granite_jax.planning.aot import Plan

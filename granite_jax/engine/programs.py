@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from granite_jax.engine.compilation import Lowerable
 from granite_jax.engine.sharding import DeviceMesh
 
 
@@ -20,6 +21,14 @@ class Programs:
     def __init__(self, devices: DeviceMesh | None = None):
         self.devices = devices or DeviceMesh.make(jax.devices()[:1])
         self.traces: dict[str, list[dict[str, str]]] = {}
+
+    def lowerables(self, params: Any, bucket: Any) -> list[Lowerable]:
+        """The programs for a bucket, in an order in which they can be lowered.
+
+        Args:
+          params: the model's parameters as shapes with shardings.
+        """
+        raise NotImplementedError
 
     @property
     def num_traces(self) -> int:

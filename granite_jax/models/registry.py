@@ -21,6 +21,20 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def model_of(config: Any, recognizer: str) -> Any:
+    """What a recognizer asks of a configuration's model. Raises GraniteError if it cannot run that."""
+    recognizers = family_of(config.model_type).recognizers
+    if recognizer not in recognizers:
+        known = " or ".join(map(repr, recognizers))
+        raise GraniteError(f"recognizer={recognizer!r:.60} cannot run {config.model_type!r}, only {known} can")
+    return recognizers[recognizer]
+
+
+def default_recognizer(config: Any) -> Any:
+    """The name of the recognizer that runs a configuration's model unless another is asked for."""
+    return next(iter(family_of(config.model_type).recognizers))
+
+
 def read_config(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Any:
     """Reads the dictionary of a Hugging Face `config.json` of any family.
 
@@ -52,8 +66,7 @@ def release_of(config: Any, raw: Mapping[str, Any], directory: Path) -> Release 
     Args:
       raw: the dictionary of its `config.json`.
     """
-    find = family_of(config.model_type).release_of
-    return find(config, raw, directory) if find else None
+    return family_of(config.model_type).release_of(config, raw, directory)
 
 
 def with_release_name(raw: Mapping[str, Any], config: Any, release: Release | None) -> Mapping[str, Any]:

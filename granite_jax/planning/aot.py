@@ -22,11 +22,10 @@ from jax.stages import Lowered
 from granite_jax.engine.compilation import abstract_results
 from granite_jax.engine.sharding import REPLICATED, DeviceList, DeviceMesh
 from granite_jax.errors import GraniteError, one_line
-from granite_jax.models.granite_speech.config import Config
 from granite_jax.options import RecognizerName
 from granite_jax.recognition.buckets import Bucket
-from granite_jax.recognition.ctc_programs import CTCPrograms
 from granite_jax.recognition.partition import abstract_params
+from granite_jax.recognition.recognizers import make_programs
 from granite_jax.recognition.speech_lm_programs import PREFILL, SpeechLMPrograms
 
 _ENVIRONMENT = {
@@ -84,7 +83,7 @@ class Plan:
 
 
 def plan(
-    config: Config,
+    config: Any,
     topology: str,
     bucket: Bucket,
     *,
@@ -108,8 +107,8 @@ def plan(
     limit = _limit(chips[0])
     devices = DeviceMesh.make(chips, model_parallel=model_parallel)
     abstract = abstract_params(config, dtype, devices)
-    kind = CTCPrograms if recognizer == "ctc" else SpeechLMPrograms
-    programs = kind(config, dtype, devices=devices)
+    programs = make_programs(config, recognizer, dtype, devices)
+    vocabulary = config.decoder.vocab_size if isinstance(programs, SpeechLMPrograms) else None
     results: dict[str, Any] = {}
     cache_bytes = 0
     for program in programs.lowerables(abstract, bucket):
@@ -120,7 +119,7 @@ def plan(
         if program.name == PREFILL:
             cache = lowered.out_info[1]
             cache_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in (cache.k, cache.v)) // len(chips)
-        yield _read(program.name, compiled, cache_bytes, config, limit)
+        yield _read(program.name, compiled, cache_bytes, vocabulary, limit)
         if compiled is None and program.name == PREFILL:
             return
         if program.result_shardings is not None:
@@ -167,10 +166,10 @@ def _compile(lowered: Lowered) -> Any:
         return None
 
 
-def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int) -> Plan:
+def _read(name: str, compiled: Any, cache_bytes: int, vocabulary: int | None, limit: int) -> Plan:
     if compiled is None:
         return Plan(name, False, limit, cache_bytes=cache_bytes)
-    memory, vocabulary = compiled.memory_analysis(), config.decoder.vocab_size
+    memory = compiled.memory_analysis()
     plan = Plan(
         program=name,
         fits=memory.peak_memory_in_bytes <= limit,
@@ -190,12 +189,13 @@ def _read(name: str, compiled: Any, cache_bytes: int, config: Config, limit: int
         )
         return dataclasses.replace(plan, cache_copies=None, vocabulary_positions=None, collectives=None, note=note)
     copies = _sizes(r"= bf16\[([\d,]+)\][^=]* copy\(", text)
+    logits = _sizes(rf"= f32\[((?:\d+,)*{vocabulary}(?:,\d+)*)\]", text) if vocabulary else []
     collectives = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     return dataclasses.replace(
         plan,
         # Keys alone, or values alone, are half of the cache.
         cache_copies=sum(cache_bytes > 0 and 2 * size >= cache_bytes // 2 for size in copies),
-        vocabulary_positions=max(_sizes(rf"= f32\[((?:\d+,)*{vocabulary}(?:,\d+)*)\]", text), default=0) // vocabulary,
+        vocabulary_positions=max(logits, default=0) // vocabulary if vocabulary else 0,
         collectives=len(re.findall(collectives, text)),
     )
 

@@ -5,18 +5,14 @@ A program cannot be faster than its arithmetic at the chip's peak, nor than its 
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from granite_jax.errors import GraniteError
-from granite_jax.models.granite_speech.config import Config
-from granite_jax.models.layers.ctc import FRAME_SECONDS
 from granite_jax.models.layers.features import num_frames
+from granite_jax.models.registry import family_of
+from granite_jax.models.work import Work, Workload
 from granite_jax.options import RecognizerName
-from granite_jax.planning import work
-from granite_jax.planning.work import Work
-from granite_jax.planning.workload import Workload
 from granite_jax.waveform import SAMPLING_RATE
 
 
@@ -166,7 +162,7 @@ class Roofline:
 
 
 def roofline(
-    config: Config,
+    config: Any,
     chip: Chip,
     load: Workload,
     *,
@@ -182,19 +178,18 @@ def roofline(
       dtype_bytes: bytes of a weight and of a cached number.
       model_parallel: chips that share a copy of the weights.
       recognizer: "ctc" for the encoder alone.
+
+    Raises:
+      GraniteError: the model's family does not count its work.
     """
-    works: dict[RecognizerName, dict[str, Work]] = {
-        "speech-lm": {
-            "encode": _encode(config, load, dtype_bytes),
-            "prefill": _prefill(config, load, dtype_bytes),
-            "decode": _decode(config, load, dtype_bytes),
-        },
-        "ctc": {"encode": _encode(config, load, dtype_bytes, projected=False)},
-    }
+    count = family_of(config.model_type).count_work
+    if count is None:
+        raise GraniteError(f"no roofline for {config.model_type!r}: nothing counts its work")
+    works = count(config, load, dtype_bytes)
     flops = {name: sum(each.flops for each in programs.values()) for name, programs in works.items()}
     bounds = tuple(_bound(program, each, chip, model_parallel) for program, each in works[recognizer].items())
-    projector = config.projector
-    audio_tokens = projector.num_queries / (projector.window_size * FRAME_SECONDS)
+    minute = num_frames(60 * SAMPLING_RATE)
+    audio_tokens = config.num_audio_tokens(minute) / 60 if "speech-lm" in works else 0.0
     return Roofline(chip, load, dtype_bytes, model_parallel, audio_tokens, bounds, flops)
 
 
@@ -202,47 +197,3 @@ def _bound(program: str, needed: Work, chip: Chip, chips: int) -> Bound:
     compute, memory = needed.flops / (chip.flops * chips), needed.bytes / (chip.bandwidth * chips)
     by = "compute" if compute >= memory else "memory"
     return Bound(program, needed.flops, needed.bytes, needed.intensity, max(compute, memory), by)
-
-
-def _frames(load: Workload) -> int:
-    """Encoder frames of a row."""
-    return num_frames(round(load.seconds * SAMPLING_RATE))
-
-
-def _windows(config: Config, load: Workload) -> int:
-    """Windows of the projector of a row."""
-    return math.ceil(_frames(load) / config.projector.window_size)
-
-
-def _prompt(config: Config, load: Workload) -> int:
-    """Positions of a row's prompt."""
-    return _windows(config, load) * config.projector.num_queries + load.prompt_tokens
-
-
-def _encode(config: Config, load: Workload, dtype_bytes: int, *, projected: bool = True) -> Work:
-    frames, windows = _frames(load), load.batch * _windows(config, load)
-    full, rest = divmod(frames, config.encoder.context_size)
-    # The last frames of a row attend to each other alone, which is a part of a block.
-    blocks = full + (rest / config.encoder.context_size) ** 2
-    flops, samples = work.encode(config, load.batch * frames, load.batch * blocks), load.batch * load.seconds
-    if projected:
-        flops += work.project(config, windows)
-    read = work.encode_bytes(config, dtype_bytes, samples * SAMPLING_RATE, windows if projected else None)
-    return Work(flops, read)
-
-
-def _prefill(config: Config, load: Workload, dtype_bytes: int) -> Work:
-    prompt = _prompt(config, load)
-    positions, pairs = load.batch * prompt, load.batch * prompt * (prompt + 1) / 2
-    return Work(work.prefill(config, positions, pairs, load.batch), work.prefill_bytes(config, dtype_bytes, positions))
-
-
-def _decode(config: Config, load: Workload, dtype_bytes: int) -> Work:
-    """All steps of a batch; the prefill has written the first token of each row."""
-    tokens = load.new_tokens - 1
-    filled = _prompt(config, load) + load.new_tokens / 2  # on average over the steps
-    step_tokens = load.batch * load.tokens_per_step
-    flops = work.decode_flops(config, step_tokens, step_tokens * filled)
-    bytes_read = work.decode_bytes(config, dtype_bytes, load.batch * filled)
-    written = step_tokens * work.cache_bytes(config, dtype_bytes)
-    return Work(flops, bytes_read + written) * (tokens / load.tokens_per_step)

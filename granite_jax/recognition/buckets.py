@@ -4,9 +4,11 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import SpeechLMConfig
 from granite_jax.models.layers.features import HOP, num_frames
+from granite_jax.models.registry import family_of
 from granite_jax.waveform import SAMPLING_RATE
 
 TEXT_ROOM = 64  # prompt tokens, besides those of the audio, that every bucket holds
@@ -58,7 +60,7 @@ def new_token_budget(seconds: float) -> int:
     return max(MIN_NEW_TOKENS, math.ceil(NEW_TOKENS_PER_SECOND * seconds))
 
 
-def longest_audio(config: Config, prompt_tokens: int, max_new_tokens: int | None = None) -> float:
+def longest_audio(config: SpeechLMConfig, prompt_tokens: int, max_new_tokens: int | None = None) -> float:
     """Seconds of the longest audio that fits the model's positions with a prompt and new tokens; 0 if none does.
 
     Args:
@@ -86,8 +88,13 @@ def label_budget(samples: int) -> int:
     return math.ceil(MAX_LABELS_PER_SECOND * samples / SAMPLING_RATE)
 
 
-def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
-    """The bucket for audio of up to `seconds`, rounded up to full projector windows, within the model's positions."""
+def make_bucket(config: Any, batch: int, seconds: float) -> Bucket:
+    """The bucket for audio of up to `seconds`: without a language model, for samples alone.
+
+    With one, they are rounded up to full projector windows, within the model's positions.
+    """
+    if not _has_language_model(config):
+        return Bucket(batch, math.ceil(seconds * SAMPLING_RATE), 0, 0)
     window = 2 * HOP * config.projector.window_size
     samples = math.ceil(seconds * SAMPLING_RATE / window) * window
     prompt = config.num_audio_tokens(num_frames(samples)) + TEXT_ROOM
@@ -96,7 +103,7 @@ def make_bucket(config: Config, batch: int, seconds: float) -> Bucket:
     return Bucket(batch, samples, min(prompt, capacity), capacity)
 
 
-def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
+def default_buckets(config: Any, batch: int, segment_seconds: float = 30.0) -> tuple[Bucket, ...]:
     """At most five buckets, 15 programs: full batches of short audio, and single rows up to the model's limit.
 
     Programs compute what is filled (see `models.layers.packed`), so that shapes cost memory, not time. Segments of
@@ -107,14 +114,19 @@ def default_buckets(config: Config, batch: int, segment_seconds: float = 30.0) -
     lengths = sorted({min(seconds, limit) for seconds in (10.0, max(30.0, segment_seconds))})
     full = [make_bucket(config, batch, seconds) for seconds in lengths] if batch > 1 else []
     longest = make_bucket(config, 1, limit)
-    # The last bucket takes whatever fits the model's positions, long prompts with short audio included.
-    longest = dataclasses.replace(longest, prompt=longest.capacity)
     middle = [(40.0 * limit) ** 0.5] if limit > 80 else []
     singles = [make_bucket(config, 1, seconds) for seconds in (40.0, *middle) if seconds < limit]
-    if config.decoder.max_position_embeddings > _MANY_POSITIONS:
-        short_audio = make_bucket(config, 1, 40.0)
-        singles.append(dataclasses.replace(short_audio, prompt=longest.capacity, capacity=longest.capacity))
+    if _has_language_model(config):
+        # The last bucket takes everything that fits the model's positions, long prompts with short audio included.
+        longest = dataclasses.replace(longest, prompt=longest.capacity)
+        if config.decoder.max_position_embeddings > _MANY_POSITIONS:
+            short_audio = make_bucket(config, 1, 40.0)
+            singles.append(dataclasses.replace(short_audio, prompt=longest.capacity, capacity=longest.capacity))
     return (*full, *singles, longest)
+
+
+def _has_language_model(config: Any) -> bool:
+    return "speech-lm" in family_of(config.model_type).recognizers
 
 
 def encoder_buckets(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:

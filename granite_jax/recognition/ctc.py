@@ -14,7 +14,7 @@ from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.stages import Collect, Outcome, Row, Stage
 from granite_jax.recognition.alignment import Aligner
 from granite_jax.recognition.buckets import Bucket
-from granite_jax.recognition.ctc_programs import CTCPrograms, encoder_params
+from granite_jax.recognition.ctc_programs import CTCPrograms
 from granite_jax.recognition.encoding import ALIGN, Encoded, encode_name
 from granite_jax.recognition.rows import ctc_decoded_row, encoder_inputs, failed_row, make_row, to_host
 from granite_jax.recognition.utterances import Decoded, Utterance, silence
@@ -44,7 +44,7 @@ class CTC:
         self.programs = programs
         self.compiler = compiler
         self.buckets = buckets
-        self._params = encoder_params(params)
+        self._params = programs.needed_params(params)
         self._tokenizer = tokenizer
         self.aligner = Aligner(programs.align, compiler, programs.devices.replicas, word_offsets)
 

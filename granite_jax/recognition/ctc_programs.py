@@ -11,7 +11,8 @@ from granite_jax.engine.compilation import Lowerable
 from granite_jax.engine.programs import Programs
 from granite_jax.engine.sharding import BATCH, REPLICATED, DeviceMesh
 from granite_jax.keywords.spotter import KeywordBatch
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import CTCModel, ModelConfig
+from granite_jax.models.registry import model_of
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.encoding import (
     ALIGN,
@@ -21,34 +22,30 @@ from granite_jax.recognition.encoding import (
     abstract_keywords,
     abstract_rows,
     align_texts,
-    encode,
+    read_encoding,
 )
 
 
 class CTCPrograms(Programs):
     """`encode` without projector, in two forms, and `align`."""
 
-    def __init__(self, config: Config, dtype: DTypeLike, devices: DeviceMesh | None = None):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, devices: DeviceMesh | None = None):
         super().__init__(devices)
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.model: CTCModel = model_of(config, "ctc")
         self.encode = self.compile("encode", self._encode, (REPLICATED, *[BATCH] * 3), BATCH, static="with_logits")
         self.align = self.compile("align", align_texts, [BATCH] * 4, BATCH)
+
+    def needed_params(self, params: Any) -> dict[str, Any]:
+        """The part of the model's parameters that the programs take."""
+        return {part: params[part] for part in self.model.parts}
 
     def _encode(
         self, params: Params, samples: Samples, lengths: Lengths, keywords: KeywordBatch, with_logits: bool = False
     ) -> Encoded:
-        return encode(
-            self.config,
-            params,
-            samples,
-            lengths,
-            keywords,
-            dtype=self.dtype,
-            with_audio=False,
-            with_logits=with_logits,
-            with_confidence=True,
-        )
+        encoding = self.model.encode(self.config, params, samples, lengths, dtype=self.dtype, with_audio=False)
+        return read_encoding(encoding, keywords, with_logits=with_logits, with_confidence=True)
 
     def lowerables(self, params: Any, bucket: Bucket) -> list[Lowerable]:
         """The programs for a bucket, for arguments of the types that `CTC` passes.
@@ -61,7 +58,7 @@ class CTCPrograms(Programs):
 
         def encode(with_logits: bool) -> Lowered:
             inputs = abstract_rows(size, jnp.float32, bucket.samples), counts, abstract_keywords(size)
-            return self.encode.lower(encoder_params(params), *inputs, with_logits=with_logits)
+            return self.encode.lower(self.needed_params(params), *inputs, with_logits=with_logits)
 
         labels, by_row = abstract_rows(size, jnp.int32, bucket.max_labels), self.devices.result_shardings(BATCH)
         return [
@@ -73,8 +70,3 @@ class CTCPrograms(Programs):
                 is_default=False,
             ),
         ]
-
-
-def encoder_params(params: Any) -> dict[str, Any]:
-    """The part of the parameters that this recognizer needs."""
-    return {"encoder": params["encoder"]}

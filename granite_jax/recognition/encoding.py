@@ -5,18 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
-from granite_jax.array_types import AudioEmbeddings, CTCLogits, Lengths, Params, Samples
+from granite_jax.array_types import AudioEmbeddings, CTCLogits, Lengths
 from granite_jax.keywords import spotter
 from granite_jax.keywords.spotter import MAX_KEYWORDS, WIDTH, KeywordBatch, SpottingScores
-from granite_jax.models import granite_speech
-from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.layers import ctc
-from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.ctc_alignment import Alignment, align
-from granite_jax.models.layers.features import num_frames, packed_log_mel
-from granite_jax.models.layers.packed.encoder import pack_frames
+from granite_jax.models.layers.features import num_frames
+from granite_jax.models.layers.packed.encoder import PackedEncoding
 
 ENCODE, ENCODE_WITH_LOGITS, ALIGN = "encode", "encode with logits", "align"
 
@@ -54,38 +51,25 @@ def encode_name(with_logits: bool) -> str:
     return ENCODE_WITH_LOGITS if with_logits else ENCODE
 
 
-def encode(
-    config: Config,
-    params: Params,
-    samples: Samples,
-    lengths: Lengths,
+def read_encoding(
+    encoding: PackedEncoding,
     keywords: KeywordBatch,
-    bpe_wanted: Lengths | None = None,
+    bpe_labels: Int[Array, "b w"] | None = None,
     *,
-    importance: Importance = "before",
-    dtype: DTypeLike,
-    with_audio: bool = True,
     with_logits: bool = False,
     with_confidence: bool = False,
 ) -> Encoded:
-    """Encodes rows of samples, packed side by side.
+    """Reads what the host and later programs need from what an encoder has made of packed rows.
 
     Args:
-      bpe_wanted: int32, 0 for rows that do not ask for the BPE head's labels; None without such a head.
-      with_audio, with_logits, with_confidence: whether these fields are computed.
+      bpe_labels: those of the BPE head, if there is one.
+      with_logits, with_confidence: whether these fields are computed.
     """
-    frames = num_frames(lengths)
-    packing = pack_frames(config, frames, num_frames(samples.shape[1]))
-    features = packed_log_mel(samples, lengths, packing)
-    options: dict[str, Any] = {"importance": importance, "dtype": dtype, "with_audio": with_audio}
-    output, best, audio = granite_speech.encode_packed(config, params, features, packing, **options)
+    packing, best, audio = encoding.packing, encoding.labels, encoding.audio
+    frames = packing.lengths
     valid = jnp.arange(packing.longest, dtype=jnp.int32)[None, :] < frames[:, None]
     labels = jnp.where(valid, packing.unpack(best.labels), ctc.BLANK)
     logits = packing.unpack(best.logits) if with_logits else None
-    bpe = None
-    if bpe_wanted is not None:
-        rows = packing.unpack(output.hidden), packing.unpack(output.importance)
-        bpe = granite_speech.bpe_labels(config, params, *rows, frames, bpe_wanted, dtype=dtype)
     spotting = jax.lax.cond(
         keywords.counts.max() > 0,
         lambda: spotter.score_keywords(packing.unpack(best.logits), frames, keywords),
@@ -95,7 +79,7 @@ def encode(
     if with_confidence:
         probabilities = packing.unpack(jnp.exp(best.logits.max(axis=-1) - jax.nn.logsumexp(best.logits, axis=-1)))
         confidence = jnp.mean(probabilities, axis=1, where=labels != ctc.BLANK)
-    return Encoded(audio, labels, best.entropy, spotting, bpe, best.speech_frames, logits, confidence)
+    return Encoded(audio, labels, best.entropy, spotting, bpe_labels, best.speech_frames, logits, confidence)
 
 
 def align_texts(logits: CTCLogits, lengths: Lengths, labels: Int[Array, "b n"], num_labels: Lengths) -> Alignment:

@@ -16,8 +16,8 @@ from granite_jax.engine.readers import Readers
 from granite_jax.engine.stages import Request
 from granite_jax.errors import ContextError, GraniteError, PromptError, printable
 from granite_jax.keywords.options import keyword_entries
-from granite_jax.models.granite_speech.config import Config
-from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
+from granite_jax.models.registry import default_recognizer, family_of, model_of
+from granite_jax.options import MIN_SEGMENT_SECONDS, RecognizerName, TranscribeOptions
 from granite_jax.recognition.buckets import longest_audio, new_token_budget
 from granite_jax.recognition.inputs import Input
 from granite_jax.recognition.jobs import ANY_LENGTH, RecordingJob, read_segments, read_whole
@@ -25,8 +25,9 @@ from granite_jax.recognition.preparation import Preparation, Prepared
 from granite_jax.recognition.recognizer import Recognizer, make_request
 from granite_jax.recognition.recordings import OnSegment, RecordingDecoder
 from granite_jax.recognition.safeguard import safeguarded
-from granite_jax.recognition.utterances import Utterance
+from granite_jax.recognition.utterances import NO_PROMPT, Utterance
 from granite_jax.results import Transcript
+from granite_jax.text.chat_template import PromptTokens
 from granite_jax.text.tasks import Capabilities, ChatTemplate
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.waveform import SAMPLING_RATE
@@ -56,7 +57,7 @@ class Intake:
 
     def __init__(
         self,
-        config: Config,
+        config: Any,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         capabilities: Capabilities,
@@ -66,12 +67,19 @@ class Intake:
     ):
         self._config, self._tokenizer, self._capabilities = config, tokenizer, capabilities
         self._recognizers, self._engine, self._readers = recognizers, engine, readers
-        self._preparation = Preparation(tokenizer, template, capabilities, config.encoder.output_dim)
+        self._default: RecognizerName = default_recognizer(config)
+        num_labels = model_of(config, "ctc").num_labels(config)
+        self._preparation = Preparation(tokenizer, template, capabilities, num_labels)
         self._plans: dict[object, tuple[TranscribeOptions | None, Plan]] = {}  # the options keep their ids from reuse
 
     def recognizer(self, options: TranscribeOptions | None = None) -> Recognizer:
-        """The recognizer that options ask for; by default the language model."""
-        return self._recognizers[(options and options.recognizer) or "speech-lm"]
+        """The recognizer that options ask for; by default the first of the model's family."""
+        return self._recognizers[(options and options.recognizer) or self._default]
+
+    def default_prompt(self, options: TranscribeOptions | None = None) -> PromptTokens:
+        """The tokens of a plain transcription's prompt, if the recognizer takes prompts."""
+        is_ctc = ((options and options.recognizer) or self._default) == "ctc"
+        return NO_PROMPT if is_ctc else self._preparation.prompt(self._capabilities.prompts.transcribe)
 
     def plan(
         self,
@@ -86,10 +94,13 @@ class Intake:
         if not fields and key in self._plans:
             return self._plans[key][1]
         given = dataclasses.replace(options or TranscribeOptions(), **fields)
+        if given.recognizer is None and self._default != "speech-lm":
+            given = dataclasses.replace(given, recognizer=self._default)
+        model = model_of(self._config, given.recognizer or self._default)
         resolved, flags = safeguarded(given, self._capabilities)
         if resolved.keywords != given.keywords and has_keyword_lists:
             raise PromptError("a prompt with keywords of its own excludes keywords: name them in one place")
-        if resolved.drafting.draft_from == "bpe" and not self._config.encoder.bpe_output_dim:
+        if resolved.drafting.draft_from == "bpe" and not model.num_bpe_labels(self._config):
             raise GraniteError('draft_from="bpe" needs a BPE head, which this checkpoint does not have')
         if has_drafts and resolved.recognizer == "ctc":
             raise GraniteError('draft is for the language model, which recognizer="ctc" does without')
@@ -175,8 +186,9 @@ class Intake:
         try:
             return load_audio(source, sampling_rate=rate, name=name, max_seconds=self._config.max_seconds)
         except TooLongError as error:
-            positions = self._config.decoder.max_position_embeddings
-            raise ContextError(f"{error}, more than the model's context of {positions} positions allows") from None
+            positions = family_of(self._config.model_type).limits(self._config).get("positions")
+            limit = f"the model's context of {positions} positions allows" if positions else "the model takes"
+            raise ContextError(f"{error}, more than {limit}") from None
 
     def _segment_limit(self, options: TranscribeOptions, prepared: Prepared) -> float | None:
         """The longest segment, in seconds. Raises ContextError if it is given and does not fit the model."""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from granite_jax.keywords.lists import Keywords, prepare, validated
 from granite_jax.keywords.options import Entry
 from granite_jax.options import TranscribeOptions
+from granite_jax.recognition.utterances import NO_PROMPT
 from granite_jax.text.chat_template import ChatTemplate, PromptTokens
 from granite_jax.text.tasks import Capabilities
 from granite_jax.text.tokenizer import Tokenizer
@@ -47,7 +48,8 @@ class Preparation:
           GraniteError: a boost is out of range.
         """
         entries = validated(keywords, options.biasing, self._capabilities.prompts.max_keywords)
-        key = (options.task, options.target_language, options.language, options.prompt, options.biasing, entries)
+        wording = options.task, options.target_language, options.language, options.prompt
+        key = (options.recognizer, *wording, options.biasing, entries)
         with self._lock:
             if key not in self._cached:
                 mentioned = tuple(text for text, _ in entries) if options.biasing.prompt else ()
@@ -61,7 +63,8 @@ class Preparation:
                 prepared = None
                 if entries and options.biasing.decoder:
                     prepared = prepare(entries, options.biasing, self._tokenizer, self._num_labels)
-                self._cached[key] = Prepared(self.prompt(text), prepared)
+                prompt = NO_PROMPT if options.recognizer == "ctc" else self.prompt(text)
+                self._cached[key] = Prepared(prompt, prepared)
                 while len(self._cached) > _MAX_CACHED_LISTS:
                     del self._cached[next(iter(self._cached))]
             return self._cached[key]

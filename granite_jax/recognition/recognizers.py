@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from granite_jax.engine.compilation import Compiler
+from granite_jax.engine.programs import Programs
 from granite_jax.engine.sharding import DeviceMesh
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import SpeechLMModel
+from granite_jax.models.registry import family_of, model_of
 from granite_jax.options import RecognizerName
 from granite_jax.recognition.buckets import Bucket, encoder_buckets
 from granite_jax.recognition.ctc import CTC
@@ -18,8 +20,17 @@ from granite_jax.recognition.speech_lm_programs import Speculation, SpeechLMProg
 from granite_jax.text.tokenizer import Tokenizer
 
 
+def make_programs(
+    config: Any, recognizer: str, dtype: Any, devices: DeviceMesh, speculation: Speculation | None = None
+) -> Programs:
+    """The programs of a recognizer. Raises GraniteError if it cannot run the model."""
+    if isinstance(model_of(config, recognizer), SpeechLMModel):
+        return SpeechLMPrograms(config, dtype, speculation, devices)
+    return CTCPrograms(config, dtype, devices)
+
+
 def make_recognizers(
-    config: Config,
+    config: Any,
     params: Any | Callable[[], Any],
     tokenizer: Tokenizer,
     devices: DeviceMesh,
@@ -30,23 +41,30 @@ def make_recognizers(
     word_offsets: tuple[float, float] = (0.0, 0.0),
     compile_ahead: RecognizerName | None = None,
 ) -> tuple[Any, dict[str, Recognizer]]:
-    """The parameters on their devices, and the recognizers by name.
+    """The parameters on their devices, and the recognizers that the model's family names; the default is the first.
 
     Args:
       params: the model's parameters, or a function that returns them.
-      buckets: of the language model; the encoder alone takes the same audio.
+      buckets: of the default recognizer; an encoder alone takes the same audio.
       compile_ahead: whose programs are compiled while that function runs.
     """
     abstract = abstract_params(config, dtype, devices)
-    programs = SpeechLMPrograms(config, dtype, speculation, devices), CTCPrograms(config, dtype, devices)
-    lm_compiler, ctc_compiler = (Compiler(functools.partial(each.lowerables, abstract), devices) for each in programs)
-    short = encoder_buckets(buckets)
+    parts = {}
+    for name in family_of(config.model_type).recognizers:
+        programs = make_programs(config, name, dtype, devices, speculation)
+        own = buckets if isinstance(programs, SpeechLMPrograms) else encoder_buckets(buckets)
+        parts[name] = programs, Compiler(functools.partial(programs.lowerables, abstract), devices), own
     if callable(params):
-        compiler = ctc_compiler if compile_ahead == "ctc" else lm_compiler
-        ahead = {"speech-lm": buckets, "ctc": short}.get(compile_ahead or "", ())
-        params = compiler.start_while(params, ahead)
+        if compile_ahead is None:
+            params = params()
+        else:
+            _, compiler, ahead = parts[compile_ahead]
+            params = compiler.start_while(params, ahead)
     params = devices.put(params, param_shardings(config, devices))
-    return params, {
-        "speech-lm": SpeechLM(config, params, programs[0], tokenizer, lm_compiler, buckets, word_offsets),
-        "ctc": CTC(params, programs[1], tokenizer, ctc_compiler, short, word_offsets),
-    }
+    recognizers: dict[str, Recognizer] = {}
+    for name, (programs, compiler, own) in parts.items():
+        if isinstance(programs, SpeechLMPrograms):
+            recognizers[name] = SpeechLM(config, params, programs, tokenizer, compiler, own, word_offsets)
+        else:
+            recognizers[name] = CTC(params, programs, tokenizer, compiler, own, word_offsets)
+    return params, recognizers

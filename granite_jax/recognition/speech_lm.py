@@ -17,7 +17,7 @@ from granite_jax.decoding import DecodeState
 from granite_jax.engine.compilation import Compiler
 from granite_jax.engine.stages import Collect, Enqueue, Outcome, Row, Stage
 from granite_jax.keywords.automaton import BatchedAutomata, FullError, KeywordAutomaton, batch_automata
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import SpeechLMConfig
 from granite_jax.models.layers.features import num_frames
 from granite_jax.recognition.alignment import Aligner
 from granite_jax.recognition.buckets import Bucket
@@ -54,7 +54,7 @@ class SpeechLM:
 
     def __init__(
         self,
-        config: Config,
+        config: SpeechLMConfig,
         params: Any,
         programs: SpeechLMPrograms,
         tokenizer: Tokenizer,
@@ -178,7 +178,10 @@ class SpeechLM:
 
     def _encode(self, bucket: Bucket, utterances: Sequence[Utterance]) -> Encoded:
         inputs = encoder_inputs(utterances, self._size(bucket), bucket.samples)
-        bpe_wanted, has_bpe_head = np.zeros(self._size(bucket), np.int32), bool(self._config.encoder.bpe_output_dim)
+        bpe_wanted, has_bpe_head = (
+            np.zeros(self._size(bucket), np.int32),
+            bool(self.programs.model.num_bpe_labels(self._config)),
+        )
         bpe_wanted[: len(utterances)] = [draft_head(utterance, has_bpe_head) == "bpe" for utterance in utterances]
         with_logits = any(utterance.wants for utterance in utterances)
         name = encode_name(with_logits)

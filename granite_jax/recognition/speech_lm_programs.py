@@ -36,10 +36,10 @@ from granite_jax.errors import GraniteError
 from granite_jax.keywords.automaton import BatchedAutomata, no_keywords
 from granite_jax.keywords.selector import KeywordSelector
 from granite_jax.keywords.spotter import KeywordBatch
-from granite_jax.models import granite_speech
-from granite_jax.models.granite_speech.config import Config
+from granite_jax.models.family import SpeechLMConfig, SpeechLMModel
 from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.decoder import KVCache
+from granite_jax.models.registry import model_of
 from granite_jax.recognition.buckets import Bucket
 from granite_jax.recognition.encoding import (
     ALIGN,
@@ -49,7 +49,7 @@ from granite_jax.recognition.encoding import (
     abstract_keywords,
     abstract_rows,
     align_texts,
-    encode,
+    read_encoding,
 )
 
 _TILE = 16  # slots of a bfloat16 tile: unless the capacity is a multiple, the TPU compiler copies the cache
@@ -85,7 +85,7 @@ class SpeechLMPrograms(Programs):
 
     def __init__(
         self,
-        config: Config,
+        config: SpeechLMConfig,
         dtype: DTypeLike,
         speculation: Speculation | None = None,
         devices: DeviceMesh | None = None,
@@ -93,6 +93,7 @@ class SpeechLMPrograms(Programs):
         super().__init__(devices)
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.model: SpeechLMModel = model_of(config, "speech-lm")
         self.speculation = speculation or Speculation()
         cache = KVCache(*[PartitionSpec(None, *BATCH)] * 2, lengths=BATCH)  # pyright: ignore[reportArgumentType]
         fields = {field.name: BATCH for field in dataclasses.fields(DecodeState)}
@@ -157,17 +158,14 @@ class SpeechLMPrograms(Programs):
         with_logits: bool = False,
     ) -> Encoded:
         """`bpe_wanted`: int32, 0 for rows that do not ask for the BPE head's labels."""
-        return encode(
-            self.config,
-            params,
-            samples,
-            lengths,
-            keywords,
-            bpe_wanted if self.config.encoder.bpe_output_dim else None,
-            importance=self.speculation.importance,
-            dtype=self.dtype,
-            with_logits=with_logits,
-        )
+        options: dict[str, Any] = {"importance": self.speculation.importance, "dtype": self.dtype, "with_audio": True}
+        encoding = self.model.ctc.encode(self.config, params, samples, lengths, **options)
+        bpe_labels = None
+        if self.model.num_bpe_labels(self.config):
+            packing, output = encoding.packing, encoding.output
+            rows = packing.unpack(output.hidden), packing.unpack(output.importance), packing.lengths
+            bpe_labels = self.model.bpe_labels(self.config, params, *rows, bpe_wanted, dtype=self.dtype)
+        return read_encoding(encoding, keywords, bpe_labels, with_logits=with_logits)
 
     def _prefill(
         self,
@@ -181,7 +179,7 @@ class SpeechLMPrograms(Programs):
     ) -> tuple[VerifierOutput, KVCache]:
         """Prefills prompts `tokens` `[b, p]`, each followed by its draft. The cache holds `capacity` and a window."""
         selector = self._selector(keywords)
-        return granite_speech.prefill_packed(
+        return self.model.prefill_packed(
             self.config,
             params,
             tokens,
@@ -207,7 +205,7 @@ class SpeechLMPrograms(Programs):
         max_out_length: int,
     ) -> DecodeState:
         return decoding.decode(
-            functools.partial(granite_speech.decode_step, self.config, params, dtype=self.dtype),
+            functools.partial(self.model.decode_step, self.config, params, dtype=self.dtype),
             verified,
             cache,
             draft,

@@ -7,11 +7,10 @@ float32 computes every matrix product at the highest precision, which TPUs and G
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -23,6 +22,7 @@ from granite_jax.array_types import (
     Lengths,
     Logits,
     Params,
+    Samples,
     Tokens,
 )
 from granite_jax.models.granite_speech.config import Config
@@ -31,11 +31,14 @@ from granite_jax.models.layers.binding import bind
 from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.decoder import Decoder, KVCache
 from granite_jax.models.layers.encoder import Encoder, EncoderOutput
+from granite_jax.models.layers.features import num_frames
 from granite_jax.models.layers.packed import decoder as packed_decoder
 from granite_jax.models.layers.packed import encoder as packed_encoder
 from granite_jax.models.layers.packed.decoder import PackedPrompts
-from granite_jax.models.layers.packed.encoder import PackedEncoderOutput, PackedLabels
+from granite_jax.models.layers.packed.encoder import PackedEncoding
+from granite_jax.models.layers.packed.features import packed_log_mel
 from granite_jax.models.layers.packed.packing import Packing
+from granite_jax.models.layers.precision import with_matmul_precision
 from granite_jax.models.layers.projector import Projector
 
 LOGIT_ROWS = 256  # positions whose logits are held at once
@@ -72,32 +75,7 @@ def _part(config: Config, params: Params, name: str) -> Any:
     return bind(getattr(_abstract_model(config), name), params[name])
 
 
-def compute_dtype(params: Params, dtype: DTypeLike | None) -> jnp.dtype:
-    """The dtype activations are computed in: `dtype`, or else that of the weights."""
-    return jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
-
-
-def _float32_means_float32(function):
-    """Sets the highest matmul precision while `function` is traced for float32 activations.
-
-    Takes integers of 64 bits, which NumPy and JAX's x64 mode make of lengths and tokens, as 32 bits.
-    """
-
-    @functools.wraps(function)
-    def wrapped(config, params, *args, dtype: DTypeLike | None = None, **kwargs):
-        chosen = compute_dtype(params, dtype)
-        args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
-        with jax.default_matmul_precision("highest" if chosen == jnp.float32 else "default"):
-            return function(config, params, *args, dtype=chosen, **kwargs)
-
-    return wrapped
-
-
-def _narrowed(leaf: Any) -> Any:
-    return leaf.astype(jnp.int32) if getattr(leaf, "dtype", None) == np.int64 else leaf
-
-
-@_float32_means_float32
+@with_matmul_precision
 def encode(
     config: Config,
     params: Params,
@@ -125,15 +103,27 @@ def encode(
     return encoder(features.astype(dtype), lengths, **options)
 
 
-class PackedEncoding(NamedTuple):
-    """What `encode_packed` returns: packed frames, but audio embeddings by row."""
-
-    output: PackedEncoderOutput
-    labels: PackedLabels
-    audio: AudioEmbeddings | None
+def pack_frames(config: Config, frames: Lengths, longest: int) -> Packing:
+    """Where packed rows of encoder frames, of `longest` at most, are for `encode_packed`."""
+    gap, multiple = config.encoder.conv_kernel_size // 2, config.projector.window_size
+    return packed_encoder.pack_frames(frames, longest, gap=gap, multiple=multiple)
 
 
-@_float32_means_float32
+def encode_samples(
+    config: Config, params: Params, samples: Samples, lengths: Lengths, **options: Any
+) -> PackedEncoding:
+    """`encode_packed` of waveforms.
+
+    Args:
+      samples: float32 at 16 kHz, padded on the right.
+      lengths: valid samples of each row; 0 for padding rows.
+      options: those of `encode_packed`.
+    """
+    packing = pack_frames(config, num_frames(lengths), num_frames(samples.shape[1]))
+    return encode_packed(config, params, packed_log_mel(samples, lengths, packing), packing, **options)
+
+
+@with_matmul_precision
 def encode_packed(
     config: Config,
     params: Params,
@@ -149,26 +139,26 @@ def encode_packed(
     Args:
       params: those of the encoder suffice without audio embeddings.
       features: those of `packed_log_mel`.
-      packing: that of `packed_encoder.pack_frames`.
+      packing: that of `pack_frames`.
+      importance: as in `encode`.
       with_audio: whether the projector runs.
     """
     encoder = _part(config, params, "encoder")
     output = packed_encoder.encode(encoder, features.astype(dtype), packing, importance)
     labels = packed_encoder.label(encoder, output.hidden, packing)
-    if not with_audio:
-        return PackedEncoding(output, labels, None)
-    projector = _part(config, params, "projector")
-    return PackedEncoding(output, labels, packed_encoder.project(projector, output.hidden, packing))
+    projector = _part(config, params, "projector") if with_audio else None
+    audio = None if projector is None else packed_encoder.project(projector, output.hidden, packing)
+    return PackedEncoding(packing, features, output, labels, audio)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def ctc_logits(config: Config, params: Params, hidden: Activations, *, dtype: DTypeLike | None = None) -> CTCLogits:
     """CTC logits, float32 `[b, t, c]`, of a block's activations (the middle and the final head are the same)."""
     encoder: Encoder = _part(config, params, "encoder")
     return encoder.ctc_logits(hidden.astype(dtype))
 
 
-@_float32_means_float32
+@with_matmul_precision
 def bpe_logits(
     config: Config, params: Params, encoded: EncoderOutput, lengths: Lengths, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "b w v"]:
@@ -181,7 +171,7 @@ def bpe_logits(
     return encoder.bpe_logits(pooled.reshape(-1, pooled.shape[-1])).reshape(*pooled.shape[:2], -1)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def bpe_labels(
     config: Config,
     params: Params,
@@ -206,7 +196,7 @@ def bpe_labels(
     return bpe_head.best_labels(encoder.bpe_logits, pooled, lengths, wanted)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def project(
     config: Config, params: Params, hidden: Activations, lengths: Lengths, *, dtype: DTypeLike | None = None
 ) -> AudioEmbeddings:
@@ -218,7 +208,7 @@ def project(
     return projector(hidden.astype(dtype), lengths)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def prefill(
     config: Config,
     params: Params,
@@ -260,7 +250,7 @@ def prefill(
     return decoder.logits(hidden), KVCache(k, v, lengths)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def prefill_packed(
     config: Config,
     params: Params,
@@ -321,7 +311,7 @@ def prefill_packed(
     return jax.tree.map(lambda x: x[:, :width], results), KVCache(k, v, lengths)
 
 
-@_float32_means_float32
+@with_matmul_precision
 def decode_step(
     config: Config, params: Params, tokens: Tokens, cache: KVCache, *, dtype: DTypeLike | None = None
 ) -> tuple[Logits, KVCache]:

@@ -8,10 +8,8 @@ the maximum is that of its valid frames.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from granite_jax.array_types import Features, Lengths, Samples
-from granite_jax.models.layers.packed.packing import Packing, put
 from granite_jax.waveform import SAMPLING_RATE
 
 HOP = 160  # samples: 10 ms
@@ -64,11 +62,11 @@ def log_mel(samples: Samples, lengths: Lengths) -> Features:
       `num_frames(lengths[i])` of them, zeros follow. Within 1e-5 of the reference's formula in exact arithmetic.
     """
     samples, lengths = jnp.asarray(samples, jnp.float32), jnp.asarray(lengths, jnp.int32)
-    log = _log_mel_energies(_windows(_hops(samples, lengths)))
+    log = log_mel_energies(split_windows(split_hops(samples, lengths)))
     valid = jnp.arange(log.shape[1], dtype=jnp.int32)[None, :] < (lengths // HOP + 1)[:, None]
     # The maximum includes an odd last frame, which stacking then drops.
     peak = jnp.max(jnp.where(valid[..., None], log, -jnp.inf), axis=(1, 2), keepdims=True)
-    log = _normalized(log, peak)
+    log = normalize(log, peak)
     batch, mel_frames, _ = log.shape
     stacked = log[:, : mel_frames // 2 * 2].reshape(batch, mel_frames // 2, 2 * NUM_MELS)
     return jnp.where(
@@ -76,47 +74,12 @@ def log_mel(samples: Samples, lengths: Lengths) -> Features:
     )
 
 
-def packed_log_mel(samples: Samples, lengths: Lengths, packing: Packing) -> Float[Array, "p f"]:
-    """`log_mel` of packed rows: zeros between them.
-
-    Args:
-      samples: as in `log_mel`.
-      lengths: valid samples of each row, or 0 for a padding row.
-      packing: of `num_frames(lengths)`, with gaps of at least 2.
-    """
-    samples, lengths = jnp.asarray(samples, jnp.float32), jnp.asarray(lengths, jnp.int32)
-    hops = _hops(samples, lengths)
-    flat = hops.reshape(-1, HOP)
-
-    def energies(start, carry):
-        log, peaks = carry
-        # Two mel frames to a frame, and two hops more, which a row's gap has room for.
-        position = 2 * start + jnp.arange(2 * packing.chunk + 2, dtype=jnp.int32)
-        rows, _, _ = packing.rows_of(position // 2)
-        local = position - 2 * packing.starts[rows]
-        windows = _windows(flat[rows * hops.shape[1] + jnp.minimum(local, hops.shape[1] - 1)][None])
-        mel = _log_mel_energies(windows)[0]
-        # The maximum includes an odd last frame, which stacking then drops.
-        valid = local[:-2] < lengths[rows[:-2]] // HOP + 1
-        own = valid[:, None] & (rows[:-2, None] == jnp.arange(len(lengths), dtype=jnp.int32)[None, :])
-        loudest = jnp.max(jnp.where(own, jnp.max(mel, axis=1)[:, None], -jnp.inf), axis=0)
-        return put(log, mel.reshape(packing.chunk, -1), start), jnp.maximum(peaks, loudest)
-
-    def normalize(start, log):
-        rows, _, valid = packing.rows_of(packing.positions(start))
-        normalized = _normalized(packing.take(log, start), peaks[rows, None])
-        return put(log, jnp.where(valid[:, None], normalized, 0.0), start)
-
-    peaks = jnp.where(lengths > 0, -jnp.inf, 0.0)
-    log, peaks = packing.for_chunks(energies, (packing.zeros(0, 2 * NUM_MELS), peaks))
-    return packing.for_chunks(normalize, log)
-
-
-def _normalized(log: jax.Array, peak: jax.Array) -> jax.Array:
+def normalize(log: jax.Array, peak: jax.Array) -> jax.Array:
+    """Log-mel energies as the model takes them: at most 80 dB below a row's peak."""
     return jnp.maximum(log, peak - 8.0) / 4.0 + 1.0
 
 
-def _log_mel_energies(frames: jax.Array) -> jax.Array:
+def log_mel_energies(frames: jax.Array) -> jax.Array:
     """Decimal logarithms of the mel energies of windows: `[b, t, WINDOW]` -> `[b, t, NUM_MELS]`."""
     with jax.default_matmul_precision("highest"):
         return jnp.log10(jnp.maximum(_power_spectrum(frames) @ _mel_filters(), 1e-10))
@@ -147,14 +110,14 @@ def _power_spectrum(frames: jax.Array) -> jax.Array:
     return power * scale**2
 
 
-def _hops(samples: jax.Array, lengths: jax.Array) -> jax.Array:
+def split_hops(samples: jax.Array, lengths: jax.Array) -> jax.Array:
     """The reflected signal: [b, n // HOP + 3, HOP]."""
     count = samples.shape[1] // HOP + 3
     signal = jax.vmap(_reflect)(samples, lengths)
     return jnp.pad(signal, ((0, 0), (0, HOP)))[:, : count * HOP].reshape(len(signal), count, HOP)
 
 
-def _windows(hops: jax.Array) -> jax.Array:
+def split_windows(hops: jax.Array) -> jax.Array:
     """Overlapping windows of the signal, one every HOP samples: [b, hops, HOP] -> [b, hops - 2, WINDOW]."""
     # 2.5 hops make a window: three shifted views of the hops, no gather.
     return jnp.concatenate([hops[:, :-2], hops[:, 1:-1], hops[:, 2:, : WINDOW - 2 * HOP]], axis=-1)

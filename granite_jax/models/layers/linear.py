@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike
 FORMS = (frozenset({"kernel"}), frozenset({"weight"}), frozenset({"q", "scale"}))
 ADAPTER = frozenset({"a", "b", "alpha"})
 
-OUTPUTS: Mapping[str, int] = {"kernel": -1, "q": -1, "scale": -1, "b": -1, "bias": -1}
+OUTPUTS: Mapping[str, int] = {"kernel": -1, "weight": -2, "q": -1, "scale": -1, "b": -1, "bias": -1}
 """Part -> the axis that is split where devices share the outputs (column-parallel); the others are replicated."""
 INPUTS: Mapping[str, int] = {"kernel": -2, "q": -2, "weight": -1, "a": -2}
 """Part -> the axis that is split where devices share the inputs (row-parallel), if there is one axis of outputs."""

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from granite_jax.array_types import AudioEmbeddings, Lengths
-from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.layers import ctc
 from granite_jax.models.layers.bpe_head import Importance
 from granite_jax.models.layers.encoder import Encoder, shifted_products
@@ -42,10 +41,14 @@ class PackedEncoderOutput(NamedTuple):
     importance: Float[Array, "p"]
 
 
-def pack_frames(config: Config, frames: Lengths, longest: int) -> Packing:
-    """Packs rows of encoder frames, of `longest` at most, for `encode` and `project`."""
-    gap = max(_MIN_GAP, config.encoder.conv_kernel_size // 2)
-    return Packing.of(frames, longest, gap=gap, multiple=config.projector.window_size)
+def pack_frames(frames: Lengths, longest: int, *, gap: int, multiple: int) -> Packing:
+    """Packs rows of encoder frames, of `longest` at most, for `encode` and `project`.
+
+    Args:
+      gap: frames by which the convolution reaches past a row's end.
+      multiple: frames of the projector's windows.
+    """
+    return Packing.of(frames, longest, gap=max(_MIN_GAP, gap), multiple=multiple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +174,24 @@ class PackedLabels(NamedTuple):
     labels: Int[Array, "p"]
     entropy: Float[Array, "b"]
     speech_frames: Int[Array, "b"]
+
+
+class PackedEncoding(NamedTuple):
+    """What an encoder makes of packed rows of audio.
+
+    Fields:
+      packing: where each row's frames are.
+      features: float32 `[p, f]`.
+      output: the encoder's activations.
+      labels: what the CTC head says.
+      audio: audio embeddings by row, `[b, a, e]`, if they were asked for.
+    """
+
+    packing: Packing
+    features: Float[Array, "p f"]
+    output: PackedEncoderOutput
+    labels: PackedLabels
+    audio: AudioEmbeddings | None
 
 
 def label(encoder: Encoder, hidden: Float[Array, "p d"], packing: Packing) -> PackedLabels:

@@ -9,40 +9,29 @@ softmax, rotary embeddings) and log-mel features are not counted. Bytes are the 
 each weight and each input once, whatever a program reads again.
 """
 
-import dataclasses
+import math
 
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.layers.decoder import DecoderConfig
 from granite_jax.models.layers.encoder import EncoderConfig
+from granite_jax.models.layers.features import num_frames
 from granite_jax.models.layers.projector import ProjectorConfig
+from granite_jax.models.work import Work, Workload
+from granite_jax.waveform import SAMPLING_RATE
 
 _SAMPLE_BYTES = 4  # audio is float32 whatever the weights are
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Arithmetic and memory traffic of some computation; work adds up, and is multiplied by how often it is done.
-
-    Fields:
-      flops: floating-point operations.
-      bytes: bytes that cross the memory bus.
-    """
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.flops * times, self.bytes * times)
-
-    __rmul__ = __mul__
-
-    @property
-    def intensity(self) -> float:
-        """FLOPs a byte; 0 where there is nothing to do."""
-        return self.flops / self.bytes if self.bytes else 0.0
+def count_work(config: Config, load: Workload, dtype_bytes: int) -> dict[str, dict[str, Work]]:
+    """What a batch needs at least, by recognizer and program; see `Family.count_work`."""
+    return {
+        "speech-lm": {
+            "encode": _encode(config, load, dtype_bytes),
+            "prefill": _prefill(config, load, dtype_bytes),
+            "decode": _decode(config, load, dtype_bytes),
+        },
+        "ctc": {"encode": _encode(config, load, dtype_bytes, projected=False)},
+    }
 
 
 def encode(config: Config, frames: float, blocks: float) -> float:
@@ -209,3 +198,47 @@ def _decoder_matrices(decoder: DecoderConfig) -> int:
     """Parameters of one layer's matrices, none of which has a bias; each takes part once for every position."""
     heads = 2 * (decoder.num_attention_heads + decoder.num_key_value_heads)  # q and out, k and v
     return decoder.hidden_size * (heads * decoder.head_dim + 3 * decoder.intermediate_size)
+
+
+def _frames(load: Workload) -> int:
+    """Encoder frames of a row."""
+    return num_frames(round(load.seconds * SAMPLING_RATE))
+
+
+def _windows(config: Config, load: Workload) -> int:
+    """Windows of the projector of a row."""
+    return math.ceil(_frames(load) / config.projector.window_size)
+
+
+def _prompt(config: Config, load: Workload) -> int:
+    """Positions of a row's prompt."""
+    return _windows(config, load) * config.projector.num_queries + load.prompt_tokens
+
+
+def _encode(config: Config, load: Workload, dtype_bytes: int, *, projected: bool = True) -> Work:
+    frames, windows = _frames(load), load.batch * _windows(config, load)
+    full, rest = divmod(frames, config.encoder.context_size)
+    # The last frames of a row attend to each other alone, which is a part of a block.
+    blocks = full + (rest / config.encoder.context_size) ** 2
+    flops, samples = encode(config, load.batch * frames, load.batch * blocks), load.batch * load.seconds
+    if projected:
+        flops += project(config, windows)
+    read = encode_bytes(config, dtype_bytes, samples * SAMPLING_RATE, windows if projected else None)
+    return Work(flops, read)
+
+
+def _prefill(config: Config, load: Workload, dtype_bytes: int) -> Work:
+    prompt = _prompt(config, load)
+    positions, pairs = load.batch * prompt, load.batch * prompt * (prompt + 1) / 2
+    return Work(prefill(config, positions, pairs, load.batch), prefill_bytes(config, dtype_bytes, positions))
+
+
+def _decode(config: Config, load: Workload, dtype_bytes: int) -> Work:
+    """All steps of a batch; the prefill has written the first token of each row."""
+    tokens = load.new_tokens - 1
+    filled = _prompt(config, load) + load.new_tokens / 2  # on average over the steps
+    step_tokens = load.batch * load.tokens_per_step
+    flops = decode_flops(config, step_tokens, step_tokens * filled)
+    bytes_read = decode_bytes(config, dtype_bytes, load.batch * filled)
+    written = step_tokens * cache_bytes(config, dtype_bytes)
+    return Work(flops, bytes_read + written) * (tokens / load.tokens_per_step)

@@ -1,4 +1,4 @@
-"""What a roofline is drawn for. Imports no JAX, so that the command line can show the defaults."""
+"""How much a batch asks of a chip, and what it is. Imports no JAX, so that the command line can show the defaults."""
 
 import dataclasses
 
@@ -30,3 +30,29 @@ class Workload:
     def new_tokens(self) -> float:
         """Tokens that a row writes, the end of its text included; the prefill has the first one."""
         return max(1.0, self.tokens_per_second * self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Arithmetic and memory traffic of some computation; work adds up, and is multiplied by how often it is done.
+
+    Fields:
+      flops: floating-point operations.
+      bytes: bytes that cross the memory bus.
+    """
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.flops * times, self.bytes * times)
+
+    __rmul__ = __mul__
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte; 0 where there is nothing to do."""
+        return self.flops / self.bytes if self.bytes else 0.0
