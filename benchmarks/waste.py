@@ -47,7 +47,7 @@ from granite_jax.models.layers.features import num_frames
 from granite_jax.models.layers.packed.decoder import first_chunk_of_keys
 from granite_jax.models.layers.packed.encoder import Blocks, window_groups
 from granite_jax.models.layers.packed.packing import Packing
-from granite_jax.models.registry import release
+from granite_jax.models.registry import model_of, release
 from granite_jax.recognition.buckets import default_buckets, new_token_budget
 from granite_jax.recognition.encoding import Encoded
 from granite_jax.recognition.recognizer import make_request
@@ -115,7 +115,7 @@ class CountingPrograms:
     align = None  # no words are timed
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config, self.model = config, model_of(config, "speech-lm")
         self.devices = DeviceMesh.make(jax.devices()[:1])
         self.computed = Count()
         self.live_bytes = 0.0  # of the same decode steps, with the slots of unfinished rows alone

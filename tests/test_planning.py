@@ -13,9 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from granite_jax import GraniteError, cli
+from granite_jax.models.granite_speech import work
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.work import Workload
-from granite_jax.planning import aot, work
+from granite_jax.planning import aot
 from granite_jax.planning.largest_batch import largest_batch
 from granite_jax.planning.roofline import CHIPS, Roofline, find_chip, roofline
 from granite_jax.recognition.buckets import Bucket

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from granite_jax.array_types import Shape
 from granite_jax.models.layers.decoder import DecoderConfig
@@ -11,7 +11,9 @@ from granite_jax.models.layers.projector import ProjectorConfig
 from granite_jax.models.tensor_table import TensorTable
 from granite_jax.models.work import Work, Workload
 from granite_jax.text.tasks import Capabilities
-from granite_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # so that the functions of models need JAX and Flax alone
+    from granite_jax.text.tokenizer import Tokenizer
 
 PartitionRules = Mapping[str, Mapping[str, int]]
 """Regular expression for the dotted path of a module -> its leaves' axes that are split between devices; the path
@@ -127,7 +129,7 @@ class Family:
     capabilities: Capabilities
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
     release_of: Callable[[Any, Mapping[str, Any], Path], Release | None] = lambda config, raw, directory: None
-    check_tokenizer: Callable[[Any, Tokenizer], None] = lambda config, tokenizer: None
+    check_tokenizer: Callable[[Any, "Tokenizer"], None] = lambda config, tokenizer: None
     limits: Callable[[Any], dict[str, int]] = lambda config: {}
     processor_config: Callable[[Any], Mapping[str, Any]] | None = None
     partition_rules: Callable[[Any, int], PartitionRules] = lambda config, parts: {}

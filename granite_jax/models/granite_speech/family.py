@@ -1,6 +1,6 @@
 """`granite_speech`: granite-4.0-1b-speech and its relatives."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from granite_jax.errors import CheckpointError
 from granite_jax.models.family import CTCModel, Family, SpeechLMModel
@@ -12,7 +12,9 @@ from granite_jax.models.granite_speech.tensors import TABLE
 from granite_jax.models.granite_speech.work import count_work
 from granite_jax.text.chat_template import ChatTemplate
 from granite_jax.text.tasks import Capabilities
-from granite_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from granite_jax.text.tokenizer import Tokenizer
 
 CTC = CTCModel(functions.encode_samples, parts=("encoder",), num_labels=lambda config: config.encoder.output_dim)
 SPEECH_LM = SpeechLMModel(
@@ -24,7 +26,7 @@ SPEECH_LM = SpeechLMModel(
 )
 
 
-def check_tokenizer(config: Config, tokenizer: Tokenizer) -> None:
+def check_tokenizer(config: Config, tokenizer: "Tokenizer") -> None:
     """See `Family.check_tokenizer`."""
     vocab_size, audio_id = config.decoder.vocab_size, config.audio_token_id
     if tokenizer.vocab_size > vocab_size:
