@@ -34,7 +34,7 @@ TEXT = """
 
 def read(as_text: Any) -> aot.Plan:
     compiled = SimpleNamespace(memory_analysis=lambda: MEMORY, as_text=as_text)
-    return aot._read("decode", compiled, 4 * 8 * 2 * 16 * 2048 * 4, Config.granite_4_0_1b(), 4 << 30)
+    return aot._read("decode", compiled, 4 * 8 * 2 * 16 * 2048 * 4, Config.granite_4_0_1b().decoder.vocab_size, 4 << 30)
 
 
 def test_copies_collectives_and_vocabulary_are_counted() -> None:
