@@ -10,8 +10,10 @@ from granite_jax.models.granite_speech.partition import partition_rules
 from granite_jax.models.granite_speech.releases import RELEASES, release_of
 from granite_jax.models.granite_speech.tensors import TABLE
 from granite_jax.models.granite_speech.work import count_work
+from granite_jax.models.layers.features import FFT, HOP, NUM_MELS, WINDOW
 from granite_jax.text.chat_template import ChatTemplate
 from granite_jax.text.tasks import Capabilities
+from granite_jax.waveform import SAMPLING_RATE
 
 if TYPE_CHECKING:
     from granite_jax.text.tokenizer import Tokenizer
@@ -52,11 +54,17 @@ def processor_config(config: Config) -> dict[str, Any]:
     projector = config.projector
     return {
         "feature_extractor_type": "GraniteSpeechFeatureExtractor",
-        "melspec_kwargs": {"hop_length": 160, "n_fft": 512, "n_mels": 80, "sample_rate": 16000, "win_length": 400},
+        "melspec_kwargs": {
+            "hop_length": HOP,
+            "n_fft": FFT,
+            "n_mels": NUM_MELS,
+            "sample_rate": SAMPLING_RATE,
+            "win_length": WINDOW,
+        },
         "processor_class": "GraniteSpeechProcessor",
         "projector_downsample_rate": projector.window_size // projector.num_queries,
         "projector_window_size": projector.window_size,
-        "sampling_rate": 16000,
+        "sampling_rate": SAMPLING_RATE,
     }
 
 

@@ -21,7 +21,7 @@ import typer
 from granite_jax.training.corpus import Utterance
 from granite_jax.training.recipes.demo import sets, synthesis
 from granite_jax.training.recipes.demo.grammar import Sentence
-from granite_jax.training.recipes.demo.synthesis import RATE
+from granite_jax.waveform import SAMPLING_RATE
 
 FREE_CLIPS, GRAMMAR_CLIPS, JOINED_CLIPS = 150, 120, 30
 _JOINED_SEED, _SAMPLES_SEED = 8, 7
@@ -52,8 +52,8 @@ def heldout(out: Path) -> None:
     entries = []
     for name, item in _clips():
         path = out / f"{name}.ogg"
-        sf.write(path, item.samples, RATE, format="OGG", subtype="OPUS", compression_level=_OPUS_COMPRESSION)
-        entry = synthesis.manifest_entry(item) | {"id": name, "duration": round(item.samples.size / RATE, 3)}
+        sf.write(path, item.samples, SAMPLING_RATE, format="OGG", subtype="OPUS", compression_level=_OPUS_COMPRESSION)
+        entry = synthesis.manifest_entry(item) | {"id": name, "duration": round(item.samples.size / SAMPLING_RATE, 3)}
         entries.append({"audio": path.name, **entry})
     _write_lines(out / "heldout.jsonl", entries)
 
@@ -66,7 +66,7 @@ class Sample:
     voice: str
     sentences: tuple[str, ...]
     noisy: bool = False
-    rate: int = RATE
+    rate: int = SAMPLING_RATE
 
 
 SAMPLES = (
@@ -107,8 +107,8 @@ def samples(out: Path) -> None:
             _SAMPLES_SEED, index, "heldout", lambda rng, i, sentences=sentences: sentences, babble, **fixed
         )
         audio = item.samples
-        if sample.rate != RATE:
-            resampled = soxr.resample(audio, RATE, sample.rate)
+        if sample.rate != SAMPLING_RATE:
+            resampled = soxr.resample(audio, SAMPLING_RATE, sample.rate)
             audio = np.stack([resampled, resampled // 2], axis=1)  # stereo, the voice nearer to the left
         sf.write(out / f"{sample.name}.wav", audio, sample.rate, subtype="PCM_16")
         entries.append({"audio": f"{sample.name}.wav", "text": item.text})

@@ -4,9 +4,10 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from granite_jax.waveform import SAMPLING_RATE
+
 Samples = NDArray[np.float32]
 
-RATE = 16_000
 BABBLE_SPEAKERS = 6
 _TELEPHONE_RATE, _TELEPHONE_LOW = 8_000, 300.0
 
@@ -36,7 +37,7 @@ def babble(rng: np.random.Generator, size: int, clips: list[Samples]) -> Samples
 
 def hum(rng: np.random.Generator, size: int) -> Samples:
     """Mains hum of 50 or 60 Hz with some of its harmonics; float32 `[size]`, unit variance."""
-    time, mains = np.arange(size) / RATE, float(rng.choice([50.0, 60.0]))
+    time, mains = np.arange(size) / SAMPLING_RATE, float(rng.choice([50.0, 60.0]))
     harmonics = range(1, int(rng.integers(2, 12)))
     waves = [np.sin(2 * np.pi * (k * mains * time + rng.random())) * rng.random() / k for k in harmonics]
     return _unit(np.sum(waves, axis=0))
@@ -46,12 +47,12 @@ def tones(rng: np.random.Generator, size: int) -> Samples:
     """Beeps, chords and glides of 0.1 to 2 s, some followed by silence; float32 `[size]`, about unit variance."""
     pieces, total = [], 0
     while total < size:
-        time = np.arange(int(rng.uniform(0.1, 2.0) * RATE)) / RATE
+        time = np.arange(int(rng.uniform(0.1, 2.0) * SAMPLING_RATE)) / SAMPLING_RATE
         glide = rng.uniform(-100, 100) if rng.random() < 0.3 else 0.0
         pitches = np.exp(rng.uniform(np.log(90), np.log(4000), size=int(rng.integers(1, 5))))
         wave = np.sum([np.sin(2 * np.pi * (f * time + glide * time**2 / 2)) for f in pitches], axis=0)
         wave *= np.exp(-rng.choice([0.0, 3.0, 8.0]) * time) * min(1.0, rng.uniform(0.3, 1.5))
-        pieces += [wave, np.zeros(int(rng.uniform(0.0, 0.5) * RATE))]
+        pieces += [wave, np.zeros(int(rng.uniform(0.0, 0.5) * SAMPLING_RATE))]
         total += pieces[-1].size + wave.size
     return _unit(np.concatenate(pieces)[:size])
 
@@ -59,8 +60,8 @@ def tones(rng: np.random.Generator, size: int) -> Samples:
 def clicks(rng: np.random.Generator, size: int) -> Samples:
     """Short bursts of noise, one to twelve a second, like keys and steps; float32 `[size]`, about unit variance."""
     wave = np.zeros(size, np.float32)
-    for start in rng.integers(0, size, size=max(1, int(size / RATE * rng.uniform(1, 12)))):
-        burst = white(rng, int(rng.uniform(0.002, 0.06) * RATE))[: size - int(start)]
+    for start in rng.integers(0, size, size=max(1, int(size / SAMPLING_RATE * rng.uniform(1, 12)))):
+        burst = white(rng, int(rng.uniform(0.002, 0.06) * SAMPLING_RATE))[: size - int(start)]
         wave[start : start + burst.size] += burst * np.exp(-np.arange(burst.size) / rng.uniform(20, 300))
     return _unit(wave)
 
@@ -71,10 +72,12 @@ def _unit(wave: NDArray[np.floating]) -> Samples:
 
 def telephone(speech: Samples) -> Samples:
     """What a telephone leaves of `speech`, 300 Hz to 4 kHz; float32 `[n]`."""
-    narrow = soxr.resample(soxr.resample(speech, RATE, _TELEPHONE_RATE), _TELEPHONE_RATE, RATE)[: speech.size]
+    narrow = soxr.resample(soxr.resample(speech, SAMPLING_RATE, _TELEPHONE_RATE), _TELEPHONE_RATE, SAMPLING_RATE)[
+        : speech.size
+    ]
     padded = 1 << (speech.size - 1).bit_length()
     spectrum = np.fft.rfft(narrow, padded)
-    frequency = np.fft.rfftfreq(padded, 1 / RATE)
+    frequency = np.fft.rfftfreq(padded, 1 / SAMPLING_RATE)
     spectrum *= np.clip((frequency / _TELEPHONE_LOW) ** 4, 0.0, 1.0)
     return np.asarray(np.fft.irfft(spectrum, padded)[: speech.size], np.float32)
 

@@ -25,8 +25,9 @@ from rich.progress import track
 from granite_jax.training.corpus import Utterance
 from granite_jax.training.recipes.demo import noise
 from granite_jax.training.recipes.demo.grammar import Sentence, Split, compose
-from granite_jax.training.recipes.demo.noise import RATE, Samples
+from granite_jax.training.recipes.demo.noise import Samples
 from granite_jax.training.recipes.demo.texts import TextSource
+from granite_jax.waveform import SAMPLING_RATE
 
 # espeak-ng ignores the variant in "en-gb+f2" without a word; "en+f2" is the same accent with the variant applied.
 ESPEAK_VOICES = (
@@ -153,7 +154,7 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> Samples:
     start = process.stdout.index(b"data") + 8
     raw = np.frombuffer(process.stdout[start : start + (len(process.stdout) - start) // 2 * 2], "<i2")
     wave = (raw / 32768).astype(np.float32)
-    return soxr.resample(_trim(wave), rate, RATE).astype(np.float32)
+    return soxr.resample(_trim(wave), rate, SAMPLING_RATE).astype(np.float32)
 
 
 def _trim(samples: Samples) -> Samples:
@@ -165,7 +166,11 @@ def _trim(samples: Samples) -> Samples:
 def _voiced(text: str, recipe: Recipe) -> Samples:
     """`text` by the recipe's speaker, warped: 1.1 raises pitch and formants by a tenth, at the same pace."""
     speech = speak(text, recipe.voice, round(recipe.speed / recipe.warp), recipe.pitch)
-    return speech if recipe.warp == 1.0 else soxr.resample(speech, RATE * recipe.warp, RATE).astype(np.float32)
+    return (
+        speech
+        if recipe.warp == 1.0
+        else soxr.resample(speech, SAMPLING_RATE * recipe.warp, SAMPLING_RATE).astype(np.float32)
+    )
 
 
 # --- rendering -----------------------------------------------------------------------------------------------
@@ -182,7 +187,7 @@ def babble_clips(seed: int, split: Split) -> list[Samples]:
 
 
 def _silence(seconds: float) -> Samples:
-    return np.zeros(int(seconds * RATE), np.float32)
+    return np.zeros(int(seconds * SAMPLING_RATE), np.float32)
 
 
 def _sound(kind: str, rng: np.random.Generator, size: int, clips: list[Samples]) -> Samples:
@@ -202,7 +207,10 @@ def _peak(audio: Samples, scale: float = 0.0) -> Samples:
 def render(recipe: Recipe, rng: np.random.Generator, clips: list[Samples]) -> tuple[Recipe, NDArray[np.int16]]:
     """Speaks a recipe: int16 `[n]` at 16 kHz, at most 28 s. Returns the recipe with the sentences that fit."""
     if recipe.seconds:
-        audio, count = _peak(_sound(str(recipe.noise), rng, int(recipe.seconds * RATE), clips)), len(recipe.sentences)
+        audio, count = (
+            _peak(_sound(str(recipe.noise), rng, int(recipe.seconds * SAMPLING_RATE), clips)),
+            len(recipe.sentences),
+        )
     else:
         audio, count = _speech(recipe)
         audio = _peak(audio)
@@ -221,7 +229,7 @@ def _speech(recipe: Recipe) -> tuple[Samples, int]:
     pieces, count, total = [_silence(recipe.lead)], 0, recipe.lead + recipe.trail
     for sentence, pause in zip(recipe.sentences, recipe.pauses, strict=True):
         speech = _voiced(sentence.text, recipe) if sentence.text else _silence(pause)
-        total += speech.size / RATE + (pause if count else 0)
+        total += speech.size / SAMPLING_RATE + (pause if count else 0)
         if count and total > MAX_SECONDS:
             break
         pieces += [_silence(pause), speech] if count else [speech]
