@@ -9,16 +9,22 @@ from hypothesis import strategies as st
 from test_speculation import VOCABULARY, boosts_after, keyword_lists, pooled
 
 from granite_jax.keywords.automaton import FullError, Phrase, batch_automata, build_automaton, no_keywords
-from granite_jax.keywords.selector import KeywordSelector
+from granite_jax.keywords.bias import KeywordBias
 
 ROWS, LENGTH = 4, 12
 
 
 @jax.jit
 def run_automata(automata, tokens, logits):
-    """States before each token, the boosts that the tokens had, and the best token at each place."""
+    """States before each token, the boosts that the tokens had, and biased logits and best token at each place."""
     states, boosts = automata.walk(automata.starts, tokens, jnp.int32(LENGTH))
-    return states, boosts, KeywordSelector.from_automata(automata, VOCABULARY, end_of_text=0).best(logits, states)
+    return states, boosts, *bias_logits(automata, logits, states)
+
+
+def bias_logits(automata, logits, states):
+    bias = KeywordBias.from_automata(automata, logits.shape[-1])
+    unbiased = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return bias.add(logits, states), bias.best(logits, states, unbiased)
 
 
 @given(data=st.data(), seed=st.integers(0, 10_000))
@@ -31,12 +37,13 @@ def test_the_automaton_finds_what_a_plain_search_finds(data: st.DataObject, seed
     logits = np.random.default_rng(seed).standard_normal((ROWS, LENGTH + 1, VOCABULARY)).astype(np.float32)
 
     # When an automaton walks over each
-    states, boosts, best = run_automata(pooled(lists), jnp.array(texts, jnp.int32), logits)
+    states, boosts, biased, best = run_automata(pooled(lists), jnp.array(texts, jnp.int32), logits)
 
     # Then it lifts what a search for the prefixes of all keywords at the end of the text finds, and nothing else
     for row, (text, phrases) in enumerate(zip(texts, lists, strict=True)):
         expected = np.array([boosts_after(text[:place], phrases) for place in range(LENGTH + 1)])
         np.testing.assert_allclose(boosts[row], expected[np.arange(LENGTH), text], rtol=1e-6)
+        np.testing.assert_allclose(biased[row], logits[row] + expected, rtol=1e-5, atol=1e-5)
         assert best[row].tolist() == np.argmax(logits[row] + expected.astype(np.float32), axis=1).tolist()
         assert phrases or not np.any(states[row])
 
@@ -50,10 +57,11 @@ def test_states_with_many_edges_are_searched_to_the_last() -> None:
 
     # When its state is entered in a row with the list and in one without
     states, _ = automata.advance(automata.starts, jnp.array([7, 7]))
-    best = KeywordSelector.from_automata(automata, wide, end_of_text=0).best(logits, states[:, None])
+    biased, best = bias_logits(automata, logits, states[:, None])
 
     # Then the first continues with the largest boost of all, the second is not touched
     assert best[:, 0].tolist() == [899, 0]
+    assert jnp.count_nonzero(biased, axis=(1, 2)).tolist() == [301, 0]
 
 
 def test_equal_sizes_whatever_the_lists() -> None:

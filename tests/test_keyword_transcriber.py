@@ -1,5 +1,6 @@
 """Keywords through the whole pipeline, on a random checkpoint."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,25 @@ def test_no_keywords_change_nothing(pipeline: SimpleNamespace) -> None:
                     {"keywords": ["speech"], "keyword_gate": -1e-6}):  # fmt: skip
         # Then the tokens are those without biasing
         assert tokens_of(pipeline.run(**options)) == tokens_of(pipeline.plain)
+
+
+def test_without_keywords_no_automaton_is_read(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given tables that boost one token most, whatever was written, in batches without keywords
+    def poisoned(tries, rows):
+        assert not tries
+        automata = batch_automata(tries, rows)
+        full = np.arange(len(automata.first), dtype=np.int32)
+        return dataclasses.replace(
+            automata, failures=np.ones_like(automata.failures), first=full, boosts=automata.boosts + 1e6
+        )
+
+    monkeypatch.setattr("granite_jax.recognition.speech_lm.batch_automata", poisoned)
+    monkeypatch.setattr(pipeline.asr.recognizer(), "_pools", {})
+
+    # When transcribed by the programs that serve batches with keywords, too, then the tokens stay
+    assert tokens_of(pipeline.run()) == tokens_of(pipeline.plain)
+    assert tokens_of(pipeline.run(speculative=False)) == tokens_of(pipeline.plain)
+    assert retraces(pipeline.asr.recognizer().programs, 1) == []
 
 
 def test_a_bad_list_costs_only_its_own_input(pipeline: SimpleNamespace) -> None:

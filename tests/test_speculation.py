@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from granite_jax.decoding import REALIGN, DecodeState, Draft, DraftProposal, decode, verify
+from granite_jax.decoding import REALIGN, Choice, DecodeState, Draft, DraftProposal, Greedy, LogitBias, decode, verify
 from granite_jax.keywords.automaton import (
     BatchedAutomata,
     KeywordAutomaton,
@@ -20,7 +20,7 @@ from granite_jax.keywords.automaton import (
     build_automaton,
     no_keywords,
 )
-from granite_jax.keywords.selector import KeywordSelector
+from granite_jax.keywords.bias import KeywordBias
 
 VOCABULARY, PROMPT, DRAFT, ROOM, END, NEVER = 11, 6, 30, 20, 5, 2
 CAPACITY = PROMPT + DRAFT + 1
@@ -73,18 +73,35 @@ def toy_decode(
     window: int = 4,
     realign: str = "nearest",
 ) -> DecodeState:
-    selector = KeywordSelector.from_automata(keywords, VOCABULARY, END, (NEVER,))
+    bias = KeywordBias.from_automata(keywords, VOCABULARY)
+    return biased_decode(
+        table, prompts, draft, max_new_tokens, thresholds, bias, Greedy(END, (NEVER,)), window, realign
+    )
+
+
+def biased_decode(
+    table: jax.Array,
+    prompts: History,
+    draft: Draft,
+    max_new_tokens: jax.Array,
+    thresholds: jax.Array,
+    bias: LogitBias,
+    choice: Choice,
+    window: int = 4,
+    realign: str = "nearest",
+) -> DecodeState:
     before = prompts.rolled_back(prompts.lengths - 1)
     last = jnp.take_along_axis(prompts.tokens, before.lengths[:, None], axis=1)
     logits, cache = toy_step(table, jnp.concatenate([last, draft.tokens], axis=1), before)
     return decode(
         functools.partial(toy_step, table),
-        verify(logits, DraftProposal.from_draft(draft, selector), selector),
+        verify(logits, DraftProposal.from_draft(draft, bias, END), bias, choice),
         cache.rolled_back(prompts.lengths),
         draft,
         max_new_tokens,
         thresholds,
-        selector,
+        bias,
+        choice,
         max_out_length=ROOM,
         window=window,
         realign=REALIGN[realign],

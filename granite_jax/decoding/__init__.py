@@ -1,5 +1,7 @@
 """Decoding on the device: `lax.while_loop`s over a step function, with or without drafts."""
 
+from granite_jax.decoding.bias import LogitBias, NoBias, States
+from granite_jax.decoding.choice import Choice, Greedy, Selection
 from granite_jax.decoding.draft import REALIGN, Draft, Realign
 from granite_jax.decoding.loop import (
     WINDOW,
@@ -11,19 +13,21 @@ from granite_jax.decoding.loop import (
     verify,
     with_end,
 )
-from granite_jax.decoding.select import GreedySelector, Selection, Selector
 from granite_jax.decoding.state import DecodeState
 
 __all__ = [
     "REALIGN",
     "WINDOW",
+    "Choice",
     "DecodeState",
     "Draft",
     "DraftProposal",
-    "GreedySelector",
+    "Greedy",
+    "LogitBias",
+    "NoBias",
     "Realign",
     "Selection",
-    "Selector",
+    "States",
     "VerifierOutput",
     "accept_draft",
     "decode",

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import Lengths
+from granite_jax.decoding.bias import States
+from granite_jax.decoding.choice import Selection
 from granite_jax.decoding.draft import Draft
-from granite_jax.decoding.select import Selection
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +43,7 @@ class DecodeState:
       draft: a text that the decoder may agree with; of length 0 in rows that have none.
       cursor: int32 `[b]`, the draft position thought to come next; the draft's length when there is none.
       num_accepted: int32 `[b]`, generated tokens that were proposed.
-      selector_states: int32 `[b]`, the selector's states after the generated tokens, the last one included.
+      bias_states: the bias's states after the generated tokens, the last one included, leaves `[b, ...]`.
       cache: the decoder's KV cache.
     """
 
@@ -57,7 +58,7 @@ class DecodeState:
     draft: Draft
     cursor: Lengths
     num_accepted: Lengths
-    selector_states: Lengths
+    bias_states: States
     cache: Any
 
     @property

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from granite_jax.array_types import Lengths, Tokens
 
@@ -143,6 +143,11 @@ class BatchedAutomata:
     tokens: Int[Array, "edges"]
     targets: Int[Array, "edges"]
     boosts: Float[Array, "edges"]
+
+    @property
+    def has_keywords(self) -> Bool[Array, ""]:
+        """Whether any row has keywords. Without any, all states are 0."""
+        return (self.starts > 0).any()
 
     def advance(self, states: Lengths, tokens: Lengths) -> tuple[Lengths, Float[Array, "b"]]:
         """The states after one more token, and the boosts of these tokens, in nats."""

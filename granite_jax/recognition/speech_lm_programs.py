@@ -28,13 +28,13 @@ from jaxtyping import Array, DTypeLike, Float
 
 from granite_jax import decoding
 from granite_jax.array_types import AudioEmbeddings, Lengths, Params, Samples, Tokens
-from granite_jax.decoding import DecodeState, Draft, DraftProposal, VerifierOutput
+from granite_jax.decoding import DecodeState, Draft, DraftProposal, Greedy, VerifierOutput
 from granite_jax.engine.compilation import Lowerable
 from granite_jax.engine.programs import Programs
 from granite_jax.engine.sharding import BATCH, REPLICATED, DeviceMesh
 from granite_jax.errors import GraniteError
 from granite_jax.keywords.automaton import BatchedAutomata, no_keywords
-from granite_jax.keywords.selector import KeywordSelector
+from granite_jax.keywords.bias import KeywordBias
 from granite_jax.keywords.spotter import KeywordBatch
 from granite_jax.models.family import SpeechLMConfig, SpeechLMModel
 from granite_jax.models.layers.bpe_head import Importance
@@ -178,7 +178,7 @@ class SpeechLMPrograms(Programs):
         capacity: int,
     ) -> tuple[VerifierOutput, KVCache]:
         """Prefills prompts `tokens` `[b, p]`, each followed by its draft. The cache holds `capacity` and a window."""
-        selector = self._selector(keywords)
+        bias, choice = self._bias(keywords), self._choice
         return self.model.prefill_packed(
             self.config,
             params,
@@ -187,8 +187,8 @@ class SpeechLMPrograms(Programs):
             audio,
             draft.tokens,
             draft.lengths,
-            functools.partial(decoding.verify, selector=selector),
-            DraftProposal.from_draft(draft, selector),
+            functools.partial(decoding.verify, bias=bias, choice=choice),
+            DraftProposal.from_draft(draft, bias, choice.end_of_text),
             capacity=-(-(capacity + self.speculation.window) // _TILE) * _TILE,
             dtype=self.dtype,
         )
@@ -211,21 +211,21 @@ class SpeechLMPrograms(Programs):
             draft,
             max_new_tokens,
             thresholds,
-            self._selector(keywords),
+            self._bias(keywords),
+            self._choice,
             max_out_length=max_out_length,
             window=self.speculation.window,
             realign=decoding.REALIGN[self.speculation.realign],
         )
 
-    def _selector(self, keywords: BatchedAutomata) -> KeywordSelector:
-        decoder = self.config.decoder
-        return KeywordSelector.from_automata(keywords, decoder.vocab_size, decoder.eos_token_id, self._suppressed)
+    def _bias(self, keywords: BatchedAutomata) -> KeywordBias:
+        return KeywordBias.from_automata(keywords, self.config.decoder.vocab_size)
 
     @property
-    def _suppressed(self) -> tuple[int, ...]:
-        """Tokens that are never written."""
-        audio, pad = self.config.audio_token_id, self.config.decoder.pad_token_id
-        return (audio,) if pad is None or pad == self.config.decoder.eos_token_id else (audio, pad)
+    def _choice(self) -> Greedy:
+        """Writes neither audio tokens nor padding."""
+        audio, pad, end = self.config.audio_token_id, self.config.decoder.pad_token_id, self.config.decoder.eos_token_id
+        return Greedy(end, (audio,) if pad is None or pad == end else (audio, pad))
 
 
 def pad_drafts(drafts: Sequence[Sequence[int]], width: int) -> Draft:

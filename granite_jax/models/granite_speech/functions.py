@@ -273,22 +273,22 @@ def prefill_packed(
       tokens: int32 prompts `[b, p]`; the i-th audio token of a row takes its i-th audio embedding.
       lengths: tokens of each prompt; 0 for rows that nobody needs, which must have no draft.
       draft: int32 `[b, n]`, tokens after each prompt, `draft_lengths` a row, which fit the capacity together with it.
-      reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n]`.
-      operand: arrays `[b, n + 1]`; column i belongs to the position `lengths - 1 + i`.
+      reduce: maps logits `[b, n, v]` and the matching columns of `operand` to arrays `[b, n, ...]`.
+      operand: arrays `[b, n + 1, ...]`; column i belongs to the position `lengths - 1 + i`.
       capacity: slots of the cache.
 
     Returns:
-      The reduced arrays `[b, n + 1]`, arbitrary after a row's draft, and the cache, `lengths` positions a row; the
+      The reduced arrays `[b, n + 1, ...]`, arbitrary after a row's draft, and the cache, `lengths` positions a row; the
       drafts are in the slots after these.
     """
     decoder: Decoder = _part(config, params, "decoder")
     packing = Packing.of(lengths + draft_lengths, min(tokens.shape[1] + draft.shape[1], capacity))
     prompts = PackedPrompts(tokens, lengths, draft, audio.astype(dtype), config.audio_token_id)
     hidden, k, v = packed_decoder.prefill(decoder, prompts, packing, capacity)
-    batch, width = jax.tree.leaves(operand)[0].shape
+    batch, width = jax.tree.leaves(operand)[0].shape[:2]
     chunk = max(1, min(width, LOGIT_ROWS // batch))
     padded = -(-width // chunk) * chunk
-    operand = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - width))), operand)
+    operand = jax.tree.map(lambda x: _pad_columns(x, padded), operand)
     last = packing.starts + jnp.maximum(lengths - 1, 0)
 
     def reduced(start: jax.Array) -> Any:
@@ -305,10 +305,15 @@ def prefill_packed(
         return start + chunk, results
 
     # The first chunk is outside the loop: its arrays begin the carry, and without drafts it is the only one.
-    first = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - chunk))), reduced(jnp.int32(0)))
+    first = jax.tree.map(lambda x: _pad_columns(x, padded), reduced(jnp.int32(0)))
     end = jnp.max(draft_lengths) + 1
     _, results = jax.lax.while_loop(lambda carry: carry[0] < end, add, (end * 0 + chunk, first))
     return jax.tree.map(lambda x: x[:, :width], results), KVCache(k, v, lengths)
+
+
+def _pad_columns(array: jax.Array, columns: int) -> jax.Array:
+    """`[b, n, ...]` with zeros after the last column: `[b, columns, ...]`."""
+    return jnp.pad(array, ((0, 0), (0, columns - array.shape[1]), *((0, 0),) * (array.ndim - 2)))
 
 
 @with_matmul_precision
