@@ -1,4 +1,4 @@
-"""Finds the leaf of every tensor of a Hugging Face checkpoint, and the tensors of every leaf, by a variant's table.
+"""Finds the leaf of every tensor of a Hugging Face checkpoint, and the tensors of every leaf, by a family's table.
 
 Three spellings of names exist: `released` (`encoder.*`, `language_model.model.*`), which the tables use; `new`
 (`model.encoder.*`), of transformers since 5.10; and `nested` (`language_model.model.model.*`), which transformers about
@@ -81,7 +81,7 @@ def match(names: Iterable[str], table: TensorTable, shapes: Mapping[str, Shape])
 
     Args:
       names: tensor names, in any spelling.
-      table: the table of the model's variant.
+      table: the table of the model's family.
       shapes: dotted path -> shape of every leaf the config asks for.
 
     Returns:

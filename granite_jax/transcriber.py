@@ -28,7 +28,8 @@ from granite_jax.files.paths import cache_directory
 from granite_jax.keywords.lists import lists_by_input
 from granite_jax.keywords.options import KeywordList, keyword_entries
 from granite_jax.models.family import ModelConfig
-from granite_jax.models.registry import default_recognizer, model_of
+from granite_jax.models.layers.precision import dtype_of
+from granite_jax.models.registry import default_recognizer, encoder_of, model_of
 from granite_jax.options import (
     ModelOptions,
     Parallel,
@@ -112,7 +113,9 @@ class Transcriber:
             devices = DeviceMesh.make(devices, parallel=parallel, model_parallel=model_parallel)
         if callable(params) and dtype is None:
             raise GraniteError("a function that returns the parameters needs their dtype")
-        self._dtype = dtype or jax.tree.leaves(params)[0].dtype
+        self._dtype = dtype or dtype_of(params)
+        recognizer = recognizer or default_recognizer(config)
+        model_of(config, recognizer)  # raises if it cannot run the model
         self.params, self._recognizers = make_recognizers(
             config,
             params,
@@ -122,7 +125,7 @@ class Transcriber:
             buckets=self.buckets,
             speculation=speculation,
             word_offsets=self.capabilities.word_offsets,
-            compile_ahead=(recognizer or default_recognizer(config)) if compile_ahead else None,
+            compile_ahead=recognizer if compile_ahead else None,
         )
         self._engine = Engine(Scheduler(devices.replicas, self.batch_size))
         self.readers = Readers(self._engine)
@@ -444,7 +447,7 @@ class Transcriber:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _emissions(config: Any, dtype: Any, params: Any, samples: Any, lengths: Any) -> tuple[jax.Array, ...]:
     """Features and CTC logits of rows of audio, and how many frames each has."""
-    encoding = model_of(config, "ctc").encode(config, params, samples, lengths, dtype=dtype, with_audio=False)
+    encoding = encoder_of(config).encode(config, params, samples, lengths, dtype=dtype, with_audio=False)
     packing = encoding.packing
     return packing.unpack(encoding.features), packing.unpack(encoding.labels.logits), packing.lengths
 

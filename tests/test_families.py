@@ -156,6 +156,21 @@ def test_options_of_a_language_model_are_refused_without_one(asr: gj.Transcriber
         asr.transcribe(np.zeros(16_000, np.float32), draft="x")
 
 
+def test_limits_of_an_encoder_alone_are_named(asr: gj.Transcriber, encoder_alone: Path) -> None:
+    # Given a family without a language model, when audio is longer than its buckets or the model allow
+    # Then the error says so, without positions that the model does not have
+    for seconds, problem in (
+        (20, "20.0 s of audio exceed every bucket"),
+        (61, "60 seconds, more than the model takes"),
+    ):
+        with pytest.raises(gj.ContextError, match=problem):
+            asr.transcribe(np.zeros(seconds * SAMPLING_RATE, np.float32), segment_seconds=None)
+    # And when programs of a recognizer that it does not have are asked for, then the error names those it has
+    for compile_ahead in (True, False):
+        with pytest.raises(gj.GraniteError, match="recognizer='speech-lm' cannot run 'tiny_ctc', only 'ctc' can"):
+            gj.Transcriber.from_pretrained(encoder_alone, recognizer="speech-lm", compile_ahead=compile_ahead)
+
+
 def test_a_family_is_converted_inspected_planned_and_run_in_batches(encoder_alone: Path, tmp_path: Path) -> None:
     # Given a checkpoint of the family, when it is converted there and back
     convert(encoder_alone, tmp_path / "orbax")
@@ -180,9 +195,28 @@ def test_a_family_is_converted_inspected_planned_and_run_in_batches(encoder_alon
     batch.run(tmp_path / "manifest.jsonl", tmp_path / "out", tmp_path / "orbax", root=SAMPLES, batch_size=1)
     (line,) = results(tmp_path / "out")
     assert line["text"] == texts[0][0].text
-    # And nothing is claimed of a chip for which its work is not counted
-    with pytest.raises(gj.GraniteError, match="no roofline for 'tiny_ctc'"):
-        roofline.roofline(ctc_family.TINY, roofline.CHIPS["v5e"], Workload(1, 10.0), recognizer="ctc")
+    # And nothing is claimed of a chip for which its work is not counted, or of a recognizer that it does not have
+    for recognizer, problem in (("ctc", "no roofline for 'tiny_ctc'"), ("speech-lm", "cannot run 'tiny_ctc'")):
+        with pytest.raises(gj.GraniteError, match=problem):
+            roofline.roofline(ctc_family.TINY, roofline.CHIPS["v5e"], Workload(1, 10.0), recognizer=recognizer)
+
+
+def test_the_encoder_is_that_of_any_recognizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Given Granite Speech, and a family whose only recognizer is its language model's
+    base = registry.FAMILIES["granite_speech"]
+    alone = dataclasses.replace(base, recognizers={"speech-lm": base.recognizers["speech-lm"]})
+    config = registry.release("granite-4.0-1b-speech").config
+    # When their encoder is looked up, then both have the same one
+    assert registry.encoder_of(config) is base.recognizers["ctc"]
+    monkeypatch.setitem(registry.FAMILIES, "granite_speech", alone)
+    assert registry.encoder_of(config) is base.recognizers["ctc"]
+
+
+def test_published_models_have_names_of_their_own() -> None:
+    # Given all families, when their published models are joined, then each is found by its name, with its family's type
+    assert len(registry.releases()) == sum(len(family.releases) for family in registry.FAMILIES.values())
+    for model_type, family in registry.FAMILIES.items():
+        assert {release.config.model_type for release in family.releases.values()} <= {model_type}
 
 
 def test_a_model_is_split_by_its_familys_rules(monkeypatch: pytest.MonkeyPatch) -> None:

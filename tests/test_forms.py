@@ -146,6 +146,24 @@ def test_other_forms_are_refused(model, change, problem) -> None:
         compute(config, params)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda layers: {}, "missing: layers.attention.k.kernel"),
+        (lambda layers: {0: separate(layers)[0]}, "without a place in the module: layers.0.attention.k.kernel"),
+        (lambda layers: {1: layers, 2: layers}, "without a place in the module: layers.1.attention.k.kernel"),
+    ],
+    ids=["none", "too few", "others"],
+)
+def test_trees_with_other_layers_are_refused(model, change, problem) -> None:
+    # Given trees of separate layers, some of which are missing or have other numbers
+    config, params = model
+    params = {**params, "decoder": {**params["decoder"], "layers": change(params["decoder"]["layers"])}}
+    # When one computes, then the error names the leaves
+    with pytest.raises(ValueError, match=problem):
+        compute(config, params)
+
+
 def test_rematerialized_layers_have_the_same_derivative_in_less_memory() -> None:
     # Given a deep stack of layers
     layers = make_layers(lambda rngs: Linear(64, 64, rngs), 12, nnx.Rngs(0))

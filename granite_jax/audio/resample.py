@@ -12,7 +12,6 @@ import soxr
 from granite_jax.errors import AudioError
 from granite_jax.waveform import SAMPLING_RATE
 
-"""Hz; the only rate the model's features are defined for."""
 RATE_LIMITS = (1_000, 768_000)
 """Hz; accepted sampling rates of recordings."""
 MAX_CHANNELS = 64

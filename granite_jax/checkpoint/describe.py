@@ -93,9 +93,10 @@ def to_lines(description: dict[str, Any]) -> list[str]:
     for part, count in description["parameters"].items():
         lines.append(f"  {part:10} {count:>15,} parameters {description['bytes'][part]:>15,} bytes")
     languages = ", ".join(f"{code} ({LANGUAGES[code]})" for code in description["languages"])
-    names = {"positions": "positions", "vocabulary": "tokens", "ctc_labels": "CTC labels"}
-    names |= {"bpe_labels": "labels of the BPE head", "prompt_keywords": "keywords in a prompt"}
-    shown = (f"{limits[name]:,} {words}" for name, words in names.items() if limits.get(name))
+    names = {"vocabulary": "tokens", "ctc_labels": "CTC labels", "bpe_labels": "labels of the BPE head"}
+    names |= {"prompt_keywords": "keywords in a prompt"}
+    counts = {name: count for name, count in limits.items() if count and not name.startswith("seconds")}
+    shown = (f"{count:,} {names.get(name, name)}" for name, count in counts.items())
     lines += [
         f"  tasks      {', '.join(description['tasks'])}",
         f"  speech     {', '.join(description['speech_languages'])}",

@@ -6,7 +6,7 @@ from typing import Any
 
 from granite_jax.array_types import Shape
 from granite_jax.errors import CheckpointError, GraniteError
-from granite_jax.models.family import Family, Release
+from granite_jax.models.family import CTCModel, Family, Release
 from granite_jax.models.granite_speech.family import FAMILY as GRANITE_SPEECH
 
 FAMILIES: dict[str, Family] = {"granite_speech": GRANITE_SPEECH}
@@ -28,6 +28,12 @@ def model_of(config: Any, recognizer: str) -> Any:
         known = " or ".join(map(repr, recognizers))
         raise GraniteError(f"recognizer={recognizer!r:.60} cannot run {config.model_type!r}, only {known} can")
     return recognizers[recognizer]
+
+
+def encoder_of(config: Any) -> CTCModel:
+    """The encoder with a CTC head that every recognizer of a configuration's model runs."""
+    model = model_of(config, default_recognizer(config))
+    return model if isinstance(model, CTCModel) else model.ctc
 
 
 def default_recognizer(config: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from granite_jax.errors import GraniteError
 from granite_jax.models.layers.features import num_frames
-from granite_jax.models.registry import family_of
+from granite_jax.models.registry import family_of, model_of
 from granite_jax.models.work import Work, Workload
 from granite_jax.options import RecognizerName
 from granite_jax.waveform import SAMPLING_RATE
@@ -180,11 +180,12 @@ def roofline(
       recognizer: "ctc" for the encoder alone.
 
     Raises:
-      GraniteError: the model's family does not count its work.
+      GraniteError: the recognizer cannot run the model, or the model's family does not count its work.
     """
+    model_of(config, recognizer)  # raises if it cannot run the model
     count = family_of(config.model_type).count_work
     if count is None:
-        raise GraniteError(f"no roofline for {config.model_type!r}: nothing counts its work")
+        raise GraniteError(f"no roofline for {config.model_type!r}: its family does not count its work")
     works = count(config, load, dtype_bytes)
     flops = {name: sum(each.flops for each in programs.values()) for name, programs in works.items()}
     bounds = tuple(_bound(program, each, chip, model_parallel) for program, each in works[recognizer].items())

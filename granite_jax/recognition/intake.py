@@ -16,7 +16,7 @@ from granite_jax.engine.readers import Readers
 from granite_jax.engine.stages import Request
 from granite_jax.errors import ContextError, GraniteError, PromptError, printable
 from granite_jax.keywords.options import keyword_entries
-from granite_jax.models.registry import default_recognizer, family_of, model_of
+from granite_jax.models.registry import default_recognizer, encoder_of, family_of, model_of
 from granite_jax.options import MIN_SEGMENT_SECONDS, RecognizerName, TranscribeOptions
 from granite_jax.recognition.buckets import longest_audio, new_token_budget
 from granite_jax.recognition.inputs import Input
@@ -68,7 +68,7 @@ class Intake:
         self._config, self._tokenizer, self._capabilities = config, tokenizer, capabilities
         self._recognizers, self._engine, self._readers = recognizers, engine, readers
         self._default: RecognizerName = default_recognizer(config)
-        num_labels = model_of(config, "ctc").num_labels(config)
+        num_labels = encoder_of(config).num_labels(config)
         self._preparation = Preparation(tokenizer, template, capabilities, num_labels)
         self._plans: dict[object, tuple[TranscribeOptions | None, Plan]] = {}  # the options keep their ids from reuse
 
@@ -209,9 +209,10 @@ class Intake:
     def _too_long(self, utterance: Utterance, length: int) -> str:
         """Why an utterance with a prompt of `length` tokens fits no bucket."""
         audio, options, budget = utterance.audio, utterance.options, utterance.max_new_tokens
-        positions, name = self._config.decoder.max_position_embeddings, printable(audio.name)
+        name = printable(audio.name)
         if budget is None:
             return f"{name}: {audio.duration:.1f} s of audio exceed every bucket of this Transcriber; {ANY_LENGTH}"
+        positions = self._config.decoder.max_position_embeddings
         if length + budget > positions:
             limit = f"the model's context of {positions} positions"
         else:

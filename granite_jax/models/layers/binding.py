@@ -17,7 +17,7 @@ def bind(module: M, params: Mapping[str, Any]) -> M:
     """The module with these parameters.
 
     Args:
-      module: with arrays or shapes, in the form that it is initialized in.
+      module: of shapes (`nnx.eval_shape`), in the form that it is initialized in; a cache keeps it.
       params: nested dictionaries like the module's own parameters, except that a linear layer can have another form
         (`linear`), and a stack of layers can be `stack.separate`.
 
@@ -44,9 +44,14 @@ def _paths(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
 
 
+def _count(module: Any) -> int:
+    """The number of layers if the module is a stack of them."""
+    return next((leaf.shape[0] for leaf in jax.tree.leaves(nnx.state(module, graph=False)) if leaf.shape), 0)
+
+
 def _shaped(module: Any, tree: Mapping[Any, Any]) -> Any:
     """The module, or an `nnx.List` of copies of it, in the form of the tree."""
-    if all(isinstance(name, int) for name in tree):
+    if 0 in tree and tree.keys() == set(range(_count(module))):
         return nnx.List([_shaped(nnx.clone(module, graph=False), layer) for layer in tree.values()])
     if isinstance(module, Linear):
         weights = tree.keys() - ADAPTER - {"bias"}
@@ -56,6 +61,6 @@ def _shaped(module: Any, tree: Mapping[Any, Any]) -> Any:
                 setattr(module, name, nnx.Param(jax.ShapeDtypeStruct((), jnp.float32)))
         return module
     for name, branch in tree.items():
-        if isinstance(branch, Mapping) and hasattr(module, name):
+        if isinstance(branch, Mapping) and hasattr(module, str(name)):
             setattr(module, name, _shaped(getattr(module, name), branch))
     return module

@@ -22,7 +22,7 @@ def with_matmul_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(config: Any, params: Params, *args: Any, dtype: DTypeLike | None = None, **kwargs: Any) -> Any:
-        chosen = jnp.dtype(dtype or _dtype_of(params))
+        chosen = jnp.dtype(dtype or dtype_of(params))
         args, kwargs = jax.tree.map(_narrowed, (args, kwargs))
         with jax.default_matmul_precision("highest" if chosen == jnp.float32 else "default"):
             return function(config, params, *args, dtype=chosen, **kwargs)
@@ -30,8 +30,8 @@ def with_matmul_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _dtype_of(params: Params) -> Any:
-    """The dtype of the first leaf that is no integer, as quantized weights are."""
+def dtype_of(params: Params) -> Any:
+    """The dtype of the first leaf of floats: quantized weights are integers."""
     return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
