@@ -21,7 +21,7 @@ from granite_jax.pretrained import open_checkpoint
 Part = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["head", "tied"])
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["head", "tied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
     """A random model with a BPE head, its weights as NumPy arrays."""
     directory = tmp_path_factory.mktemp("model")
