@@ -92,7 +92,7 @@ def read_leaves(
 
 
 def leaf_shapes(directory: Path, table: TensorTable) -> dict[str, Shape]:
-    """The shapes of the leaves by dotted path, as far as the tensors tell them; only headers are read.
+    """The shapes of the leaves by dotted path, as far as the tensors determine them; only headers are read.
 
     Raises CheckpointError as `open_plans`.
     """

@@ -114,8 +114,8 @@ class Transcriber:
         if callable(params) and dtype is None:
             raise GraniteError("a function that returns the parameters needs their dtype")
         self._dtype = dtype or dtype_of(params)
-        recognizer = recognizer or default_recognizer(config)
-        model_of(config, recognizer)  # raises if it cannot run the model
+        default: RecognizerName = recognizer or default_recognizer(config)
+        model_of(config, default)  # raises if it cannot run the model
         self.params, self._recognizers = make_recognizers(
             config,
             params,
@@ -125,7 +125,7 @@ class Transcriber:
             buckets=self.buckets,
             speculation=speculation,
             word_offsets=self.capabilities.word_offsets,
-            compile_ahead=recognizer if compile_ahead else None,
+            compile_ahead=default if compile_ahead else None,
         )
         self._engine = Engine(Scheduler(devices.replicas, self.batch_size))
         self.readers = Readers(self._engine)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 from flax import nnx, traverse_util
-from granite_jax.models.layers.precision import with_matmul_precision
 
 from granite_jax.models.family import CTCModel, Family
 from granite_jax.models.layers.binding import bind
@@ -12,6 +11,7 @@ from granite_jax.models.layers.encoder import Encoder, EncoderConfig
 from granite_jax.models.layers.features import num_frames
 from granite_jax.models.layers.packed import encoder as packed
 from granite_jax.models.layers.packed.features import packed_log_mel
+from granite_jax.models.layers.precision import with_matmul_precision
 from granite_jax.models.tensor_table import SAME, Rule, TensorTable
 from granite_jax.text.tasks import Capabilities
 

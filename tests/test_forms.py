@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from granite_jax.models import granite_speech
+from granite_jax.models.layers import linear
 from granite_jax.models.layers.features import log_mel, num_frames
 from granite_jax.models.layers.linear import Linear
 from granite_jax.models.layers.packed.features import packed_log_mel
@@ -144,6 +145,53 @@ def test_other_forms_are_refused(model, change, problem) -> None:
     # When one computes, then the error names the leaves
     with pytest.raises(ValueError, match=problem.replace("attention", "layers.attention")):
         compute(config, params)
+
+
+def random_parts(form: str, outputs: tuple[int, ...]) -> Part:
+    """A linear layer of 8 inputs with a bias and an adapter."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (8, *outputs), "weight": (*outputs, 8), "q": (8, *outputs), "scale": outputs}
+    shapes |= {"a": (8, 3), "b": (3, *outputs), "alpha": (), "bias": outputs}
+    names = [*form.split("+"), "a", "b", "alpha", "bias"]
+    parts = {name: np.array(rng.standard_normal(shapes[name]), np.float32) for name in names}
+    return parts | {"q": np.array(rng.integers(-99, 99, shapes["q"]), np.int8)} if "q" in parts else parts
+
+
+@pytest.mark.parametrize("outputs", [(6,), (2, 6)], ids=str)
+@pytest.mark.parametrize("form", ["kernel", "weight", "q+scale"])
+def test_every_form_can_be_split(form: str, outputs: tuple[int, ...]) -> None:
+    # Given a layer, and its parts halved along their axes of outputs or of inputs
+    x, parts = jnp.asarray(np.random.default_rng(1).standard_normal((5, 8)), jnp.float32), random_parts(form, outputs)
+
+    def halves(axes: Any) -> list[Part]:
+        split = {name: np.split(parts[name], 2, axis) for name, axis in axes.items() if name in parts}
+        return [parts | {name: both[i] for name, both in split.items()} for i in range(2)]
+
+    whole = linear.apply(parts, x)
+    # When halves of the outputs are computed, then they are the halves of the whole
+    found = jnp.concatenate([linear.apply(half, x) for half in halves(linear.OUTPUTS)], axis=-1)
+    np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-3)
+    # And those of the inputs add up to it, with the bias added once
+    if len(outputs) == 1:
+        sums = [
+            linear.apply(h | {"bias": h["bias"] / 2}, x[:, 4 * i :][:, :4]) for i, h in enumerate(halves(linear.INPUTS))
+        ]
+        np.testing.assert_allclose(sums[0] + sums[1], whole, rtol=1e-4, atol=1e-3)
+
+
+def test_products_are_in_the_wider_dtype_and_accumulate_in_float32() -> None:
+    # Given bfloat16 activations, when the weights are float32, then so is the product
+    x = jnp.asarray(np.random.default_rng(0).uniform(0, 1, (4, 2048)), jnp.bfloat16)
+    kernel = np.random.default_rng(1).uniform(0, 1, (2048, 3)).astype(np.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        assert linear.apply({"kernel": kernel}, x).dtype == jnp.float32
+    assert linear.apply({"kernel": kernel.astype(jnp.bfloat16)}, x).dtype == jnp.bfloat16
+    # And a product that is asked for in float32 was not rounded to bfloat16 before, nor that of int8 before its scale
+    exact = np.asarray(x, np.float64) @ kernel.astype(jnp.bfloat16).astype(np.float64)
+    np.testing.assert_allclose(linear.apply({"kernel": kernel.astype(jnp.bfloat16)}, x, jnp.float32), exact, rtol=1e-5)
+    parts = {"q": np.full((2048, 3), 3, np.int8), "scale": np.array([0.1, 0.2, 0.3], np.float32)}
+    exact = np.asarray(x, np.float64) @ parts["q"] * parts["scale"]
+    np.testing.assert_allclose(linear.apply(parts, x, jnp.float32), exact, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a family of models brings with it: all that the rest of the program asks of a `model_type`."""
+"""The interface of a family of models: all that the rest of the program asks of a `model_type`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ does not count layers (`decoder.layers.up`). Leaves that are not named are repli
 
 
 class ModelConfig(Protocol):
-    """What every configuration has. It is hashable: a static argument of jitted functions."""
+    """The fields of every configuration. It is hashable: a static argument of jitted functions."""
 
     @property
     def model_type(self) -> str:
@@ -35,7 +35,7 @@ class ModelConfig(Protocol):
 
 
 class SpeechLMConfig(ModelConfig, Protocol):
-    """What a configuration has whose model the recognizer "speech-lm" runs."""
+    """The fields of a configuration whose model the recognizer "speech-lm" runs."""
 
     @property
     def projector(self) -> ProjectorConfig: ...
@@ -115,7 +115,8 @@ class Family:
       release_of: finds the published model that a checkpoint is, from its configuration, its `config.json` and its
         directory.
       check_tokenizer: raises CheckpointError for a tokenizer that does not belong to a configuration.
-      limits: configuration -> numbers for `granite-jax inspect`, by name.
+      limits: configuration -> numbers for `granite-jax inspect`, by name; `positions` are those of a language model,
+        which limit the length of audio.
       processor_config: configuration -> the `preprocessor_config.json` that transformers needs.
       partition_rules: configuration, devices that share a copy of the weights -> how these are split; raises
         GraniteError if they cannot be. By default they are not split.

@@ -76,7 +76,7 @@ def release_of(config: Any, raw: Mapping[str, Any], directory: Path) -> Release 
 
 
 def with_release_name(raw: Mapping[str, Any], config: Any, release: Release | None) -> Mapping[str, Any]:
-    """The dictionary of a `config.json`, naming the release if nothing else except a directory's name tells it."""
+    """The dictionary of a `config.json`, naming the release if only the directory's name does."""
     section = raw.get("granite_jax", {})
     if release is None or not isinstance(section, Mapping) or release_of(config, raw, Path("unnamed")) is release:
         return raw

@@ -4,6 +4,8 @@ functions.py    the model as pure functions of (config, params, inputs)
 config.py       its configuration, read from a `config.json`; config.json is that of granite-4.0-1b-speech
 tensors.py      names of its tensors in released checkpoints
 releases.py     the published models, and the prompts of their cards
+partition.py    how its weights are split between devices
+work.py         its arithmetic and memory traffic
 family.py       all that the rest of the program asks of it
 """
 

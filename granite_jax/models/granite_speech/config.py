@@ -26,7 +26,7 @@ _GRANITE_4_0_1B = Path(__file__).with_name("config.json")
 
 @dataclasses.dataclass(frozen=True)
 class TensorFacts:
-    """What a checkpoint's tensors tell, for where its `config.json` does not.
+    """Facts read from the shapes of tensors, used where `config.json` is ambiguous.
 
     Fields:
       has_head: whether there is an output head besides the embedding.
@@ -154,7 +154,7 @@ class Config:
 
 
 def read_config(raw: Mapping[str, Any], shapes: Mapping[str, Shape] | None = None) -> Config:
-    """`Config.from_dict`, with the facts that the shapes of the parameter tree's leaves tell; None: with none."""
+    """`Config.from_dict`, with facts read from the shapes of the parameter tree's leaves, if these are known."""
     return Config.from_dict(raw, None if shapes is None else TensorFacts.from_shapes(shapes))
 
 

@@ -19,7 +19,7 @@ from granite_jax.models.layers.projector import ProjectorConfig
 from granite_jax.models.work import Work, Workload
 from granite_jax.waveform import SAMPLING_RATE
 
-_SAMPLE_BYTES = 4  # audio is float32 whatever the weights are
+_SAMPLE_BYTES = 4  # audio is float32 for weights of any dtype
 
 
 def count_work(config: Config, load: Workload, dtype_bytes: int) -> dict[str, dict[str, Work]]:

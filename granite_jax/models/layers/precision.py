@@ -30,7 +30,7 @@ def with_matmul_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def dtype_of(params: Params) -> Any:
+def dtype_of(params: Any) -> Any:
     """The dtype of the first leaf of floats: quantized weights are integers."""
     return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
