@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,3 +239,13 @@ def test_a_model_is_split_by_its_familys_rules(monkeypatch: pytest.MonkeyPatch) 
     }
     axes = {part: split_axis(rules, f"encoder.layers.3.ff1.down.{part}") for part in ("q", "scale", "a", "b", "bias")}
     assert axes == {"q": -2, "scale": None, "a": -2, "b": None, "bias": None}
+
+
+def test_tensors_of_another_rank_are_named(tmp_path: Path) -> None:
+    # Given a checkpoint with a convolution's kernel of one axis, from which no shape of a leaf follows
+    hf_fixture.write_random_checkpoint(tmp_path / "hf", **TINY)
+    tensors, name = load_file(tmp_path / "hf/model.safetensors"), "encoder.layers.0.conv.up_conv.weight"
+    save_file({**tensors, name: tensors[name].reshape(-1)}, tmp_path / "hf/model.safetensors")
+    # When it is read, then the error names the tensor
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        open_checkpoint(tmp_path / "hf").read()

@@ -15,7 +15,7 @@ from granite_jax.models.granite_speech import work
 from granite_jax.models.granite_speech.config import Config
 from granite_jax.models.granite_speech.releases import RELEASES
 from granite_jax.models.layers.decoder import KVCache
-from granite_jax.models.work import Work
+from granite_jax.models.work import Work, Workload
 
 ROWS = 2
 _FRAMES = 128  # two attention blocks of each row
@@ -163,3 +163,15 @@ def test_work_adds_up() -> None:
     assert Work(1, 2) + Work(3, 5) == Work(4, 7)
     assert Work(1, 2) * 3 == 3 * Work(1, 2) == Work(3, 6)
     assert Work(6, 2).intensity == 3
+
+
+def test_a_part_filled_block_counts_the_pairs_of_its_frames() -> None:
+    # Given rows of 5 s, which are 250 frames: one attention block, and a quarter of the next one
+    config = Config.granite_4_0_1b()
+    assert config.encoder.context_size == 200
+    # When their work is counted, then a quarter of the queries attends to a quarter of the keys
+    counted = work.count_work(config, Workload(3, 5.0), 2)
+    assert counted["ctc"]["encode"].flops == pytest.approx(work.encode(config, 3 * 250, 3 * (1 + 1 / 16)))
+    # And only the language model's audio embeddings need the projector, for 17 windows a row
+    projected = counted["speech-lm"]["encode"].flops - counted["ctc"]["encode"].flops
+    assert projected == pytest.approx(work.project(config, 3 * 17))
