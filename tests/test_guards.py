@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from granite_jax.models.layers import ctc
-from granite_jax.recognition.guards import check_text, ctc_words, is_silent
+from granite_jax.recognition.guards import check_text, is_silent
 from granite_jax.recognition.repetition import find_loop
 
 
@@ -94,9 +94,3 @@ def test_silence_needs_the_ctc_head_to_expect_nothing() -> None:
     assert is_silent("", 0) and is_silent("", 2)
     assert not is_silent("", 30)  # unsure: soft speech
     assert not is_silent("a", 0)
-
-
-def test_words_of_frame_labels_have_their_frames() -> None:
-    assert ctc_words(labels_of("ab c")) == [("ab", 0, 5), ("c", 12, 13)]
-    assert ctc_words(np.zeros(7, np.int32)) == []
-    assert ctc_words(np.array([97, 97, 0, 97, 32, 32, 98])) == [("aa", 0, 4), ("b", 6, 7)]
