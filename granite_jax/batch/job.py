@@ -357,9 +357,7 @@ class _Worker:
         )
         name = self.shard.name("summary", ".json")
         if not stopped and (tasks or not self.store.exists(name)):  # keep that of the run that did the work
-            path = self.work / name
-            path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
-            self.store.replace(name, path)
+            self.store.replace(name, (json.dumps(dataclasses.asdict(summary), indent=1) + "\n").encode())
         return summary
 
     def _retries(self, part: int, retries: int, files: Iterable[str]) -> list[Task]:

@@ -5,7 +5,6 @@ import dataclasses
 import enum
 import json
 import os
-import secrets
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from granite_jax.errors import AudioError, GraniteError
+from granite_jax.files import atomic
 
 if TYPE_CHECKING:
     from granite_jax.results import Segment, Transcript
@@ -153,15 +153,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
       GraniteError: naming the file, if it cannot be written.
     """
-    partial = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        try:
-            # File names need not be valid Unicode; escapes are, in JSON, too.
-            with partial.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                file.write(text)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        atomic.replace(path, text)
     except (OSError, ValueError) as error:
         raise GraniteError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

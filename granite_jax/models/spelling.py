@@ -1,7 +1,7 @@
 """Text as the CTC head writes it, and the words that it writes.
 
-    text      "It's 25 Müller-Ős."
-    spell      i t ' s _ * * _ m ü l l e r _ o s        `_` the space, `*` a wildcard; what is silent is left out
+text      "It's 25 Müller-Ős."
+spell      i t ' s _ * * _ m ü l l e r _ o s        `_` the space, `*` a wildcard; what is silent is left out
 """
 
 import itertools
@@ -30,12 +30,11 @@ def is_silent(character: str) -> bool:
 
 
 def spell(text: str, num_labels: int = ctc.NUM_LABELS) -> list[int]:
-    """The CTC labels of a text, a label a character that is spoken.
+    """The CTC labels of a text: one for each character that is spoken, and `SPACE` for whitespace and dashes.
 
     Letters are in lower case and of normal width, hiragana are katakana, and letters without a label have that of their
-    base letter. `SPACE` stands for whitespace and dashes, also for several in succession; `WILDCARD` for each character
-    that is spoken and has no label, such as digits, symbols and other scripts. Apostrophes have a label, other
-    punctuation has none.
+    base letter. Characters that are spoken and have no label, such as digits, symbols and other scripts, are
+    `WILDCARD`. Apostrophes have a label, other punctuation has none.
 
     Args:
       num_labels: size of the head; labels beyond it are wildcards.
@@ -46,10 +45,10 @@ def spell(text: str, num_labels: int = ctc.NUM_LABELS) -> list[int]:
     labels: list[int] = []
     for character in text:
         if character.isspace() or unicodedata.category(character) in ("Pd", "Pc"):
-            labels += [SPACE] if labels[-1:] != [SPACE] else []
+            labels += [SPACE] if labels and labels[-1] != SPACE else []
         elif character == "'" or not is_silent(character):
             labels.append(_label(character, num_labels))
-    return labels
+    return labels[: len(labels) - (labels[-1:] == [SPACE])]
 
 
 def _label(character: str, num_labels: int) -> int:

@@ -86,10 +86,10 @@ def _kind(character: str) -> str:
 
 
 def _labels(word: str) -> tuple[int, ...]:
-    """The labels of a word without spaces at its ends, and with one wildcard for several characters."""
-    labels = [label for label, run in itertools.groupby(spell(_QUOTE.sub("", word))) for _ in (run if label != WILDCARD else [0])]
-    labels = labels[labels[:1] == [SPACE] : len(labels) - (labels[-1:] == [SPACE])]
-    return tuple(labels) or (WILDCARD,)
+    """The labels of a word, with one wildcard for several characters in succession."""
+    labels = spell(_QUOTE.sub("", word))
+    merged = [label for i, label in enumerate(labels) if label != WILDCARD or labels[i - 1 : i] != [WILDCARD]]
+    return tuple(merged) or (WILDCARD,)
 
 
 def label_sequence(words: Sequence[TextWord]) -> tuple[list[int], list[tuple[int, int]]]:
