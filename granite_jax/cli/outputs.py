@@ -1,33 +1,20 @@
 """Transcripts as text in a format, and the files they are written to."""
 
 import contextlib
-import dataclasses
 import enum
-import json
 import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from granite_jax.errors import AudioError, GraniteError
 from granite_jax.files import atomic
+from granite_jax.formats import FORMATS
 
-if TYPE_CHECKING:
-    from granite_jax.results import Segment, Transcript
-
-
-class TranscriptFormat(enum.StrEnum):
-    """Formats of transcripts; an enumeration, because options that repeat cannot be of a Literal."""
-
-    txt = "txt"
-    json = "json"
-    srt = "srt"
-    vtt = "vtt"
-    tsv = "tsv"
-
-
+TranscriptFormat = enum.StrEnum("TranscriptFormat", {name: name for name in FORMATS})
+"""Names of formats; an enumeration, because options that repeat cannot be of a Literal."""
 _MAX_NAME_BYTES = 200  # of 255, for the extension and what tells names apart
 
 
@@ -98,7 +85,7 @@ def _key(name: str) -> str:
 
 def is_document(formats: Sequence[TranscriptFormat], directory: Path | None) -> bool:
     """Whether standard output is one document, which has room for one transcript."""
-    return directory is None and not {TranscriptFormat.txt, TranscriptFormat.json} & set(formats)
+    return directory is None and all(FORMATS[format].is_document for format in formats)
 
 
 def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, directory: Path | None) -> None:
@@ -116,27 +103,6 @@ def check_one_channel(source: Any, format: TranscriptFormat) -> None:
     with contextlib.suppress(AudioError):  # which is reported where the file is transcribed
         if num_channels(read_stream(source) if hasattr(source, "read") else source) > 1:
             raise GraniteError(f"--format {format}: several channels need --output-dir")
-
-
-def render(transcript: "Transcript", format: TranscriptFormat) -> str:
-    """The content of a file with the transcript in a format."""
-    from granite_jax.text import subtitles
-
-    if format == "txt":
-        return transcript.text.rstrip("\n") + "\n"
-    if format == "json":
-        fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
-        return json.dumps(fields, ensure_ascii=False) + "\n"
-    write = {"srt": subtitles.to_srt, "vtt": subtitles.to_vtt, "tsv": subtitles.to_tsv}[format]
-    return write(_segments(transcript))
-
-
-def _segments(transcript: "Transcript") -> "Sequence[Segment]":
-    from granite_jax.results import Segment
-
-    if transcript.segments or not transcript.text:
-        return transcript.segments
-    return (Segment(0.0, transcript.duration, transcript.text),)
 
 
 def make_directory(directory: Path) -> None:
