@@ -73,6 +73,12 @@ def test_a_hole_begins_where_words_are_left_out() -> None:
     assert finding.seconds == pytest.approx(SPOKEN.index("jumps") * 4 * ctc.FRAME_SECONDS)
 
 
+@pytest.mark.parametrize("letter", ["x", "\u0142", "\u6771", "2"])
+def test_holes_are_looked_for_if_the_head_has_all_letters(letter: str) -> None:
+    # Given a text without the middle of what was said, then that is a hole unless a letter of it is none of the head's
+    assert problem(f"the quick brown fo{letter} runs into the dark wood", SPOKEN) == ("hole" if letter == "x" else None)
+
+
 def test_a_loop_of_a_transcript_becomes_the_ctc_text_and_that_of_a_translation_is_cut() -> None:
     text = "Guten Tag. Der Hund, der Hund, der Hund, der Hund, der Hund"
     finding = check_text(text, labels_of(SPOKEN), SPOKEN, stopped=False, is_transcript=False, is_raw=False)

@@ -13,7 +13,7 @@ from granite_jax.errors import AudioError, GraniteError
 from granite_jax.files import atomic
 from granite_jax.formats import FORMATS
 
-TranscriptFormat = enum.StrEnum("TranscriptFormat", {name: name for name in FORMATS})
+TranscriptFormat = enum.StrEnum("TranscriptFormat", list(FORMATS))
 """Names of formats; an enumeration, because options that repeat cannot be of a Literal."""
 _MAX_NAME_BYTES = 200  # of 255, for the extension and what tells names apart
 
@@ -83,12 +83,12 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def is_document(formats: Sequence[TranscriptFormat], directory: Path | None) -> bool:
+def is_document(formats: Sequence[str], directory: Path | None) -> bool:
     """Whether standard output is one document, which has room for one transcript."""
     return directory is None and all(FORMATS[format].is_document for format in formats)
 
 
-def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, directory: Path | None) -> None:
+def check_formats(formats: Sequence[str], num_inputs: int, directory: Path | None) -> None:
     """Raises GraniteError if such results cannot be on standard output."""
     if directory is None and len(formats) > 1:
         raise GraniteError(f"--format {', '.join(formats)}: several formats need --output-dir")
@@ -96,7 +96,7 @@ def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, director
         raise GraniteError(f"--format {formats[0]}: several files need --output-dir")
 
 
-def check_one_channel(source: Any, format: TranscriptFormat) -> None:
+def check_one_channel(source: Any, format: str) -> None:
     """Raises GraniteError if a file, or a stream that can be read twice, has several channels."""
     from granite_jax.audio.load import num_channels, read_stream
 

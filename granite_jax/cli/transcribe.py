@@ -81,7 +81,7 @@ def transcribe(
     from granite_jax.cli.sources import to_sources  # here, because fsspec is slow to import
     from granite_jax.transcriber import Transcriber
 
-    formats = list(dict.fromkeys(format or [TranscriptFormat.txt]))
+    formats = list[str](dict.fromkeys(format or ["txt"]))
     stems = output_stems(files)
     index, written = -1, True
     try:
@@ -184,7 +184,7 @@ def _label(transcript: "Transcript") -> str:
     return f"{transcript.audio}{channel}"
 
 
-def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) -> None:
+def _print(transcript: "Transcript", format: str, with_name: bool) -> None:
     if transcript.error is not None:
         fail(transcript.error)
         return
@@ -197,7 +197,7 @@ def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) 
         _tell_flags(transcript)
 
 
-def _write(transcript: "Transcript", formats: Sequence[TranscriptFormat], directory: Path, stem: str) -> bool:
+def _write(transcript: "Transcript", formats: Sequence[str], directory: Path, stem: str) -> bool:
     """Writes a transcript's files, and prints their paths. Returns whether all could be written."""
     written = True
     if transcript.channel is not None:

@@ -28,12 +28,10 @@ def writing(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     Args:
       sync: whether it is on disk when the block is left.
     """
-    with _partial(path) as partial:
+    with _partial(path, sync) as partial:
         with _opened(partial, sync) as file:
             yield file
         os.replace(partial, path)
-    if sync:
-        _sync(path.parent)
 
 
 def replace(path: Path, content: Content, *, sync: bool = False) -> None:
@@ -47,7 +45,7 @@ def create(path: Path, content: Content, *, sync: bool = False) -> bool:
 
     The file is linked, or, where there are no links, renamed under a lock.
     """
-    with _partial(path) as partial:
+    with _partial(path, sync) as partial:
         with _opened(partial, sync) as file:
             _write(content, file)
         try:
@@ -57,10 +55,7 @@ def create(path: Path, content: Content, *, sync: bool = False) -> bool:
         except OSError as error:
             if error.errno not in _LINKS_UNSUPPORTED:
                 raise
-            if not _rename_if_new(partial, path):
-                return False
-    if sync:
-        _sync(path.parent)
+            return _rename_if_new(partial, path)
     return True
 
 
@@ -117,33 +112,28 @@ def locked(directory: Path, *, wait: bool = False) -> Iterator[bool]:
     Args:
       wait: whether it waits for other holders.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield False
-        return
-    descriptor = None
-    try:
-        try:
+    is_locked = False
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # OSError: also where it is held, or the directory is gone
+            import fcntl
+
             descriptor = os.open(directory, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             is_locked = True
-        except OSError:  # held by another process, gone meanwhile, or on a file system without locks
-            is_locked = False
         yield is_locked
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A name for a temporary file, which is removed afterwards."""
+def _partial(path: Path, sync: bool) -> Iterator[Path]:
+    """A name for a temporary file, which is removed afterwards; with `sync`, the directory is on disk then."""
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+    if sync:
+        _sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -5,20 +5,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from granite_jax.formats.characters import (
-    NO_BREAK_SPACES,
-    NOT_FIRST,
-    NOT_LAST,
-    breaks_anywhere,
-    clean,
-    cluster_width,
-    clusters,
-    text_width,
-)
+from granite_jax.formats.characters import NO_BREAK_SPACES, NOT_FIRST, breaks_anywhere, clean, text_width, unbroken
 from granite_jax.results import Segment
 
-MAX_WIDTH = 42
-"""Columns of a line; East Asian wide characters and emoji take two."""
 PAUSE_MS = 500
 """Pause between words that always ends a cue."""
 
@@ -54,7 +43,7 @@ def runs_of(segments: Iterable[Segment], label_speakers: bool) -> Iterator[Run]:
     speaker = labeled = None
     latest = 0
     for segment in segments:
-        name = clean(segment.speaker) or None if segment.speaker is not None else None
+        name = clean(segment.speaker or "") or None
         opens = True
         for text, start, end, spaced in _pieces(segment, latest):
             for atom in _atoms(text, start, end, spaced):
@@ -109,12 +98,9 @@ def _aligned(text: str, words: Sequence[str]) -> list[tuple[str, bool]] | None:
     begin, spaced = 0, True
     for found, word, limit in zip(found_at, words, [*found_at[1:], len(text)], strict=True):
         stop = found + len(word)
-        if limit == len(text):
-            stop = limit
-        else:
-            # Punctuation that follows belongs to the word; anything else, such as an opening quote, to the next.
-            between = itertools.takewhile(lambda char: char == " " or char in NOT_FIRST, text[stop:limit])
-            stop += len("".join(between).rstrip(f" {NO_BREAK_SPACES}"))
+        # Punctuation that follows belongs to the word; anything else, such as an opening quote, to the next.
+        between = itertools.takewhile(lambda char: char == " " or char in NOT_FIRST, text[stop:limit])
+        stop = limit if limit == len(text) else stop + len("".join(between).rstrip(f" {NO_BREAK_SPACES}"))
         result.append((text[begin:stop], spaced))
         spaced = text[stop : stop + 1].isspace()
         begin = stop + spaced
@@ -125,7 +111,7 @@ def _atoms(text: str, start: int, end: int, spaced: bool) -> list[Atom]:
     """The parts of a text between which lines can break, which share its time by their widths."""
     parts: list[tuple[str, bool, bool]] = []
     for index, token in enumerate(text.split(" ")):
-        for number, (part, continues) in enumerate(_parts(token)):
+        for number, (part, continues) in enumerate(unbroken(token)):
             parts.append((part, number == 0 and (index > 0 or spaced), continues))
     widths = [text_width(part) for part, *_ in parts]
     total = max(1, sum(widths))
@@ -135,19 +121,3 @@ def _atoms(text: str, start: int, end: int, spaced: bool) -> list[Atom]:
         done += width
         atoms.append(Atom(part, begin, start + (end - start) * done // total, is_spaced, width, continues))
     return atoms
-
-
-def _parts(token: str) -> Iterator[tuple[str, bool]]:
-    """The parts of a text without spaces, and whether each divides a word that is longer than a line."""
-    part, width, last, continues = "", 0, "", False
-    for cluster in clusters(token):
-        between = breaks_anywhere(cluster) or (last != "" and breaks_anywhere(last))
-        divides = between and cluster[0] not in NOT_FIRST and last[:1] not in NOT_LAST
-        columns = cluster_width(cluster)
-        full = width + columns > MAX_WIDTH
-        if part and width and (divides or full):
-            yield part.strip(NO_BREAK_SPACES), continues
-            part, width, continues = "", 0, not divides
-        part, width, last = part + cluster, width + columns, cluster
-    if part:
-        yield part.strip(NO_BREAK_SPACES), continues

@@ -5,6 +5,8 @@
 import unicodedata
 from collections.abc import Iterator
 
+MAX_WIDTH = 42
+"""Columns of a line; East Asian wide characters and emoji take two."""
 NO_BREAK_SPACES = "\u00a0\u2007\u202f"
 _DIRECTION_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 NOT_FIRST = frozenset(
@@ -28,15 +30,14 @@ def clean(text: str) -> str:
         elif category != "Cc" and char != "\ufeff" and char not in _DIRECTION_CONTROLS:
             chars.append(char)
     tokens = (token.strip(NO_BREAK_SPACES) for token in "".join(chars).split(" "))
-    return " ".join(token for token in tokens if any(map(is_visible, token)))
+    return " ".join(token for token in tokens if any(map(_is_visible, token)))
 
 
-def is_visible(char: str) -> bool:
-    """Whether a character can be seen by itself."""
+def _is_visible(char: str) -> bool:
     return not char.isspace() and unicodedata.category(char) not in ("Cf", "Mn", "Me", "Cc")
 
 
-def clusters(text: str) -> Iterator[str]:
+def _clusters(text: str) -> Iterator[str]:
     """Characters as they are seen: each with its marks, emoji with their modifiers, flags as pairs."""
     cluster = ""
     for char in text:
@@ -64,9 +65,8 @@ def _is_regional(char: str) -> bool:
     return 0x1F1E6 <= ord(char) <= 0x1F1FF
 
 
-def cluster_width(cluster: str) -> int:
-    """Columns of a character."""
-    if not any(is_visible(char) or char.isspace() for char in cluster):
+def _cluster_width(cluster: str) -> int:
+    if not any(_is_visible(char) or char.isspace() for char in cluster):
         return 0
     wide = any(unicodedata.east_asian_width(char) in "WF" for char in cluster)
     emoji = "\ufe0f" in cluster and not cluster[0].isspace()
@@ -79,6 +79,22 @@ def breaks_anywhere(cluster: str) -> bool:
     return unicodedata.east_asian_width(char) in "WF" and not unicodedata.name(char, "").startswith("HANGUL")
 
 
+def unbroken(token: str) -> Iterator[tuple[str, bool]]:
+    """The parts of a text without spaces, and whether each divides a word that is longer than a line."""
+    part, width, last, continues = "", 0, "", False
+    for cluster in _clusters(token):
+        between = breaks_anywhere(cluster) or (last != "" and breaks_anywhere(last))
+        divides = between and cluster[0] not in NOT_FIRST and last[:1] not in NOT_LAST
+        columns = _cluster_width(cluster)
+        full = width + columns > MAX_WIDTH
+        if part and width and (divides or full):
+            yield part.strip(NO_BREAK_SPACES), continues
+            part, width, continues = "", 0, not divides
+        part, width, last = part + cluster, width + columns, cluster
+    if part:
+        yield part.strip(NO_BREAK_SPACES), continues
+
+
 def text_width(text: str) -> int:
     """Columns of a text: two for East Asian wide characters and emoji, none for marks and invisible characters."""
-    return sum(map(cluster_width, clusters(text)))
+    return sum(map(_cluster_width, _clusters(text)))

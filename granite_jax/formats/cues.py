@@ -1,11 +1,12 @@
 """Splits the text of segments into cues that can be read."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
-from granite_jax.formats.atoms import MAX_WIDTH, PAUSE_MS, Atom, runs_of
-from granite_jax.formats.characters import text_width
+from granite_jax.formats.atoms import PAUSE_MS, Atom, runs_of
+from granite_jax.formats.characters import MAX_WIDTH, text_width
 from granite_jax.formats.line_breaks import SENTENCE, break_cost, lines_of
 from granite_jax.formats.schema import Timed, segments_of
 
@@ -73,9 +74,8 @@ def cues(segments: Timed, *, label_speakers: bool = False) -> list[Cue]:
         for first, last in _partition(run.atoms, following):
             atoms = run.atoms[first:last]
             spans.append((atoms[0].start, atoms[-1].end, lines_of(atoms), run.speaker))
-    starts: list[int] = []
-    for start, *_ in spans:
-        starts.append(max(start, starts[-1] + _SLOT_MS + GAP_MS) if starts else start)
+    least = _SLOT_MS + GAP_MS
+    starts = list(itertools.accumulate((start for start, *_ in spans), lambda last, start: max(start, last + least)))
     result = []
     for index, (_, spoken, lines, speaker) in enumerate(spans):
         start = starts[index]
@@ -94,12 +94,10 @@ def _partition(atoms: Sequence[Atom], following: int | None) -> list[tuple[int, 
       following: start of the next run in milliseconds, or None.
     """
     count = len(atoms)
-    columns, sentences = [0], [0]  # sums over the atoms before, and over the breaks up to it
-    costs = [0.0]
-    for index, atom in enumerate(atoms):
-        columns.append(columns[-1] + atom.width + atom.spaced)
-        costs.append(break_cost(atom, atoms[index + 1]) if index + 1 < count else 0.0)
-        sentences.append(sentences[-1] + (costs[-1] == SENTENCE))
+    costs = [0.0, *(break_cost(*pair) for pair in itertools.pairwise(atoms)), 0.0]  # of a break before each atom
+    # Sums over the atoms before, and over the breaks up to it.
+    columns = [0, *itertools.accumulate(atom.width + atom.spaced for atom in atoms)]
+    sentences = [0, *itertools.accumulate(int(cost == SENTENCE) for cost in costs[1:])]
     reach = _reach(atoms, columns)
     best, previous = [0.0] + [math.inf] * count, [0] * (count + 1)
     for first in range(count):

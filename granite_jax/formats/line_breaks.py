@@ -6,8 +6,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from granite_jax.formats.atoms import MAX_WIDTH, Atom
-from granite_jax.formats.characters import NOT_FIRST, NOT_LAST, text_width
+from granite_jax.formats.atoms import Atom
+from granite_jax.formats.characters import MAX_WIDTH, NOT_FIRST, NOT_LAST, text_width
 
 # Breaks. The costs order them: an earlier kind is taken instead of a later one if both fit.
 

@@ -71,7 +71,7 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], keywords: Keywor
       labels: best label of every frame, `[t]`, of one utterance.
       matches: best first; of several at one place, the first is used. Those that were not scored whole are not.
     """
-    words = [(*word, False) for word in frame_words(labels)]  # and whether they are repaired ones
+    words = [(word.text, word.start, word.end, False) for word in frame_words(labels)]  # True of repaired ones
     for match in (match for match in matches if match.keyword in keywords.whole):
         inside = [
             i
