@@ -1,4 +1,4 @@
-"""Transcripts as text in a format, and the files they are written to."""
+"""Names of output files, and what fits on standard output."""
 
 import contextlib
 import enum
