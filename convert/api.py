@@ -14,13 +14,14 @@ import numpy as np
 from granite_jax.checkpoint import hub
 from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint, parse_dtype
 from granite_jax.checkpoint.orbax import record
-from granite_jax.checkpoint.save import copy_files, new_directory, write_weights
+from granite_jax.checkpoint.save import copy_files, write_weights
 from granite_jax.checkpoint.source import local_directory
 from granite_jax.checkpoint.tree import Shape, raise_named
 from granite_jax.convert import reader, writer
 from granite_jax.convert.directory import open_directory
 from granite_jax.convert.mapping import SPELLINGS, Spelling
 from granite_jax.errors import CheckpointError
+from granite_jax.files.atomic import new_directory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
         GraniteError,
         PromptError,
     )
+    from granite_jax.formats import to_srt, to_tsv, to_vtt
     from granite_jax.models.granite_speech.config import Config
     from granite_jax.models.granite_speech.functions import ctc_logits, decode_step, encode, init, prefill, project
     from granite_jax.models.layers.features import log_mel, num_frames
     from granite_jax.pretrained import load
     from granite_jax.results import Transcript
-    from granite_jax.text.subtitles import to_srt, to_tsv, to_vtt
     from granite_jax.transcriber import Transcriber
 
     __version__: str
@@ -74,7 +74,7 @@ _MODULES = {
     # Speech to text.
     "Transcriber": "transcriber",
     "Transcript": "results",
-    **dict.fromkeys(("to_srt", "to_tsv", "to_vtt"), "text.subtitles"),
+    **dict.fromkeys(("to_srt", "to_tsv", "to_vtt"), "formats"),
     # Research.
     "load": "pretrained",
     "Config": "models.granite_speech.config",

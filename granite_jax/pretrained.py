@@ -15,7 +15,7 @@ import numpy as np
 from granite_jax.checkpoint import hub
 from granite_jax.checkpoint.directory import COMPANIONS, Checkpoint
 from granite_jax.checkpoint.orbax import PARAMS
-from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER, copy_files, new_directory, write_weights
+from granite_jax.checkpoint.save import CHAT_TEMPLATE, CONFIG, TOKENIZER, copy_files, write_weights
 from granite_jax.checkpoint.source import local_directory
 from granite_jax.checkpoint.tree import flatten
 from granite_jax.convert import adapter as adapters
@@ -23,6 +23,7 @@ from granite_jax.convert.api import convert
 from granite_jax.convert.directory import open_directory
 from granite_jax.errors import CheckpointError
 from granite_jax.files import paths
+from granite_jax.files.atomic import new_directory
 from granite_jax.files.json_fields import read_json
 from granite_jax.models.registry import read_config
 

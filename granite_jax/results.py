@@ -129,14 +129,6 @@ class Emissions:
     ctc_logits: np.ndarray
 
 
-def segment_fields(transcript: Transcript) -> list[dict[str, Any]]:
-    """A transcript's segments for a line of JSON of a batch: beside its `tokens`, and of no `channel`."""
-    return [
-        {key: value for key, value in dataclasses.asdict(segment).items() if key not in ("tokens", "channel")}
-        for segment in transcript.segments
-    ]
-
-
 def disagreement(text: str, ctc_text: str) -> float:
     """The word edit distance of two texts, as a share of the longer one's words: 0 to 1."""
     words, ctc_words = text.split(), ctc_text.split()

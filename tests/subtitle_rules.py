@@ -1,9 +1,10 @@
-"""The rules of subtitles, checked: what `granite_jax.text.subtitles.cues` promises, for tests and benchmarks."""
+"""The rules of subtitles, checked: what `granite_jax.formats.cues.cues` promises, for tests and benchmarks."""
 
 import unicodedata
 from collections.abc import Sequence
 
-from granite_jax.text.subtitles import Cue, text_width
+from granite_jax.formats.characters import text_width
+from granite_jax.formats.cues import Cue
 
 COLUMNS, LINES, SPEED = 42, 2, 20
 MAX_MS, MIN_MS, GAP_MS, PAUSE_MS = 7000, 833, 84, 500

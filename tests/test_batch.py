@@ -19,6 +19,8 @@ from granite_jax import GraniteError, batch, cli
 from granite_jax.batch.manifest import MAX_LINE
 from granite_jax.batch.parts import Shard, choose_shard
 from granite_jax.evaluation.heldout import CLIPS
+from granite_jax.formats.schema import transcript_fields
+from granite_jax.results import Transcript
 
 
 def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp_path: Path) -> None:
@@ -43,21 +45,7 @@ def test_a_manifest_becomes_one_line_an_utterance_in_its_order(corpus: Path, tmp
     assert [f["text"] for f in found] == [text_of(corpus / f["audio"]) for f in found]
     assert found[0]["tokens"] == [1, 2]
     assert found[0]["duration"] == 0.11
-    assert set(found[0]) == {
-        "index",
-        "id",
-        "audio",
-        "file",
-        "text",
-        "tokens",
-        "duration",
-        "confidence",
-        "ctc_text",
-        "stats",
-        "flags",
-        "damage",
-        "segments",
-    }
+    assert set(found[0]) == {"index", "id", "file", *transcript_fields(Transcript(""))}
     assert (summary.parts, summary.entries, summary.transcribed, summary.failed) == (2, 3, 3, 0)
     # And the summary is of the run that did the work
     for _ in range(2):
@@ -93,7 +81,9 @@ def test_lines_that_are_no_entries_fail_alone(corpus: Path, tmp_path: Path) -> N
     assert [f["index"] for f in found] == list(range(len(wrong) + 1))
     for line, message in zip(found, wrong.values(), strict=False):
         assert message in line["error"], line
+        assert set(line) >= {"index", "id", *transcript_fields(Transcript(""))}
     assert found[-1]["text"] == text_of(corpus / "a" / "1.wav")
+    assert found[-1]["error"] is None
     assert (summary.failed, summary.transcribed) == (len(wrong), 1)
     assert read_lines(tmp_path / "out" / "errors.jsonl") == found[:-1]
 

@@ -24,7 +24,7 @@ def _files(out: Path) -> dict[str, bytes]:
 def _merged(out: Path) -> dict[str, str]:
     batch.merge(out)
     lines = read_lines(out / "transcripts.jsonl") + read_lines(out / "errors.jsonl")
-    return {line["audio"]: line.get("text", line.get("error")) for line in lines}
+    return {line["audio"]: line["error"] or line["text"] for line in lines}
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from granite_jax.checkpoint.directory import parse_dtype
-from granite_jax.checkpoint.save import new_directory
 from granite_jax.checkpoint.tree import flatten, unflatten
 from granite_jax.convert import convert
 from granite_jax.errors import CheckpointError
+from granite_jax.files.atomic import new_directory
 from granite_jax.pretrained import load, open_checkpoint, save
 
 TINY: dict[str, Any] = {
@@ -101,7 +101,7 @@ def test_of_two_writers_the_first_wins(tmp_path: Path) -> None:
 
 def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
     # Given a writer that is killed, and one that is not
-    code = "import os, sys; from granite_jax.checkpoint.save import new_directory\n"
+    code = "import os, sys; from granite_jax.files.atomic import new_directory\n"
     code += "with new_directory(sys.argv[1]): os.kill(os.getpid(), 9)"
     killed = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False, timeout=120)
     assert killed.returncode == -signal.SIGKILL

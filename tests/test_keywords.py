@@ -33,6 +33,8 @@ from granite_jax.text.tokenizer import Tokenizer
         ("gpt-4o", "gpt o", False),
         ("AT&T", "att", False),
         ("C++", "c", False),
+        ("TCP/IP", "tcpip", False),  # some say "slash"
+        ("O\u2019Neil", "o'neil", True),
         ("Toyota 東京", "toyota", False),
         ("hall 9000", "hall", False),
         ("\uff21\uff22\uff23", "abc", True),

@@ -75,12 +75,6 @@ def test_no_speech_is_an_empty_result(transcribe: Any, format: str, content: str
     assert transcribe("silence.wav", "--format", format).stdout == content
 
 
-def test_a_text_without_segments_is_one() -> None:
-    assert outputs.render(Transcript("a", "Hello there.", duration=2.0), outputs.TranscriptFormat.tsv) == (
-        "start\tend\ttext\n0\t2000\tHello there.\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

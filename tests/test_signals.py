@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from granite_jax.batch.reader_processes import Closed, Killed, ReaderProcesses
-from granite_jax.checkpoint.save import new_directory
 from granite_jax.cli import signals
+from granite_jax.files.atomic import new_directory
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 NAMES = [number.name for number in SIGNALS]

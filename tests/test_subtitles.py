@@ -2,7 +2,6 @@
 
 # ruff: noqa: RUF001 (punctuation of many scripts)
 
-import dataclasses
 import html
 import io
 import json
@@ -20,8 +19,10 @@ from subtitle_rules import violations
 
 import granite_jax as gj
 from granite_jax import GraniteError
+from granite_jax.formats.characters import text_width
+from granite_jax.formats.cues import Cue, cues
+from granite_jax.formats.schema import to_json, transcript_fields
 from granite_jax.results import Segment, Transcript, Word
-from granite_jax.text.subtitles import Cue, cues, text_width
 
 
 def spoken(text: str, start: float = 0.0, pause: float = 0.02, speaker: str | None = None) -> Segment:
@@ -342,11 +343,25 @@ def test_a_transcript_is_its_segments() -> None:
         assert write(Transcript("a", segments=tuple(segments))) == write(segments) != write([])
 
 
+def test_a_text_without_segments_is_one() -> None:
+    transcript = Transcript("a", "Hello there.", duration=2.0)
+    assert gj.to_tsv(transcript) == gj.to_tsv(vars(transcript)) == "start\tend\ttext\n0\t2000\tHello there.\n"
+
+
+@pytest.mark.parametrize("write", [gj.to_srt, gj.to_vtt, gj.to_tsv])
+def test_a_transcript_that_failed_has_no_subtitles(write: Any) -> None:
+    # Given a failed transcript, as an object and as a batch job's line has it, when it is written, then it is refused
+    failed = Transcript("a.wav", error="a.wav: no such file")
+    for timed in (failed, {"index": 0, **transcript_fields(failed)}):
+        with pytest.raises(GraniteError, match="^a transcript that failed has no times: a.wav: no such file$"):
+            write(timed)
+
+
 @pytest.mark.parametrize("write", [gj.to_srt, gj.to_vtt, gj.to_tsv])
 def test_what_json_has_is_written_as_the_transcript_is(write: Any) -> None:
     # Given a transcript with words and a speaker, and what its JSON is read as
     transcript = Transcript("a.wav", "one two", segments=(spoken("one two", 1.0, speaker="A"),))
-    read = json.loads(json.dumps(dataclasses.asdict(transcript)))
+    read = json.loads(to_json(transcript))
     # When it, or its segments, are written, then the file is the transcript's
     assert write(read) == write(read["segments"]) == write(transcript) != write([])
 

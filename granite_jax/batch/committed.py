@@ -31,7 +31,7 @@ class Line(NamedTuple):
     @property
     def failed(self) -> bool:
         """Whether there is an error in place of a transcript."""
-        return "error" in self.fields
+        return self.fields.get("error") is not None
 
 
 def task_name(part: int, fingerprint: str, retry: int = 0) -> str:

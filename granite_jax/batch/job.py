@@ -46,10 +46,10 @@ from granite_jax.batch.unfinished import (
 )
 from granite_jax.checkpoint.directory import parse_dtype
 from granite_jax.errors import GraniteError
+from granite_jax.formats.schema import transcript_fields
 from granite_jax.keywords.options import Entry as Keyword
 from granite_jax.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
 from granite_jax.pretrained import open_checkpoint
-from granite_jax.results import segment_fields
 from granite_jax.transcriber import Transcriber, Transcript
 
 OpenEntry = Callable[[Entry], EntryAudio]
@@ -65,7 +65,6 @@ _LONG_PART_NOTE = (
 _NOTHING_DONE = (
     "nothing was done when this worker was stopped; a recording that takes longer than a worker has is never done"
 )
-_FIELDS = ("text", "tokens", "duration", "confidence", "ctc_text", "stats", "flags", "damage")  # of a line's Transcript
 
 
 @dataclasses.dataclass
@@ -357,9 +356,7 @@ class _Worker:
         )
         name = self.shard.name("summary", ".json")
         if not stopped and (tasks or not self.store.exists(name)):  # keep that of the run that did the work
-            path = self.work / name
-            path.write_text(json.dumps(dataclasses.asdict(summary), indent=1) + "\n", encoding="utf-8")
-            self.store.replace(name, path)
+            self.store.replace(name, (json.dumps(dataclasses.asdict(summary), indent=1) + "\n").encode())
         return summary
 
     def _retries(self, part: int, retries: int, files: Iterable[str]) -> list[Task]:
@@ -478,14 +475,11 @@ class _Worker:
         fields: dict[str, Any] = {"index": entry.index, "id": entry.id, "audio": entry.audio}
         fields |= {"offset": entry.offset} if entry.offset else {}
         fields |= {"file": audio.file} if audio.file else {}
+        fields |= transcript_fields(transcript) | {"audio": entry.audio}
         if transcript.error is not None:
-            self.progress.failed += 1
-            fields["error"] = transcript.error
-            fields |= transcript.stats
-        else:
-            self.progress.audio_seconds += transcript.duration
-            fields |= {key: getattr(transcript, key) for key in _FIELDS}
-            fields["segments"] = segment_fields(transcript)
+            fields |= {"stats": {}, **transcript.stats}
+        self.progress.failed += transcript.error is not None
+        self.progress.audio_seconds += transcript.duration
         # File names need not be valid Unicode: their surrogates become escapes.
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 

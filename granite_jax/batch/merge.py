@@ -54,9 +54,7 @@ def _merge(store: Store) -> dict[str, int | float | str]:
         raise GraniteError(f"has parts beyond the last one, {parts[-1]}: {max(retries)}")
     failed, seconds = 0, 0.0
     with tempfile.TemporaryDirectory(prefix=f"granite-jax-{os.getpid()}-") as work:
-        transcripts_path, errors_path, summary_path = (
-            Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl", "merged.json")
-        )
+        transcripts_path, errors_path = (Path(work, name) for name in ("transcripts.jsonl", "errors.jsonl"))
         with open(transcripts_path, "wb") as transcripts, open(errors_path, "wb") as errors:
             for part in parts:
                 for line in read_part(store, fingerprint, part, retries[part], partition.indices(part)):
@@ -71,8 +69,8 @@ def _merge(store: Store) -> dict[str, int | float | str]:
             "failed": failed,
             "audio_seconds": round(seconds, 3),
         }
-        summary_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        for path in (transcripts_path, errors_path, summary_path):
+        for path in (transcripts_path, errors_path):
             store.replace(path.name, path)
+        store.replace("merged.json", (json.dumps(result, indent=1) + "\n").encode())
     remove_committed(store, unfinished_files(names, fingerprint), retries, parts)
     return result

@@ -12,6 +12,7 @@ Ray restarts actors that died and repeats their batches. Needs `pip install 'gra
 is not imported here.
 """
 
+import dataclasses
 import os
 from concurrent.futures import wait
 from typing import Any
@@ -23,13 +24,14 @@ from granite_jax.batch.manifest import parse_entry
 from granite_jax.batch.reading import Reader
 from granite_jax.batch.transcription import submit_entry, transcript_of
 from granite_jax.errors import GraniteError
+from granite_jax.formats.schema import transcript_fields
 from granite_jax.options import ModelOptions, TranscribeOptions, accepts, check_mixed, resolve
-from granite_jax.results import segment_fields
+from granite_jax.results import Transcript
 from granite_jax.transcriber import Transcriber
 
 
 class Transcribe:
-    """A manifest's columns in; `id`, `audio`, `error` and a transcript's fields out.
+    """A manifest's columns in; `id`, `audio` and a transcript's other fields out.
 
     Instead of `audio` there can be `bytes`, the contents of files, with their names in `path`, as
     `ray.data.read_binary_files(..., include_paths=True)` has them.
@@ -78,21 +80,12 @@ class Transcribe:
             futures = [submit_entry(self._asr, audio, self._options) for audio in opened]
         wait(futures)
         transcripts = [transcript_of(entry, future) for entry, future in zip(entries, futures, strict=True)]
-        return {
-            "id": [
-                (entry.audio or entry.id) if row.get("id") is None else entry.id
-                for row, entry in zip(fields, entries, strict=True)
-            ],
+        written = [transcript_fields(transcript) for transcript in transcripts]
+        named = [row.get("id") is not None for row in fields]
+        return {field.name: [row[field.name] for row in written] for field in dataclasses.fields(Transcript)} | {
+            "id": [e.id if is_named else e.audio or e.id for e, is_named in zip(entries, named, strict=True)],
             "audio": [entry.audio for entry in entries],
-            "text": [each.text for each in transcripts],
-            "tokens": [list(each.tokens) for each in transcripts],
-            "duration": [each.duration for each in transcripts],
-            "confidence": [each.confidence for each in transcripts],
-            "ctc_text": [each.ctc_text for each in transcripts],
-            "stats": [None if each.error else each.stats for each in transcripts],  # Parquet has no empty structs
-            "segments": [segment_fields(each) for each in transcripts],
-            "flags": [list(each.flags) for each in transcripts],
-            "error": [each.error for each in transcripts],
+            "stats": [None if row["error"] else row["stats"] for row in written],  # Parquet has no empty structs
         }
 
 

@@ -6,12 +6,7 @@ put.
 """
 
 import contextlib
-import errno
 import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -20,10 +15,8 @@ import fsspec
 from granite_jax.audio.load import AccessError
 from granite_jax.batch.access import STORES, check_store, retried, scheme
 from granite_jax.errors import GraniteError
+from granite_jax.files import atomic
 
-_LOCK_SECONDS = 10.0  # after which a lock counts as abandoned, which is held for the time of two system calls
-_STALE = 3600.0  # seconds after which a temporary file counts as abandoned
-_LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 # Object stores whose conditional put is atomic; "memory", in this process, is for tests.
 _STORES = (*STORES, "memory")
 
@@ -35,8 +28,8 @@ class Store(Protocol):
         """Creates a file, all of it or nothing; False if it exists. `data` is its content, or a local file to copy."""
         ...
 
-    def replace(self, name: str, data: Path) -> None:
-        """Writes a local file's content; replaces the file of this name if there is one."""
+    def replace(self, name: str, data: bytes | Path) -> None:
+        """As `create`, but replaces the file of this name if there is one."""
         ...
 
     def remove(self, *names: str) -> None:
@@ -85,52 +78,17 @@ class LocalStore:
         self.directory = directory
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.glob(".*.partial"):  # of workers that were killed
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > _STALE:
-                        path.unlink()
+            atomic.remove_abandoned(directory)
         except OSError as error:
             raise GraniteError(f"{directory}: cannot be written to ({error.strerror or error})") from None
 
     def create(self, name: str, data: bytes | Path) -> bool:
         """As in `Store`."""
-        with self._temporary_file(name, data) as partial:
-            try:
-                os.link(partial, self.directory / name)
-            except FileExistsError:
-                return False
-            except OSError as error:
-                if error.errno not in _LINKS_UNSUPPORTED:
-                    raise
-                if not self._rename_if_new(partial, name):
-                    return False
-        self._flush()
-        return True
+        return atomic.create(self.directory / name, data, sync=True)
 
-    def _rename_if_new(self, partial: Path, name: str) -> bool:
-        """Renames a temporary file; False if there is a file of that name. A lock file makes this one step."""
-        lock, began = self.directory / f".{name}.partial", time.monotonic()
-        while True:
-            try:
-                lock.touch(exist_ok=False)
-                break
-            except FileExistsError:
-                if time.monotonic() - began > _LOCK_SECONDS:  # of a worker that was killed
-                    lock.unlink(missing_ok=True)
-                time.sleep(0.01)
-        try:
-            if (self.directory / name).exists():
-                return False
-            os.rename(partial, self.directory / name)
-            return True
-        finally:
-            lock.unlink(missing_ok=True)
-
-    def replace(self, name: str, data: Path) -> None:
+    def replace(self, name: str, data: bytes | Path) -> None:
         """As in `Store`."""
-        with self._temporary_file(name, data) as partial:
-            os.replace(partial, self.directory / name)
-        self._flush()
+        atomic.replace(self.directory / name, data, sync=True)
 
     def remove(self, *names: str) -> None:
         """As in `Store`."""
@@ -150,31 +108,6 @@ class LocalStore:
         """As in `Store`."""
         return open(self.directory / name, "rb")
 
-    @contextlib.contextmanager
-    def _temporary_file(self, name: str, data: bytes | Path) -> Iterator[Path]:
-        """A temporary file, flushed to disk, to be linked or renamed; it is removed afterwards."""
-        partial = self.directory / f".{name}-{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with open(partial, "xb") as file:
-                if isinstance(data, Path):
-                    with open(data, "rb") as source:
-                        shutil.copyfileobj(source, file)
-                else:
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield partial
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        with contextlib.suppress(OSError):  # not every file system supports it
-            descriptor = os.open(self.directory, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
 
 class ObjectStore:
     """A prefix of an object store. Transient errors are retried."""
@@ -186,17 +119,14 @@ class ObjectStore:
     def create(self, name: str, data: bytes | Path) -> bool:
         """As in `Store`."""
         try:
-            if isinstance(data, Path):
-                retried(lambda: self._files.put_file(str(data), self._path(name), mode="create"))
-            else:
-                retried(lambda: self._files.pipe_file(self._path(name), data, mode="create"))
+            self._put(name, data, mode="create")
         except FileExistsError:  # by another worker, or by a put whose answer was lost: the content is the same
             return False
         return True
 
-    def replace(self, name: str, data: Path) -> None:
+    def replace(self, name: str, data: bytes | Path) -> None:
         """As in `Store`."""
-        retried(lambda: self._files.put_file(str(data), self._path(name)))
+        self._put(name, data, mode="overwrite")
 
     def remove(self, *names: str) -> None:
         """As in `Store`."""
@@ -224,6 +154,12 @@ class ObjectStore:
     def open(self, name: str) -> contextlib.AbstractContextManager[Any]:
         """As in `Store`."""
         return retried(lambda: self._files.open(self._path(name), "rb"))
+
+    def _put(self, name: str, data: bytes | Path, mode: str) -> None:
+        if isinstance(data, Path):
+            retried(lambda: self._files.put_file(str(data), self._path(name), mode=mode))
+        else:
+            retried(lambda: self._files.pipe_file(self._path(name), data, mode=mode))
 
     def _path(self, name: str) -> str:
         return f"{self._prefix}/{name}"

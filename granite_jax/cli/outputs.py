@@ -1,33 +1,20 @@
-"""Transcripts as text in a format, and the files they are written to."""
+"""Names of output files, and what fits on standard output."""
 
 import contextlib
-import dataclasses
 import enum
-import json
 import os
-import secrets
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from granite_jax.errors import AudioError, GraniteError
+from granite_jax.files import atomic
+from granite_jax.formats import FORMATS
 
-if TYPE_CHECKING:
-    from granite_jax.results import Segment, Transcript
-
-
-class TranscriptFormat(enum.StrEnum):
-    """Formats of transcripts; an enumeration, because options that repeat cannot be of a Literal."""
-
-    txt = "txt"
-    json = "json"
-    srt = "srt"
-    vtt = "vtt"
-    tsv = "tsv"
-
-
+TranscriptFormat = enum.StrEnum("TranscriptFormat", list(FORMATS))
+"""Names of formats; an enumeration, because options that repeat cannot be of a Literal."""
 _MAX_NAME_BYTES = 200  # of 255, for the extension and what tells names apart
 
 
@@ -96,12 +83,12 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def is_document(formats: Sequence[TranscriptFormat], directory: Path | None) -> bool:
+def is_document(formats: Sequence[str], directory: Path | None) -> bool:
     """Whether standard output is one document, which has room for one transcript."""
-    return directory is None and not {TranscriptFormat.txt, TranscriptFormat.json} & set(formats)
+    return directory is None and all(FORMATS[format].is_document for format in formats)
 
 
-def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, directory: Path | None) -> None:
+def check_formats(formats: Sequence[str], num_inputs: int, directory: Path | None) -> None:
     """Raises GraniteError if such results cannot be on standard output."""
     if directory is None and len(formats) > 1:
         raise GraniteError(f"--format {', '.join(formats)}: several formats need --output-dir")
@@ -109,34 +96,13 @@ def check_formats(formats: Sequence[TranscriptFormat], num_inputs: int, director
         raise GraniteError(f"--format {formats[0]}: several files need --output-dir")
 
 
-def check_one_channel(source: Any, format: TranscriptFormat) -> None:
+def check_one_channel(source: Any, format: str) -> None:
     """Raises GraniteError if a file, or a stream that can be read twice, has several channels."""
     from granite_jax.audio.load import num_channels, read_stream
 
     with contextlib.suppress(AudioError):  # which is reported where the file is transcribed
         if num_channels(read_stream(source) if hasattr(source, "read") else source) > 1:
             raise GraniteError(f"--format {format}: several channels need --output-dir")
-
-
-def render(transcript: "Transcript", format: TranscriptFormat) -> str:
-    """The content of a file with the transcript in a format."""
-    from granite_jax.text import subtitles
-
-    if format == "txt":
-        return transcript.text.rstrip("\n") + "\n"
-    if format == "json":
-        fields = {key: value for key, value in dataclasses.asdict(transcript).items() if key != "error"}
-        return json.dumps(fields, ensure_ascii=False) + "\n"
-    write = {"srt": subtitles.to_srt, "vtt": subtitles.to_vtt, "tsv": subtitles.to_tsv}[format]
-    return write(_segments(transcript))
-
-
-def _segments(transcript: "Transcript") -> "Sequence[Segment]":
-    from granite_jax.results import Segment
-
-    if transcript.segments or not transcript.text:
-        return transcript.segments
-    return (Segment(0.0, transcript.duration, transcript.text),)
 
 
 def make_directory(directory: Path) -> None:
@@ -153,15 +119,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
       GraniteError: naming the file, if it cannot be written.
     """
-    partial = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        try:
-            # File names need not be valid Unicode; escapes are, in JSON, too.
-            with partial.open("x", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                file.write(text)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        atomic.replace(path, text)
     except (OSError, ValueError) as error:
         raise GraniteError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None

@@ -18,11 +18,11 @@ from granite_jax.cli.outputs import (
     is_document,
     make_directory,
     output_stems,
-    render,
     write_file,
 )
 from granite_jax.cli.terminal import ProgressDisplay, fail, line
 from granite_jax.errors import GraniteError
+from granite_jax.formats import FORMATS
 from granite_jax.options import ModelOptions, TranscribeOptions
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def transcribe(
     format: Annotated[
         list[TranscriptFormat] | None,
         typer.Option(
-            help="plain text (the default), JSON objects, subtitles (srt, vtt) or a table of segments; repeatable",
+            help="; ".join(f"{name}: {format.description}" for name, format in FORMATS.items())
+            + ". txt by default; repeatable",
             show_default=False,
         ),
     ] = None,
@@ -66,9 +67,9 @@ def transcribe(
     """Transcribe or translate audio files.
 
     Prints one line a file, or a channel of it, in order, as soon as its result is there: the text (after the file's
-    name, if there are several, and the channel), or a JSON object with audio, text, tokens, duration, confidence,
-    ctc_text, stats, draft, accepted_spans, flags, segments and channel. srt, vtt and tsv are printed for one file of
-    one channel only. On a terminal, the text of one long file is printed segment by segment, with times.
+    name, if there are several, and the channel), or a JSON object with the fields of a Transcript. srt, vtt and tsv
+    are printed for one file of one channel only. On a terminal, the text of one long file is printed segment by
+    segment, with times.
 
     With --output-dir, each result is written to files named after the input, such as talk.srt for a/talk.wav, or
     talk.channel2.srt, and their paths are printed, one a line; inputs of the same name get more of their paths, as in
@@ -80,7 +81,7 @@ def transcribe(
     from granite_jax.cli.sources import to_sources  # here, because fsspec is slow to import
     from granite_jax.transcriber import Transcriber
 
-    formats = list(dict.fromkeys(format or [TranscriptFormat.txt]))
+    formats = list[str](dict.fromkeys(format or ["txt"]))
     stems = output_stems(files)
     index, written = -1, True
     try:
@@ -93,8 +94,9 @@ def transcribe(
             check_one_channel(sources[0], formats[0])
         if output_dir is not None:
             make_directory(output_dir)
-        if options.word_timestamps and not {"json", "srt", "vtt"} & set(formats):
-            fail(f"--words: times of words are in json, srt and vtt, not in {' and '.join(formats)}")
+        if options.word_timestamps and not any(FORMATS[format].has_words for format in formats):
+            *others, last = [name for name, format in FORMATS.items() if format.has_words]
+            fail(f"--words: times of words are in {', '.join(others)} and {last}, not in {' and '.join(formats)}")
         asr = Transcriber.from_options(model, options.recognizer)
         transcripts: list[Transcript] = []
         is_live = formats == ["txt"] and output_dir is None and len(files) == 1 and sys.stdout.isatty()
@@ -182,7 +184,7 @@ def _label(transcript: "Transcript") -> str:
     return f"{transcript.audio}{channel}"
 
 
-def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) -> None:
+def _print(transcript: "Transcript", format: str, with_name: bool) -> None:
     if transcript.error is not None:
         fail(transcript.error)
         return
@@ -190,20 +192,20 @@ def _print(transcript: "Transcript", format: TranscriptFormat, with_name: bool) 
         is_labeled = with_name or transcript.channel is not None
         print(line(f"{_label(transcript)}: {transcript.text}" if is_labeled else transcript.text), flush=True)
     else:
-        print(render(transcript, format), end="", flush=True)
+        print(FORMATS[format].write(transcript), end="", flush=True)
     if format != "json":
         _tell_flags(transcript)
 
 
-def _write(transcript: "Transcript", formats: Sequence[TranscriptFormat], directory: Path, stem: str) -> bool:
+def _write(transcript: "Transcript", formats: Sequence[str], directory: Path, stem: str) -> bool:
     """Writes a transcript's files, and prints their paths. Returns whether all could be written."""
     written = True
     if transcript.channel is not None:
         stem += f".channel{transcript.channel}"
     for format in formats:
-        path = directory / f"{stem}.{format}"
+        path = directory / f"{stem}{FORMATS[format].suffix}"
         try:
-            write_file(path, render(transcript, format))
+            write_file(path, FORMATS[format].write(transcript))
             print(line(str(path)), flush=True)
         except GraniteError as error:
             fail(str(error))

@@ -6,7 +6,6 @@ OUT/results.md     the same as tables
 """
 
 import collections
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -14,7 +13,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from granite_jax.evaluation.keyword_lists import KeywordList, lists_of, read_key
 from granite_jax.evaluation.metrics import Counts, rate, score_translations
 from granite_jax.evaluation.report import to_markdown
 from granite_jax.evaluation.transcribed import Transcribed
+from granite_jax.files import atomic
 from granite_jax.options import ModelOptions, TranscribeOptions, accepts, resolve
 from granite_jax.pretrained import open_checkpoint
 from granite_jax.recognition.buckets import Bucket
@@ -174,7 +174,7 @@ def evaluate(
             )
         if summary.stopped:
             return None
-    with _locked(store.directory):
+    with atomic.locked(store.directory, wait=True):
         results = _write_results(
             store.directory,
             _former_sets(store.directory, decisive, current) | current,
@@ -195,26 +195,9 @@ def _write_results(
         **_scores(list(sets.values()), directory, scoring),
     }
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    transcribed.write(directory / RESULTS, f"{text}\n")
-    transcribed.write(directory / "results.md", to_markdown(results))
+    atomic.replace(directory / RESULTS, f"{text}\n")
+    atomic.replace(directory / "results.md", to_markdown(results))
     return json.loads(text)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Waits for other runs that write their results to the directory, where the system has locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # not every file system has them
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from granite_jax import batch
 from granite_jax.errors import GraniteError
 from granite_jax.evaluation.datasets import EvaluationSet
 from granite_jax.evaluation.metrics import Counts, count
+from granite_jax.files import atomic
 
 UTTERANCES = "utterances.jsonl"
 _UNSCORED = "ignore time segment in scoring"  # Tedlium's reference for what is not to be scored
@@ -70,15 +70,8 @@ def collect(evaluation_set: EvaluationSet, directory: Path) -> list[Transcribed]
         for index, utterance in enumerate(evaluation_set.utterances)
     ]
     lines = [json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n" for line in utterances]
-    write(directory / UTTERANCES, "".join(lines))
+    atomic.replace(directory / UTTERANCES, "".join(lines))
     return utterances
-
-
-def write(path: Path, text: str) -> None:
-    """Replaces a file in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def read(directory: Path) -> list[Transcribed]:

@@ -15,14 +15,16 @@ from granite_jax.keywords import spotter
 from granite_jax.keywords.automaton import STATES, KeywordAutomaton, Phrase, build_automaton
 from granite_jax.keywords.options import Entry, KeywordOptions, check_boost, keyword_entries
 from granite_jax.keywords.phrases import Place, phrases_of
-from granite_jax.models.layers import ctc
+from granite_jax.models.layers.ctc import SPACE
+from granite_jax.models.layers.ctc_alignment import WILDCARD
+from granite_jax.models.spelling import spell
 from granite_jax.text.chat_template import check_text
 from granite_jax.text.tokenizer import Tokenizer
 
 MAX_KEYWORDS = spotter.MAX_KEYWORDS
 MAX_CHARACTERS = 100
 _FOREIGN_BOOST = re.compile(r"[^\t](\s:|[,;=])\s*\d+(\.\d+)?\s*$")  # of sherpa-onnx and of tables
-_SPOKEN_PUNCTUATION = "&%@#/*"
+_PERHAPS_SPOKEN = frozenset("/*")
 
 
 def lists_by_input(keywords: Any, inputs: int) -> list[tuple[Entry, ...] | None] | None:
@@ -166,35 +168,12 @@ def prepare(
 def ctc_labels(text: str, num_labels: int) -> tuple[list[int], bool]:
     """The CTC labels by which a keyword is scored, and whether these are of all that is spoken of it.
 
-    The labels are those of its letters, in lower case, with spaces between words. Accents and widths of letters without
-    a label are dropped, hiragana become katakana, hyphens separate words. Digits, symbols and other scripts, which are
-    spoken, and punctuation are left out and not scored; there can be no labels.
+    Digits, symbols and other scripts have no labels and are not scored; there can be no labels.
     """
-    characters, is_whole = [], True
-    for character in unicodedata.normalize("NFKC", text).lower():
-        if "\u3041" <= character <= "\u3096":
-            character = chr(ord(character) + 0x60)
-        for letter in (character, *unicodedata.normalize("NFD", character)[:1]):
-            if letter.isalpha() or letter in "'ー":
-                label = next(iter(_label(letter, num_labels)), None)
-                if label is not None:
-                    characters.append(label)
-                    break
-        else:
-            category = unicodedata.category(character)
-            is_whole &= category[0] not in "LNS" and character not in _SPOKEN_PUNCTUATION
-            separates = character.isspace() or category in ("Pd", "Pc")
-            if separates and characters and characters[-1] != ord(" "):
-                characters.append(ord(" "))
-    while characters and characters[-1] == ord(" "):
-        characters.pop()
-    if all(label in (ord(" "), ord("'")) for label in characters):
+    spelled = spell(text, num_labels)
+    labels = [label for label in spelled if label != WILDCARD]
+    labels = [label for i, label in enumerate(labels) if label != SPACE or labels[i - 1 : i] not in ([], [SPACE])]
+    labels = labels[: len(labels) - (labels[-1:] == [SPACE])]
+    if not set(labels) - {SPACE, ord("'")}:
         return [], False
-    return characters, is_whole
-
-
-def _label(character: str, num_labels: int) -> list[int]:
-    try:
-        return [label for label in ctc.to_labels(character) if label < num_labels]
-    except ValueError:
-        return []
+    return labels, WILDCARD not in spelled and not _PERHAPS_SPOKEN & set(text)

@@ -8,6 +8,7 @@ import numpy as np
 from granite_jax.keywords.lists import Keywords
 from granite_jax.keywords.spotter import SpottingScores
 from granite_jax.models.layers import ctc
+from granite_jax.models.spelling import frame_words
 
 _SLACK = 4  # frames by which a keyword and the words of the draft that it replaces can differ at either end
 _CUT = 3.0  # nats that a keyword loses where it begins or ends inside a word of the greedy text
@@ -54,7 +55,7 @@ def _word_continues(labels: np.ndarray, edge: int) -> bool:
     """Whether a word continues in these frames, after those that repeat its label `edge`."""
     after = labels[np.argmax(labels != edge) :] if len(labels) and labels[0] == edge else labels
     sounding = after[after != ctc.BLANK]
-    return len(sounding) > 0 and sounding[0] != ord(" ")
+    return len(sounding) > 0 and sounding[0] != ctc.SPACE
 
 
 def _overlap(match: KeywordMatch, other: KeywordMatch) -> bool:
@@ -70,7 +71,7 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], keywords: Keywor
       labels: best label of every frame, `[t]`, of one utterance.
       matches: best first; of several at one place, the first is used. Those that were not scored whole are not.
     """
-    words = _words(labels)
+    words = [(word.text, word.start, word.end, False) for word in frame_words(labels)]  # True of repaired ones
     for match in (match for match in matches if match.keyword in keywords.whole):
         inside = [
             i
@@ -84,22 +85,3 @@ def repair(labels: np.ndarray, matches: Sequence[KeywordMatch], keywords: Keywor
         if fits and not any(words[i][3] for i in inside):
             words[first : last + 1] = [(keywords.texts[match.keyword], words[first][1], words[last][2], True)]
     return " ".join(text for text, *_ in words)
-
-
-def _words(labels: np.ndarray) -> list[tuple[str, int, int, bool]]:
-    """Words of a greedy CTC path: text, first frame, frame after the last, whether the word is a repaired one."""
-    words: list[tuple[str, int, int, bool]] = []
-    text, start, end, previous = "", 0, 0, ctc.BLANK
-    for frame, label in enumerate([*labels.tolist(), ord(" ")]):
-        if label not in (previous, ctc.BLANK):
-            character = ctc.label_character(label)
-            if character.isspace():
-                words += [(text, start, end, False)] if text else []
-                text = ""
-            elif character:
-                start = start if text else frame
-                text += character
-        if label != ctc.BLANK and not ctc.label_character(label).isspace():
-            end = frame + 1
-        previous = label
-    return words

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from granite_jax.models.layers import ctc
+from granite_jax.models.spelling import frame_words
 from granite_jax.recognition.repetition import find_loop
 
 Problem = Literal["loop", "length", "hole", "invention"]
@@ -85,19 +86,13 @@ def _letters(text: str) -> int:
 
 def _spells(text: str) -> bool:
     """Whether the CTC head could have written the text's words: there are no digits or kanji among them."""
-    return all(map(_has_label, filter(str.isalnum, unicodedata.normalize("NFC", text)))) and not _DIGIT.search(text)
-
-
-def _has_label(char: str) -> bool:
-    try:
-        return bool(ctc.to_labels(char.lower()))
-    except ValueError:
-        return False
+    letters = filter(str.isalnum, unicodedata.normalize("NFC", text).lower())
+    return all(ctc.label_of(letter) is not None for letter in letters) and not _DIGIT.search(text)
 
 
 def _hole(text: str, labels: np.ndarray) -> float | None:
     """The second at which the longest passage of CTC words begins that the text leaves out, if there is one."""
-    spoken = ctc_words(labels)
+    spoken = frame_words(labels)
     if len(spoken) < _HOLE_WORDS:
         return None
     words, heard = re.findall(r"\w+", text.lower()), [re.sub(r"\W", "", word) for word, _, _ in spoken]
@@ -109,22 +104,3 @@ def _hole(text: str, labels: np.ndarray) -> float | None:
             if frames * ctc.FRAME_SECONDS > longest:
                 begin, longest = spoken[first][1] * ctc.FRAME_SECONDS, frames * ctc.FRAME_SECONDS
     return begin
-
-
-def ctc_words(labels: np.ndarray) -> list[tuple[str, int, int]]:
-    """The words of frame labels, each with the first frame of its first character and the frame after its last."""
-    words: list[tuple[str, int, int]] = []
-    text, start, end, previous = "", 0, 0, ctc.BLANK
-    for frame, label in enumerate([*labels.tolist(), ctc.to_labels(" ")[0]]):
-        character = ctc.label_character(label)
-        if label != previous and character:
-            if character != " ":
-                start = start if text else frame
-                text += character
-            elif text:
-                words.append((text, start, end))
-                text = ""
-        if character and character != " ":
-            end = frame + 1
-        previous = label
-    return words

@@ -28,7 +28,7 @@ from granite_jax.models.layers import ctc
 from granite_jax.options import MIN_SEGMENT_SECONDS, TranscribeOptions
 from granite_jax.recognition.policy import FIRST, MAX_SPLITS, Accept, Again, Attempt, Split
 from granite_jax.recognition.utterances import Decoded, Utterance
-from granite_jax.recognition.words import SPACE, split_words
+from granite_jax.recognition.words import split_words
 from granite_jax.results import FLAGS, Segment, Transcript, Word
 from granite_jax.text.tokenizer import Tokenizer
 from granite_jax.waveform import SAMPLING_RATE
@@ -233,7 +233,7 @@ class RecordingDecoder:
                 for word, is_kept in zip(words, is_own, strict=True)
                 if is_kept
             ]
-        spoken = np.flatnonzero((labels != ctc.BLANK) & (labels != SPACE))
+        spoken = np.flatnonzero((labels != ctc.BLANK) & (labels != ctc.SPACE))
         extent = start, end
         if words:
             extent = words[0].start, words[-1].end

@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from granite_jax.models.spelling import KATAKANA
+
 _MIN_REPEATS = 4
 _MIN_REPEATS_OF_DIGITS = 12
 _REPETITION = re.compile(rf"(.{{1,120}}?)\1{{{_MIN_REPEATS - 1},}}", re.DOTALL)
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
-_KATAKANA = {hiragana: hiragana + 0x60 for hiragana in range(0x3041, 0x3097)}
 _WORD = re.compile(r"\w+")
 
 
@@ -57,4 +58,4 @@ def _is_spoken(unit: str, ctc_text: str) -> bool:
 
 def _words(text: str) -> str:
     """The words of a text, in lower case, in Katakana for Hiragana, and without punctuation."""
-    return " ".join(_WORD.findall(text.lower().translate(_KATAKANA)))
+    return " ".join(_WORD.findall(text.lower().translate(KATAKANA)))

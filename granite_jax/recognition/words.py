@@ -5,7 +5,6 @@ words    It's    25     euros.
 labels   i t ' s _ * _ e u r o s            `_` the space, `*` a wildcard, which takes the frames of "twenty five"
 """
 
-import contextlib
 import itertools
 import re
 import unicodedata
@@ -17,18 +16,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from granite_jax.models.layers import ctc
+from granite_jax.models.layers.ctc import SPACE
 from granite_jax.models.layers.ctc_alignment import WILDCARD, align
+from granite_jax.models.spelling import is_silent, spell
 from granite_jax.results import Word
 
-SPACE = ord(" ")
-_SPOKEN_PUNCTUATION = "&%@#§‰"
 _KANA_AND_HAN = re.compile(
     "[\u3005-\u3007\u3021-\u3029\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
 )
 # Over the kinds of characters: a character of an Asian script with its punctuation, a word, punctuation alone.
 _UNIT = re.compile(r"[.(]*k\.*|[.(]*a[a.(]*(?<!\()|[.(]+")
-_QUOTE = re.compile(r"(?<![^\W\d_])'|'(?![^\W\d_])")  # an apostrophe that is not between letters
+_QUOTE = re.compile(r"(?<![^\W\d_])['\u2019]|['\u2019](?![^\W\d_])")  # an apostrophe that is not between letters
 _ALIGN = jax.jit(align)
 _FRAMES, _LABELS = 256, 64  # shapes that are compiled for are multiples of these
 
@@ -75,45 +74,22 @@ def split_words(text: str) -> list[TextWord]:
 
 def _kind(character: str) -> str:
     """One of " " (whitespace), "k" (Kana and Han), "(" and "." (silent: opening punctuation, other), "a" (the rest)."""
-    category = unicodedata.category(character)
     if character in "\uff9e\uff9f":  # marks of halfwidth Katakana
         return "."
     if character.isspace():
         return " "
     if _KANA_AND_HAN.match(character):
         return "k"
-    if category in ("Ps", "Pi"):
+    if unicodedata.category(character) in ("Ps", "Pi"):
         return "("
-    silent = category[0] in "PMC" or category in ("Sk", "Zs")
-    return "." if silent and unicodedata.normalize("NFKC", character) not in _SPOKEN_PUNCTUATION else "a"
+    return "." if is_silent(character) else "a"
 
 
 def _labels(word: str) -> tuple[int, ...]:
-    """Letters in lower case, hiragana as katakana, letters without a label by their base letter, dashes as spaces."""
-    labels: list[int] = []
-    for character in _QUOTE.sub("", unicodedata.normalize("NFKC", word.replace("\u2019", "'")).lower()):
-        if character == "'":
-            label = ord("'")
-        elif unicodedata.category(character) in ("Pd", "Pc"):
-            label = SPACE
-        elif _kind(character) in " .(":
-            continue
-        else:
-            label = _letter(character)
-        if labels[-1:] != [label] or label not in (WILDCARD, SPACE):
-            labels.append(label)
-    labels = labels[labels[:1] == [SPACE] : len(labels) - (labels[-1:] == [SPACE])]
-    return tuple(labels) or (WILDCARD,)
-
-
-def _letter(character: str) -> int:
-    if "\u3041" <= character <= "\u3096":
-        character = chr(ord(character) + 0x60)
-    for letter in (character, unicodedata.normalize("NFD", character)[0]):
-        if letter.isalpha():
-            with contextlib.suppress(ValueError):
-                return ctc.to_labels(letter)[0]
-    return WILDCARD
+    """The labels of a word, with one wildcard for several characters in succession."""
+    labels = spell(_QUOTE.sub("", word))
+    merged = [label for i, label in enumerate(labels) if label != WILDCARD or labels[i - 1 : i] != [WILDCARD]]
+    return tuple(merged) or (WILDCARD,)
 
 
 def label_sequence(words: Sequence[TextWord]) -> tuple[list[int], list[tuple[int, int]]]:

@@ -213,7 +213,7 @@ def test_retries_killed_again_and_again_end_as_if_undisturbed(
         kills += 1
     # Then every recording has been transcribed once
     assert worker.exitcode == 0 and kills >= 2
-    transcribed = [line["audio"] for line in lines(committed) if "error" not in line]
+    transcribed = [line["audio"] for line in lines(committed) if line["error"] is None]
     assert sorted(transcribed) == sorted(names)
     assert batch.merge(out)["transcribed"] == 32
 
@@ -345,7 +345,7 @@ def test_a_store_that_fails_at_random_costs_nothing(
     expected = {line["audio"]: line for line in lines(undisturbed)}
     for line in map(json.loads, found.splitlines()):
         wanted = expected.pop(line["audio"].removeprefix("s3://bucket/heldout/"))
-        assert "bad day" in line["error"] if "error" in line else line["text"] == wanted["text"]
+        assert "bad day" in line["error"] if line["error"] else line["text"] == wanted["text"]
     assert sorted(expected) == sorted([*corpus.bad, *LONG])
 
 

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from granite_jax import cli
 from granite_jax.batch.ray_data import Transcribe
 from granite_jax.evaluation.heldout import CLIPS
-from granite_jax.results import segment_fields
+from granite_jax.formats.schema import transcript_fields
+from granite_jax.results import Transcript
 from granite_jax.transcriber import Transcriber
 
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -83,7 +84,7 @@ def test_a_killed_actor_of_ray_changes_no_result(tmp_path: Path) -> None:
     # Then another process did the rest of its work, and each recording is there once, as it is transcribed without Ray
     assert set(processes) - {int(killed.read_text())}
     rows = {name: (text, tokens, segments) for name, text, tokens, segments, _ in zip(*columns, strict=True)}
-    assert rows == {t.audio: (t.text, list(t.tokens), json.loads(json.dumps(segment_fields(t)))) for t in expected}
+    assert rows == {t.audio: (t.text, list(t.tokens), transcript_fields(t)["segments"]) for t in expected}
     assert len(columns[0]) == len(clips) and set(columns[-1]) == {None}
     assert len(expected[0].segments) > 2
 
@@ -94,6 +95,7 @@ def test_rows_that_fail_have_an_error_alone(tmp_path: Path) -> None:
     found = Transcribe(root=CLIPS, num_readers=1, dtype="float32", batch_size=2)(
         {"audio": [clip.name, "none.wav"], "id": ["x", None], "offset": [0.0, float("nan")]}
     )
+    assert set(found) == {"id", *transcript_fields(Transcript(""))}
     assert found["id"] == ["x", "none.wav"]
     assert found["error"] == [None, "none.wav: no such file"]
     assert found["text"][0] and not found["text"][1]

@@ -12,7 +12,7 @@ from subtitle_rules import violations
 
 import granite_jax as gj
 from benchmarks.long_recordings import compare, compose, noises, utterances
-from granite_jax.text.subtitles import cues
+from granite_jax.formats.cues import cues
 from granite_jax.training.recipes.demo.noise import white
 from granite_jax.waveform import SAMPLING_RATE
 

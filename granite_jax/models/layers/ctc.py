@@ -14,9 +14,10 @@ from granite_jax.array_types import CTCLogits, Lengths
 from granite_jax.models.layers.features import HOP
 from granite_jax.waveform import SAMPLING_RATE
 
-BLANK = 0
+BLANK, SPACE = 0, ord(" ")
 FRAME_SECONDS = 2 * HOP / SAMPLING_RATE
-_KATAKANA_LABEL, _KATAKANA_START, _NUM_LABELS = 256, 0x30A1, 348
+NUM_LABELS = 348
+_KATAKANA_LABEL, _KATAKANA_START = 256, 0x30A1
 
 
 def best_labels(logits: CTCLogits, lengths: Lengths) -> Int[Array, "b t"]:
@@ -49,7 +50,7 @@ def label_character(label: int) -> str:
     """The character of a label; empty for labels 1-31 and those past the table, which have none."""
     if 32 <= label < _KATAKANA_LABEL:
         return chr(label)
-    if _KATAKANA_LABEL <= label < _NUM_LABELS:
+    if _KATAKANA_LABEL <= label < NUM_LABELS:
         return chr(_KATAKANA_START + label - _KATAKANA_LABEL)
     return ""
 
@@ -59,13 +60,19 @@ def to_text(labels: Sequence[int] | np.ndarray) -> str:
     return "".join(map(label_character, collapse(labels)))
 
 
+def label_of(character: str) -> int | None:
+    """The label of a character; None if it has none."""
+    code = ord(character)
+    label = code - _KATAKANA_START + _KATAKANA_LABEL if code >= _KATAKANA_START else code
+    return label if label_character(label) == character else None
+
+
 def to_labels(text: str) -> list[int]:
     """Labels of a text. Raises ValueError naming a character that has none."""
     labels = []
     for character in text:
-        code = ord(character)
-        label = code - _KATAKANA_START + _KATAKANA_LABEL if code >= _KATAKANA_START else code
-        if label_character(label) != character:
+        label = label_of(character)
+        if label is None:
             raise ValueError(f"no CTC label for {character!r}")
         labels.append(label)
     return labels

@@ -22,6 +22,7 @@ import typer
 from numpy.typing import NDArray
 from rich.progress import track
 
+from granite_jax.files import atomic
 from granite_jax.training.corpus import Utterance
 from granite_jax.training.recipes.demo import noise
 from granite_jax.training.recipes.demo.grammar import Sentence, Split, compose
@@ -268,18 +269,15 @@ def stream(seed: int, indices: Sequence[int], split: Split, draw: Draw, **fixed:
 
 
 def write_corpus(utterances: Iterator[Utterance], out: Path) -> None:
-    """Writes `audio.i16` and `index.jsonl` under temporary names and renames both when complete."""
+    """Writes `audio.i16` and then `index.jsonl`, or neither."""
     out.mkdir(parents=True, exist_ok=True)
-    audio_part, index_part = out / "audio.i16.part", out / "index.jsonl.part"
     offset = 0
-    with open(audio_part, "wb") as audio, open(index_part, "w", encoding="utf-8") as index:
+    with atomic.writing(out / "index.jsonl") as index, atomic.writing(out / "audio.i16") as audio:
         for item in utterances:
             audio.write(item.samples.astype("<i2").tobytes())
             entry = manifest_entry(item) | {"offset": offset, "samples": item.samples.size}
-            index.write(json.dumps(entry) + "\n")
+            index.write((json.dumps(entry) + "\n").encode())
             offset += item.samples.size
-    os.replace(audio_part, out / "audio.i16")
-    os.replace(index_part, out / "index.jsonl")
 
 
 def manifest_entry(item: Utterance) -> dict[str, Any]:
