@@ -29,10 +29,11 @@ import soxr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from granite_jax.recognition.words import locate_words
-from granite_jax.training.recipes.demo.noise import RATE, Samples
+from granite_jax.training.recipes.demo.noise import Samples
 from granite_jax.training.recipes.demo.sets import TEST_LINES, TUNE_LINES, free_sentence
 from granite_jax.training.recipes.demo.synthesis import ESPEAK_VOICES, draw_recipe
 from granite_jax.transcriber import Transcriber
+from granite_jax.waveform import SAMPLING_RATE
 
 LIBRARY = "libespeak-ng.so.1"
 SYNCHRONOUS, PHONEME_EVENTS, UTF8, RATE_PARAMETER, PITCH_PARAMETER = 2, 1, 1, 1, 3  # of espeak-ng's speak_lib.h
@@ -126,7 +127,7 @@ class Synthesizer:
         times = self._times(text) - loud[0] / self._rate
         wave = wave[loud[0] : loud[-1] + 1]
         times = np.clip(times, 0.0, len(wave) / self._rate)
-        return soxr.resample(wave, self._rate, RATE).astype(np.float32), times
+        return soxr.resample(wave, self._rate, SAMPLING_RATE).astype(np.float32), times
 
     def _times(self, text: str) -> np.ndarray:
         starts = [match.start() for match in re.finditer(r"\S+", text)]
@@ -159,8 +160,8 @@ def sentences(
             text = text[:comma] + "," + text[comma:]
         speech, times = synthesizer.speak(text, voice, speed or recipe.speed, recipe.pitch)
         speech = speech * np.float32(0.95 / np.abs(speech).max() * 10 ** (recipe.gain_db / 20))
-        lead, trail = (np.zeros(int(seconds * RATE), np.float32) for seconds in (recipe.lead, recipe.trail))
-        yield Spoken(text, voice, np.concatenate([lead, speech, trail]), times + len(lead) / RATE)
+        lead, trail = (np.zeros(int(seconds * SAMPLING_RATE), np.float32) for seconds in (recipe.lead, recipe.trail))
+        yield Spoken(text, voice, np.concatenate([lead, speech, trail]), times + len(lead) / SAMPLING_RATE)
 
 
 def read_sentences(path: Path) -> list[str]:
@@ -175,9 +176,9 @@ def errors(
     """Time minus truth of starts and ends in ms, for each pair of offsets: float64 `[w, 2]`, NaN without truth."""
     found: list[list[np.ndarray]] = [[] for _ in offsets]
     for sentence in spoken:
-        logits = transcriber.ctc_emissions(sentence.audio, sampling_rate=RATE).ctc_logits
+        logits = transcriber.ctc_emissions(sentence.audio, sampling_rate=SAMPLING_RATE).ctc_logits
         for pair, rows in zip(offsets, found, strict=True):
-            words = locate_words(logits, sentence.text, duration=len(sentence.audio) / RATE, offsets=pair)
+            words = locate_words(logits, sentence.text, duration=len(sentence.audio) / SAMPLING_RATE, offsets=pair)
             rows.append(1e3 * (np.array([[word.start, word.end] for word in words]) - sentence.times))
     return [np.concatenate(rows) for rows in found]
 

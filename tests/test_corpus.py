@@ -144,7 +144,7 @@ def test_audio_shorter_than_its_index_is_named(tmp_path: Path) -> None:
 
 def test_rendering_is_deterministic_bounded_and_never_clips(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a synthesizer that always speaks for six seconds, and eight sentences
-    tone = np.sin(np.arange(6 * synthesis.RATE, dtype=np.float32) / 7)
+    tone = np.sin(np.arange(6 * synthesis.SAMPLING_RATE, dtype=np.float32) / 7)
     monkeypatch.setattr(synthesis, "speak", lambda *_: tone)
     draw = lambda rng, index: [grammar.compose(rng, "train") for _ in range(8)]  # noqa: E731
     # When rendered, with whatever room, noise, band and level is drawn
@@ -152,7 +152,7 @@ def test_rendering_is_deterministic_bounded_and_never_clips(monkeypatch: pytest.
         first, again = (synthesis.utterance(4, index, "train", draw, [tone], noisy=True) for _ in range(2))
         # Then
         assert np.array_equal(first.samples, again.samples) and first.text == again.text
-        assert 15 * synthesis.RATE < first.samples.size <= synthesis.MAX_SECONDS * synthesis.RATE
+        assert 15 * synthesis.SAMPLING_RATE < first.samples.size <= synthesis.MAX_SECONDS * synthesis.SAMPLING_RATE
         assert np.abs(first.samples.astype(int)).max() < 32_767
         assert TEXT.fullmatch(first.text) and set(first.names) <= set(first.text.split())
 
@@ -160,7 +160,9 @@ def test_rendering_is_deterministic_bounded_and_never_clips(monkeypatch: pytest.
 def test_a_warped_voice_keeps_its_pace_and_shifts_its_frequencies(monkeypatch: pytest.MonkeyPatch) -> None:
     # Given a synthesizer that hums at 1 kHz, for as long as its speed says
     def hum(text: str, voice: str, speed: int, pitch: int) -> noise.Samples:
-        return np.sin(2 * np.pi * 1000 * np.arange(int(synthesis.RATE * 150 / speed)) / synthesis.RATE).astype("f4")
+        return np.sin(
+            2 * np.pi * 1000 * np.arange(int(synthesis.SAMPLING_RATE * 150 / speed)) / synthesis.SAMPLING_RATE
+        ).astype("f4")
 
     monkeypatch.setattr(synthesis, "speak", hum)
     rng = np.random.default_rng(0)
@@ -169,8 +171,8 @@ def test_a_warped_voice_keeps_its_pace_and_shifts_its_frequencies(monkeypatch: p
     # When
     spoken = synthesis._voiced("text", recipe)
     # Then it hums at 1.1 kHz for the same second
-    peak = np.abs(np.fft.rfft(spoken)).argmax() * synthesis.RATE / spoken.size
-    assert peak == pytest.approx(1100, rel=0.01) and spoken.size == pytest.approx(synthesis.RATE, rel=0.01)
+    peak = np.abs(np.fft.rfft(spoken)).argmax() * synthesis.SAMPLING_RATE / spoken.size
+    assert peak == pytest.approx(1100, rel=0.01) and spoken.size == pytest.approx(synthesis.SAMPLING_RATE, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", synthesis.SILENT_SOUNDS)
@@ -178,11 +180,11 @@ def test_what_says_nothing_has_no_text_and_the_level_asked_for(monkeypatch: pyte
     # Given one sound to choose from
     monkeypatch.setattr(synthesis, "SILENT_SOUNDS", (kind,))
     draw = lambda rng, index: [grammar.Sentence("", (), "silence")]  # noqa: E731
-    clip = np.sin(np.arange(3 * synthesis.RATE, dtype=np.float32) / 7)
+    clip = np.sin(np.arange(3 * synthesis.SAMPLING_RATE, dtype=np.float32) / 7)
     # When
     items = [synthesis.utterance(3, i, "train", draw, [clip]) for i in range(8)]
     # Then
-    seconds = [item.samples.size / synthesis.RATE for item in items]
+    seconds = [item.samples.size / synthesis.SAMPLING_RATE for item in items]
     peaks = [np.abs(item.samples.astype(int)).max() for item in items]
     assert {(item.text, item.kind) for item in items} == {("", "silence")}
     assert min(seconds) > 0.5 and max(seconds) < 22.1
@@ -308,7 +310,7 @@ def test_recordings_of_people_are_read_with_what_is_said(tmp_path: Path) -> None
 
 def test_committed_audio_is_written_with_what_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Given a synthesizer that always speaks for a second, and few clips of a kind
-    tone = np.sin(np.arange(synthesis.RATE, dtype=np.float32) / 7)
+    tone = np.sin(np.arange(synthesis.SAMPLING_RATE, dtype=np.float32) / 7)
     monkeypatch.setattr(synthesis, "speak", lambda *_: tone)
     for kind in ("FREE", "GRAMMAR", "JOINED"):
         monkeypatch.setattr(clips, f"{kind}_CLIPS", 2)
