@@ -304,8 +304,9 @@ def test_no_bias_and_no_keywords_write_greedy_text() -> None:
     # When decoded without a bias, and with one whose batch has no keywords and whose tables must not be read
     plain, poisoned = run(NoBias(), Greedy(END)), run(poisoned_bias(), Greedy(END))
 
-    # Then the states have no arrays, and both texts are those of `greedy_decode`
+    # Then the states have no arrays, the roots no boosts, and both texts are those of `greedy_decode`
     assert jax.tree.leaves(plain.bias_states) == []
+    assert not poisoned_bias().root_boosts.any()
     logits = jax.vmap(logits_of, (None, 0, 0))(jnp.asarray(table), prompts.tokens, prompts.lengths)[:, None]
 
     def step(tokens: jax.Array, cache: History) -> tuple[jax.Array, History]:
