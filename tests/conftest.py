@@ -17,7 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 DEVICES = 8
 # Signatures of arrays are the model's and the decode loop's; host code in between only hands arrays on.
 PROGRAMS = ["recognition.encoding", "recognition.speech_lm_programs", "recognition.ctc_programs"]
-CHECKED = ["array_types", "models", *PROGRAMS, "decoding"]
+CHECKED = ["array_types", "models.layers", "models.granite_speech.functions", *PROGRAMS, "decoding"]
 
 _PACKAGE = Path(__file__).parents[1] / "granite_jax"
 for _path in (_PACKAGE.joinpath(*module.split(".")) for module in CHECKED):  # or a renamed one would go unchecked

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array, ArrayLike, DTypeLike
 
 FORMS = (frozenset({"kernel"}), frozenset({"weight"}), frozenset({"q", "scale"}))
 ADAPTER = frozenset({"a", "b", "alpha"})
@@ -47,12 +47,13 @@ class Linear(nnx.Module):
         return apply(self.parts, x)
 
 
-def apply(parts: Mapping[str, Array], x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+def apply(parts: Mapping[str, ArrayLike], x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """Applies a linear layer of these parts to `x` `[..., in]`: `[..., *out]`.
 
     Args:
       dtype: of the result, in which products are accumulated; default that of `x` and the weights.
     """
+    parts = {name: jnp.asarray(part) for name, part in parts.items()}
     if "q" in parts:
         y = _dot(x, parts["q"].astype(x.dtype), -parts["q"].ndim, jnp.float32)
         y = (y * _like(y, parts["scale"])).astype(dtype or x.dtype)
@@ -75,6 +76,6 @@ def _dot(x: jax.Array, weights: jax.Array, axis: int, dtype: DTypeLike | None = 
     return jax.lax.dot_general(x.astype(wide), weights.astype(wide), dimensions, preferred_element_type=dtype)
 
 
-def _like(y: jax.Array, part: Array) -> jax.Array:
+def _like(y: jax.Array, part: jax.Array) -> jax.Array:
     """A part `[*out]` with the dtype and the number of axes of `y`."""
     return part.astype(y.dtype).reshape((1,) * (y.ndim - part.ndim) + part.shape)
