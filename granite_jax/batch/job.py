@@ -476,10 +476,11 @@ class _Worker:
         fields |= {"offset": entry.offset} if entry.offset else {}
         fields |= {"file": audio.file} if audio.file else {}
         fields |= transcript_fields(transcript) | {"audio": entry.audio}
-        if transcript.error is not None:
+        if transcript.error is None:
+            self.progress.audio_seconds += transcript.duration
+        else:
+            self.progress.failed += 1
             fields |= {"stats": {}, **transcript.stats}
-        self.progress.failed += transcript.error is not None
-        self.progress.audio_seconds += transcript.duration
         # File names need not be valid Unicode: their surrogates become escapes.
         return (json.dumps(fields, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
